@@ -241,9 +241,9 @@ class RewardModel(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """ids, mask (rows, T) -> unbounded score read at every column (rows, T), float32 under autocast too."""
-        hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state.float()
-        score = (hidden * self.scalar_head.weight.float()).sum(-1) + self.scalar_head.bias.float()
-        return self.reward_gain * score + self.reward_bias
+        hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
 
     def score(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """ids, mask (rows, T) -> R_φ (rows,): the score at the last attended token, through tanh when bound is "tanh"."""
@@ -424,8 +424,8 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tenso
 
 def token_entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """logits (rows, R, V) -> entropy of π at every slot (rows, R) in nats."""
-    logits = logits.float() / temperature
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def cumulative_rewards(
