@@ -245,10 +245,10 @@ class RewardModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
 
-    def score(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def score(self, ids: torch.Tensor, mask: torch.Tensor, bounded: bool = True) -> torch.Tensor:
         """ids, mask (rows, T) -> R_φ (rows,): the score at the last attended token, through tanh when bound is "tanh"."""
         score = last_token(self(ids, mask), mask)
-        return score.tanh() if self.bound == "tanh" else score
+        return score.tanh() if bounded and self.bound == "tanh" else score
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Backbone in the transformers format, and beside it reward_head.safetensors (weight, bias, gain, bias; bound)."""
@@ -403,12 +403,14 @@ def response_logprobs_and_values(
 
 
 @torch.no_grad()
-def reward_model_scores(model: RewardModel, rollout: dict[str, torch.Tensor], size: int) -> torch.Tensor:
+def reward_model_scores(
+    model: RewardModel, rollout: dict[str, torch.Tensor], size: int, bounded: bool = True
+) -> torch.Tensor:
     """R_φ of every row (rows,): reads the query and the response up to score_mask."""
     scores = torch.zeros(len(rollout["responses"]), device=rollout["responses"].device)
     for rows in micro_batches(rollout, torch.arange(len(scores), device=scores.device), size):
         batch = trim(rollout, rows)
-        scores[rows] = model.score(batch["query_responses"], torch.cat([batch["query_mask"], batch["score_mask"]], 1))
+        scores[rows] = model.score(batch["query_responses"], torch.cat([batch["query_mask"], batch["score_mask"]], 1), bounded)
     return scores
 
 
