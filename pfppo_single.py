@@ -904,7 +904,7 @@ def main(args: Args) -> None:
                 responses.append(generate(bare.policy, queries[part, -q:], query_mask[part, -q:], n, args.response_length,
                                           temperature, stop, args.stop_after, pad_id, generator))  # fmt: skip
         responses = torch.cat(responses)
-        score_mask, has_stop = stop_masks(responses.clone(), stop_id, args.stop_after)
+        score_mask, has_stop = stop_masks(responses, stop_id, args.stop_after)
         ids = torch.arange(len(queries), device=device) + rank * len(queries)
         return {"queries": queries.repeat_interleave(n, 0), "query_mask": query_mask.repeat_interleave(n, 0),
                 "responses": responses, "score_mask": score_mask, "has_stop": has_stop, "prompt_ids": ids.repeat_interleave(n),
