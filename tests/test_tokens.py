@@ -1,0 +1,409 @@
+"""Tokens, padding, positions, sampling and log-probabilities (PITFALLS TOK and LP)."""
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from conftest import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, reward_model
+from scipy.stats import chisquare
+from transformers import GenerationConfig
+
+import pfppo_single as pf
+
+PAD = VOCAB_SIZE - 1
+
+
+def pad_left(rollout, columns):
+    """The same rows with more padding on the left of the queries (filled with a real token's id, which must not matter)."""
+    extra = torch.full((len(rollout["queries"]), columns), 7)
+    return {**rollout, "queries": torch.cat([extra, rollout["queries"]], 1),
+            "query_mask": torch.cat([torch.zeros_like(extra, dtype=torch.bool), rollout["query_mask"]], 1)}  # fmt: skip
+
+
+def forward(model, rollout):
+    """Logits and values of a rollout with all its padding (pf.trim would take shared padding away)."""
+    ids = torch.cat([rollout["queries"], rollout["responses"]], 1)
+    mask = torch.cat([rollout["query_mask"], rollout["response_mask"]], 1)
+    with torch.no_grad():
+        return model(ids, mask, rollout["responses"].shape[1])
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return pf.PolicyAndCritic(causal_lm("gpt2"), reward_model()).eval()
+
+
+# ---------------------------------------------------------------- tokens, padding, positions
+
+
+@pytest.mark.parametrize("columns", [1, 7, 30])
+def test_left_padding_moves_no_logprob_and_no_value(gpt2, columns):
+    # PITFALLS TOK-1: GPT-2 has absolute positions, so wrong position ids show
+    rollout = make_rollout([5], [8])
+    logits, values = forward(gpt2, rollout)
+    padded_logits, padded_values = forward(gpt2, pad_left(rollout, columns))
+    assert (logits.log_softmax(-1) - padded_logits.log_softmax(-1)).abs().max() < 1e-4
+    assert (values - padded_values).abs().max() < 1e-4
+
+
+def test_positions_matter_to_the_model_of_these_tests(gpt2):
+    # without this the test above could not fail
+    rollout = pad_left(make_rollout([5], [8]), 7)
+    ids = torch.cat([rollout["queries"], rollout["responses"]], 1)
+    mask = torch.cat([rollout["query_mask"], rollout["response_mask"]], 1)
+    with torch.no_grad():
+        wrong = gpt2.policy(input_ids=ids, attention_mask=mask.long(), position_ids=torch.arange(ids.shape[1])[None]).logits[:, -9:-1]
+    assert (wrong.log_softmax(-1) - forward(gpt2, rollout)[0].log_softmax(-1)).abs().max() > 0.1
+
+
+def test_a_row_scores_alone_what_it_scores_among_longer_rows(gpt2):
+    # PITFALLS TOK-1, through the function that main calls, micro-batches of rows sorted by length included
+    rollout = make_rollout([3, 9, 5, 1, 7], [8, 2, 5, 1, 6])
+    logprobs, values = pf.response_logprobs_and_values(gpt2, rollout, 1.0, size=2)
+    for i in range(5):
+        alone = {name: x[i : i + 1] for name, x in rollout.items()}
+        alone_logprobs, alone_values = pf.response_logprobs_and_values(gpt2, alone, 1.0, size=2)
+        torch.testing.assert_close(alone_logprobs[0], logprobs[i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone_values[0], values[i], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_generation_and_forward_agree(name):
+    # PITFALLS TOK-1: greedy tokens from the cache are the argmax of a full forward, for rows padded by 0, 2 and 6 columns
+    model = pf.PolicyAndCritic(causal_lm(name), torch.nn.Linear(32, 1)).eval()
+    rollout = make_rollout([7, 5, 1], [8, 8, 8])
+    responses = pf.generate(model.policy, rollout["queries"], rollout["query_mask"], 1, 8, 0.0, EOS, 0, PAD)
+    mask, _ = pf.stop_masks(responses, EOS, 0)
+    logits, _ = forward(model, {**rollout, "responses": responses, "response_mask": mask})
+    assert torch.equal(logits.argmax(-1)[mask], responses[mask])
+
+
+def test_rows_that_stop_leave_the_others_as_they_are():
+    # PITFALLS TOK-1: dropping finished rows from the cache must not mix rows up
+    model = causal_lm("gpt2")
+    rollout = make_rollout([4] * 12, [8] * 12)
+    free = pf.generate(model, rollout["queries"], rollout["query_mask"], 1, 16, 0.0, -1, 0, PAD)
+    stop = int(free.flatten().mode().values)
+    stopped = pf.generate(model, rollout["queries"], rollout["query_mask"], 1, 16, 0.0, stop, 0, PAD)
+    mask, has_stop = pf.stop_masks(free, stop, 0)
+    assert has_stop.any() and len(set(mask.sum(1).tolist())) > 2
+    assert torch.equal(stopped, free.masked_fill(~mask, PAD))
+
+
+def test_masks_come_from_lengths_not_from_ids():
+    # PITFALLS TOK-2: the pad id inside a prompt is a real token
+    ids, mask = pf.pad_rows([[PAD, 3, PAD], [PAD]], PAD, "left")
+    assert mask.tolist() == [[True, True, True], [False, False, True]]
+    assert ids.tolist() == [[PAD, 3, PAD], [PAD, PAD, PAD]]
+
+
+def test_pad_equal_to_eos_changes_nothing(gpt2):
+    # PITFALLS TOK-2: prompts that contain EOS; pad = eos and a separate pad give one result
+    results = []
+    for pad in (PAD, EOS):
+        queries, query_mask = pf.pad_rows([[3, EOS, 5, EOS], [EOS, 4]], pad, "left")
+        generator = torch.Generator().manual_seed(0)
+        responses = pf.generate(gpt2.policy, queries, query_mask, 4, 8, 1.0, EOS, 0, pad, generator)
+        mask, has_stop = pf.stop_masks(responses, EOS, 0)
+        rollout = {"queries": queries.repeat_interleave(4, 0), "query_mask": query_mask.repeat_interleave(4, 0), "responses": responses,
+                   "response_mask": mask, "score_mask": mask}  # fmt: skip
+        scores = pf.reward_model_scores(gpt2.critic, rollout, 3)
+        results.append((mask, has_stop, responses.masked_fill(~mask, 0), *pf.response_logprobs_and_values(gpt2, rollout, 1.0, 3), scores))
+    assert results[0][1].any() and not results[0][1].all()
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_ids_behind_the_stop_token_change_no_loss_metric_or_score(gpt2):
+    # PITFALLS TOK-4
+    rollout = make_rollout([3, 6, 4], [2, 8, 5])
+    mask = rollout["response_mask"]
+    advantages, returns = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(3)) * mask
+    outcomes = []
+    for responses in (rollout["responses"], torch.where(mask, rollout["responses"], torch.randint(VOCAB_SIZE, (3, 8)))):
+        changed = {**rollout, "responses": responses}
+        logprobs, values = pf.response_logprobs_and_values(gpt2, changed, 1.0, 3)
+        batch = {**changed, "logprobs": logprobs + 0.1, "values": values + 0.1, "advantages": advantages, "returns": returns,
+                 "loss_weights": pf.loss_weights(mask, "token")}  # fmt: skip
+        loss, stats = pf.minibatch_loss(gpt2, pf.trim(batch, torch.arange(3)), 1.0, 0.2, 0.2, 0.1)
+        outcomes.append((loss.detach(), stats, logprobs, values, pf.reward_model_scores(gpt2.critic, changed, 3)))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
+
+
+def test_mask_ends_with_the_first_stop_token_at_or_after_stop_after():
+    # PITFALLS TOK-4, TOK-5: one id gives the mask and says whether a response was cut
+    responses = torch.tensor([[7, 9, 1, 9], [9, 9, 9, 9], [1, 2, 3, 4]])
+    mask, has_stop = pf.stop_masks(responses.clone(), 9, 0)
+    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]] and has_stop.tolist() == [True, True, False]
+    mask, has_stop = pf.stop_masks(responses.clone(), 9, 2)
+    assert mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]] and has_stop.tolist() == [True, True, False]
+    mask, has_stop = pf.stop_masks(responses.clone(), -1, 0)
+    assert mask.all() and not has_stop.any()
+
+
+def test_missing_stop_penalty_looks_for_the_stop_token_that_masks(run, module, tmp_path):
+    # PITFALLS TOK-5, GAE-7, GAE-9: reward 0.0 where the stop token is there, the penalty exactly where it is not
+    module("zero_reward", "def reward(prompts, responses, rows):\n    return [0.0] * len(responses)\n")
+    settings = dict(reward="zero_reward:reward", normalize_reward=False, stop_token="e", total_episodes=16, response_length=24, num_responses=4)
+    for missing_stop, penalty, expected in (("replace", -1.0, -1.0), ("subtract", 0.5, -0.5)):
+        metrics, _ = run(**settings, missing_stop=missing_stop, penalty_value=penalty, output_dir=tmp_path / missing_stop)
+        assert 0 < metrics[0]["objective/truncated"] < 1
+        assert metrics[0]["objective/shaped_score"] == pytest.approx(expected * metrics[0]["objective/truncated"])
+        assert metrics[0]["objective/score"] == 0
+
+
+class RecordingReward:
+    """Stands in for a reward model and keeps what it is shown."""
+
+    def __init__(self):
+        self.rows = []
+
+    def score(self, ids, mask, *_):
+        self.rows += [row[m].tolist() for row, m in zip(ids, mask)]
+        return torch.arange(len(ids)).float()
+
+
+def test_reward_model_reads_the_ids_that_were_sampled():
+    # PITFALLS TOK-6, RM-1: stop token included, nothing written over the end of a response that was cut by its length
+    model, reward = causal_lm("gpt2"), RecordingReward()
+    queries, query_mask = pf.pad_rows([[3, 4], [5, 6, 7]], PAD, "left")
+    responses = pf.generate(model, queries, query_mask, 8, 6, 1.0, EOS, 0, PAD, torch.Generator().manual_seed(0))
+    mask, has_stop = pf.stop_masks(responses.clone(), EOS, 0)
+    assert has_stop.any() and not has_stop.all()
+    rollout = {"queries": queries.repeat_interleave(8, 0), "query_mask": query_mask.repeat_interleave(8, 0), "responses": responses,
+               "response_mask": mask, "score_mask": mask}  # fmt: skip
+    pf.reward_model_scores(reward, rollout, 100)
+    expected = [[3, 4] + r[m].tolist() for r, m in zip(responses[:8], mask[:8])] + [[5, 6, 7] + r[m].tolist() for r, m in zip(responses[8:], mask[8:])]
+    assert sorted(reward.rows) == sorted(expected)
+    assert all(row[-1] == EOS or len(row) in (8, 9) for row in reward.rows)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_one_bos_where_the_tokenizer_has_one(bos):
+    # PITFALLS TOK-7: after plain text and after a chat template that writes BOS itself
+    tokenizer = make_tokenizer(bos=bos)
+    text = pf.encode_prompt(tokenizer, "add 1")
+    chat = pf.encode_prompt(tokenizer, [{"role": "user", "content": "add 1"}])
+    bos_id = tokenizer.convert_tokens_to_ids("<s>")
+    assert text.count(bos_id) == chat.count(bos_id) == int(bos)
+    assert tokenizer.decode(text, skip_special_tokens=True) == "add 1"
+    assert tokenizer.decode(chat) == ("<s>" if bos else "") + "add 1<eos>="  # generation prompt at the end
+
+
+def test_long_queries_are_dropped_or_cut_before_padding(tokenizer):
+    # PITFALLS TOK-8: keep_end keeps the end of the prompt; keep_start is lm-human-preferences'
+    rows = [{"prompt": "abcdef"}, {"prompt": "xyz"}, {"prompt": ""}]
+    for setting, expected in (("drop", ["xyz"]), ("keep_end", ["def", "xyz"]), ("keep_start", ["abc", "xyz"])):
+        args = pf.Args(query_length=3, long_queries=setting)
+        found = pf.encode_queries(tokenizer, rows, args, "prompts")
+        assert [tokenizer.decode(row["query_ids"]) for row in found] == expected
+
+
+def test_dropping_every_query_is_an_error(tokenizer):
+    # PITFALLS TOK-8: never an empty batch
+    with pytest.raises(ValueError, match="--prompts.*--query_length 3"):
+        pf.encode_queries(tokenizer, [{"prompt": "abcdef"}], pf.Args(query_length=3), "prompts")
+
+
+def test_masks_are_bool():
+    # PITFALLS TOK-9: an int mask would gather rows 0 and 1
+    rollout = make_rollout([2, 3], [4, 1])
+    batch = pf.trim(rollout, torch.arange(2))
+    assert pf.pad_rows([[1]], 0, "left")[1].dtype == pf.stop_masks(torch.ones(1, 2), 1, 0)[0].dtype == batch["mask"].dtype == torch.bool
+    assert batch["response_mask"].dtype == batch["query_mask"].dtype == pf.stop_masks(torch.ones(1, 2), 1, 0)[1].dtype == torch.bool
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_reward_is_right_for_both_padding_sides(side):
+    # PITFALLS TOK-10
+    model, rows = reward_model(), [[3, 4, 5, 6, 7, 8], [9], [10, 11, 12]]
+    with torch.no_grad():
+        padded = model.score(*pf.pad_rows(rows, PAD, side))
+        alone = torch.cat([model.score(*pf.pad_rows([row], PAD, side)) for row in rows])
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+
+
+def test_last_token_on_both_sides():
+    # PITFALLS TOK-10
+    values = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
+    assert pf.last_token(values, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()).tolist() == [2, 7]
+    assert pf.last_token(values, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]).bool()).tolist() == [4, 8]
+
+
+def test_trim_takes_away_shared_padding_only():
+    # PITFALLS TOK-10: queries lie left of the responses, padded left; responses padded right
+    rollout = make_rollout([2, 5, 3], [4, 7, 1])
+    batch = pf.trim(rollout, torch.tensor([0, 2]))
+    assert batch["queries"].shape == (2, 3) and batch["responses"].shape == (2, 4)
+    assert batch["mask"].int().tolist() == [[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]
+    for row, i in ((0, 0), (1, 2)):
+        whole = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]])
+        assert torch.equal(batch["query_responses"][row][batch["mask"][row]], whole)
+
+
+# ---------------------------------------------------------------- sampling and log-probabilities
+
+
+@pytest.fixture(scope="module")
+def five():
+    """A GPT-2 over five tokens whose checkpoint defaults would ruin sampling, and a batch of one padded and one longer query."""
+    model = causal_lm("gpt2", seed=3, vocab_size=5, eos_token_id=4, bos_token_id=4)
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, eos_token_id=0)
+    return model, *pf.pad_rows([[1, 2], [3, 0, 2, 1]], 0, "left")
+
+
+def enumerate_pairs(model, query, temperature):
+    """P(first, second) over all 25 two-token responses, one unpadded forward per prefix."""
+    with torch.no_grad():
+        first = (model(torch.tensor([query])).logits[0, -1] / temperature).softmax(-1)
+        second = [(model(torch.tensor([query + [a]])).logits[0, -1] / temperature).softmax(-1) for a in range(5)]
+    return torch.stack([first[a] * second[a] for a in range(5)]).double()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_follow_softmax_whatever_the_checkpoint_defaults_say(five, temperature):
+    # PITFALLS LP-1, LP-4: chi-square of 4000 two-token samples against the enumerated distribution; p = 1e-3 with a fixed seed
+    model, queries, query_mask = five
+    responses = pf.generate(model, queries, query_mask, 4000, 2, temperature, -1, 0, 0, torch.Generator().manual_seed(0))
+    for i, query in enumerate(([1, 2], [3, 0, 2, 1])):
+        expected = enumerate_pairs(model, query, temperature).flatten() * 4000
+        observed = (responses[4000 * i : 4000 * (i + 1)] * torch.tensor([5, 1])).sum(1).bincount(minlength=25).double()
+        rare = expected < 5
+        expected, observed = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (expected, observed))
+        keep = expected > 0
+        assert len(expected) > 8, "a nearly deterministic model would test nothing"
+        assert chisquare(observed[keep].numpy(), (expected[keep] / expected[keep].sum() * observed[keep].sum()).numpy()).pvalue > 1e-3
+
+
+def test_nothing_can_warp_the_samples():
+    # PITFALLS LP-4: there is no top-k, top-p, minimum length or repetition penalty to set
+    names = {f.name for f in dataclasses.fields(pf.Args)} | set(inspect.signature(pf.generate).parameters)
+    assert not [name for name in names if any(word in name for word in ("top_k", "top_p", "min_length", "min_new", "penalty_rep", "repetition"))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_equal_enumeration_on_a_five_token_vocabulary(five, temperature):
+    # PITFALLS LP-9, LP-2, LP-3: logits at t score token t+1, with the temperature of the sampler
+    model, queries, query_mask = five
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    for i, query in enumerate(([1, 2], [3, 0, 2, 1])):
+        rollout = {"queries": queries[i].expand(25, -1), "query_mask": query_mask[i].expand(25, -1), "responses": pairs,
+                   "response_mask": torch.ones_like(pairs, dtype=torch.bool)}  # fmt: skip
+        logprobs, _ = pf.response_logprobs_and_values(model, rollout, temperature, 7)
+        torch.testing.assert_close(logprobs.sum(1).exp().view(5, 5).double(), enumerate_pairs(model, query, temperature), atol=1e-6, rtol=0)
+
+
+def test_a_value_belongs_to_the_state_before_its_token():
+    # PITFALLS LP-9: values[t] may depend on tokens before t alone
+    model = pf.PolicyAndCritic(causal_lm("gpt2"), reward_model()).eval()
+    rollout = make_rollout([4], [6], response_width=6)
+    _, values = forward(model, rollout)
+    changed = rollout["responses"].clone()
+    changed[0, 3] = (changed[0, 3] + 1) % EOS
+    _, new_values = forward(model, {**rollout, "responses": changed})
+    assert torch.equal(values[0, :4], new_values[0, :4]) and (values[0, 4:] != new_values[0, 4:]).all()
+
+
+def test_values_are_read_one_column_earlier_than_their_token():
+    # PITFALLS LP-9, RM-4: value of token t = critic at column Q + t - 1
+    model = pf.PolicyAndCritic(causal_lm("gpt2"), reward_model()).eval()
+    rollout = make_rollout([4], [6], response_width=6)
+    ids, mask = torch.cat([rollout["queries"], rollout["responses"]], 1), torch.ones(1, 10, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.equal(forward(model, rollout)[1], model.critic(ids, mask)[:, 3:9])
+
+
+def test_shared_head_reads_the_policy_hidden_states():
+    # PITFALLS LP-9: the shared critic has the same offset
+    policy = causal_lm("gpt2")
+    model = pf.PolicyAndCritic(policy, torch.nn.Linear(32, 1)).eval()
+    rollout = pad_left(make_rollout([4], [6], response_width=6), 3)
+    ids = torch.cat([rollout["queries"], rollout["responses"]], 1)[:, 3:]
+    with torch.no_grad():
+        hidden = policy.transformer(ids).last_hidden_state
+        torch.testing.assert_close(forward(model, rollout)[1], model.critic(hidden).squeeze(-1)[:, 3:9], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_ratio_is_one_and_kl_is_zero_before_any_update(temperature):
+    # PITFALLS LP-3: policy, old policy and reference divide by the same temperature
+    model = pf.PolicyAndCritic(causal_lm("gpt2"), reward_model()).eval()
+    rollout = make_rollout([3, 6, 2], [8, 3, 5])
+    logprobs, values = pf.response_logprobs_and_values(model, rollout, temperature, 2)
+    ref_logprobs, _ = pf.response_logprobs_and_values(causal_lm("gpt2"), rollout, temperature, 2)
+    assert torch.equal(pf.cumulative_rewards(torch.zeros(3), logprobs, ref_logprobs, rollout["response_mask"], 1.0)[2], torch.zeros(3, 8))
+    rollout |= {"logprobs": logprobs, "values": values, "advantages": values, "returns": values}
+    rollout["loss_weights"] = pf.loss_weights(rollout["response_mask"], "token")
+    _, stats = pf.minibatch_loss(model, pf.trim(rollout, torch.arange(3)), temperature, 0.2, 0.2, 0.1)
+    assert stats[pf.STATS.index("ppo/policy/ratio")].item() == pytest.approx(1, abs=1e-5)
+    assert stats[pf.STATS.index("ppo/policy/approxkl")].item() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_no_dropout_in_any_model_of_ppo(world, name):
+    # PITFALLS LP-6: the checkpoint's configuration asks for 0.1
+    policy = pf.load_causal_lm(str(world / name)).train()
+    assert not [m for m in policy.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+    reward = pf.RewardModel.from_pretrained(world / "reward").train()
+    assert not [m for m in reward.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    assert torch.equal(reward(ids, ids >= 0), reward(ids, ids >= 0))
+
+
+def test_logprobs_and_entropy_are_computed_in_float32():
+    # PITFALLS LP-7: from bfloat16 logits, and under bfloat16 autocast
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * 8
+    tokens, mask = torch.randint(50, (2, 3)), torch.ones(2, 3, dtype=torch.bool)
+    low = logits.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropy = pf.token_logprobs(low, tokens, mask, 0.6), pf.token_entropy(low, 0.6)
+    exact = (low.double() / 0.6).log_softmax(-1)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), exact.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_values_and_scores_are_float32_under_autocast():
+    # PITFALLS LP-7: a bfloat16 head would round values to two or three digits
+    model = pf.PolicyAndCritic(causal_lm("gpt2"), reward_model()).eval()
+    rollout = make_rollout([4, 2], [6, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, values = forward(model, rollout)
+        scores = model.critic.score(rollout["responses"], rollout["response_mask"])
+    assert values.dtype == scores.dtype == torch.float32
+    assert (values != values.bfloat16().float()).any()
+
+
+def test_gathered_logprobs_equal_the_naive_formula_with_gradients():
+    # PITFALLS LP-8
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 9, generator=generator, requires_grad=True)
+    tokens, mask = torch.randint(9, (2, 4), generator=generator), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    weights = torch.randn(2, 4, generator=generator)
+    naive = ((logits / 0.7).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)) * mask
+    ours = pf.token_logprobs(logits, tokens, mask, 0.7)
+    torch.testing.assert_close(ours, naive, atol=1e-6, rtol=0)
+    ours_gradient, naive_gradient = (torch.autograd.grad((x * weights).sum(), logits)[0] for x in (ours, naive))
+    torch.testing.assert_close(ours_gradient, naive_gradient, atol=1e-6, rtol=0)
+
+
+def test_sampling_differs_over_copies_updates_and_ranks_and_repeats_for_a_key():
+    # PITFALLS LP-10
+    model, rollout = causal_lm("gpt2"), make_rollout([4], [8])
+
+    def draw(*key):
+        return pf.generate(model, rollout["queries"], rollout["query_mask"], 6, 8, 1.0, -1, 0, PAD, pf.random_generator("cpu", *key))
+
+    first = draw(1, 3, 1, 0)
+    assert len({tuple(row) for row in first.tolist()}) == 6, "the N copies of a prompt"
+    assert torch.equal(first, draw(1, 3, 1, 0))
+    for other in ((1, 3, 1, 1), (1, 3, 2, 0), (2, 3, 1, 0)):  # another rank, update, seed
+        assert not torch.equal(first, draw(*other))
+
+
+def test_prompts_come_in_shuffled_passes():
+    # PITFALLS LP-10: data order is shared by all ranks, and each pass holds every prompt once
+    order = pf.prompt_order(5, 0, 15, seed=1)
+    assert [sorted(order[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+    assert order[:5] != order[5:10] or order[5:10] != order[10:]
+    assert pf.prompt_order(5, 3, 4, seed=1) == order[3:7] and pf.prompt_order(5, 0, 15, seed=2) != order
