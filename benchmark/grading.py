@@ -1,0 +1,328 @@
+"""Grades programs against tests so that no program can talk its way to a pass.
+
+    >>> grade("def double(x):\n    return 2 * x\n", "assert double(4) == 8", "double")
+    {'passed': True, 'detail': 'all tests passed'}
+
+1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither (`benchmark/sandbox.py`). Plain data crosses.
+2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the program does not have.
+3. Limits are on CPU time for the whole program; wall time is generous, and a program that runs out of it beside others is tried once more alone.
+4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests are at fault, not the program.
+
+Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on standard error.
+"""
+
+import atexit
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+SANDBOX = Path(__file__).with_name("sandbox.py")
+# The library of the project is not on the templates' path: they run one file, found by its place, in an empty environment with a fixed hash seed.
+BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), sys.argv[1], 'exec'))"
+START_SECONDS = 60  # for a template to start; more means that something is wrong
+
+WALL_SECONDS = 8.0
+CPU_SECONDS = 6
+MEMORY_BYTES = 2 << 30
+FILE_BYTES = 16 << 20
+PROCESSES = 8
+
+
+class GradingError(RuntimeError):
+    """Grading itself failed (tests that do not compile or are empty, a process that cannot start). Never a verdict on the program."""
+
+
+class Run:
+    """One grading under way."""
+
+    def __init__(self, index, job, slot, wall):
+        self.index, self.job, self.slot = index, job, slot
+        self.deadline = time.monotonic() + wall
+        self.verdict = b""
+        self.judged = False  # the judge's socket is closed
+        self.exits = {}  # who -> report of the template
+        self.expired = False
+        self.crowded = False  # others ran at the same time
+        self.again = False  # the second try of a run that took too long
+        self.error = None
+
+    def program_cpu(self):
+        """CPU seconds of the program's process."""
+        return max(message["cpu"] for who, message in self.exits.items() if who != "judge")
+
+
+class Template:
+    """The owner's end of a template process: asks for children, hears of their end."""
+
+    def __init__(self, role, first_uid):
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A new interpreter, not a fork: the caller may hold threads, a GPU, and the tests.
+        self.process = subprocess.Popen(
+            [sys.executable, "-s", "-S", "-X", "utf8", "-c", BOOT, str(SANDBOX), role, str(theirs.fileno()), str(first_uid)],
+            env={"PYTHONHASHSEED": "0"}, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, start_new_session=True,
+        )
+        theirs.close()
+        self.control.settimeout(START_SECONDS)
+        self.role = role
+
+    def hello(self):
+        message = self.receive()
+        if "error" in message:
+            raise GradingError(message["error"])
+        return message["isolation"]
+
+    def receive(self):
+        try:
+            data = self.control.recv(1 << 16)
+        except OSError as error:
+            raise GradingError(f"the {self.role} template does not answer: {error}") from None
+        if not data:
+            text = self.process.stderr.read().decode(errors="replace").strip()
+            raise GradingError(f"the {self.role} template ended: {text.splitlines()[-1] if text else 'no message'}")
+        return json.loads(data)
+
+    def send(self, message, descriptors=()):
+        try:
+            socket.send_fds(self.control, [json.dumps(message).encode()], list(descriptors))
+        except OSError as error:
+            raise GradingError(f"the {self.role} template does not listen: {error}") from None
+
+    def close(self):
+        self.control.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stderr.close()
+
+
+class Grader:
+    """Two templates and the loop that keeps several gradings under way. One per process; `grade` and `grade_many` share it."""
+
+    def __init__(self):
+        if not sys.platform.startswith("linux"):
+            raise GradingError("grading needs Linux: it isolates programs by means of its kernel")
+        self.owner = os.getpid()
+        first_uid = 100_000 + self.owner % 20_000 * 128  # users of their own, so that limits per user hold per program
+        self.templates = {role: Template(role, first_uid + 64 * (role == "judge")) for role in ("program", "judge")}
+        try:
+            isolation = [template.hello() for template in self.templates.values()][0]
+        except BaseException:
+            self.close()
+            raise
+        self.isolation = ["own process group", "resource limits", *isolation]
+        self.next_id = 0
+
+    def close(self):
+        for template in self.templates.values():
+            template.close()
+
+    def run(self, jobs, workers, done):
+        """Grades jobs (dicts as of `as_job`), at most `workers` at a time; calls done(index, verdict) as each ends, in no order."""
+        waiting, alone, active = deque(enumerate(jobs)), deque(), {}
+        self.selector = selectors.DefaultSelector()
+        for template in self.templates.values():
+            self.selector.register(template.control, selectors.EVENT_READ, template)
+        try:
+            while waiting or alone or active:
+                while waiting and len(active) < workers or not waiting and not active and alone:
+                    again = not waiting
+                    index, job = (waiting or alone).popleft()
+                    name, run = self.start(index, job, active)
+                    active[name], run.again = run, again
+                    for other in active.values():
+                        other.crowded |= len(active) > 1
+                soonest = min(run.deadline for run in active.values())
+                for key, _ in self.selector.select(max(0.0, soonest - time.monotonic())):
+                    if isinstance(key.data, Template):
+                        self.hear(key.data, active)
+                    else:
+                        self.listen(key.fileobj, key.data, active)
+                for name, run in list(active.items()):
+                    if run.judged and len(run.exits) == run.processes or run.error:
+                        del active[name]
+                        if run.error:
+                            raise GradingError(run.error)
+                        if run.expired and not run.again and (run.crowded or run.program_cpu() > 1):
+                            alone.append((run.index, run.job))  # its time may have gone to others: once more, alone
+                        else:
+                            done(run.index, self.conclude(run))
+                    elif time.monotonic() > run.deadline:
+                        if run.expired:
+                            raise GradingError("a process does not end although it was killed")
+                        run.expired, run.deadline = True, time.monotonic() + 20
+                        self.end(name)
+        finally:
+            for name in active:
+                self.end(name)
+            self.selector.close()
+
+    def start(self, index, job, active):
+        limits = job["limits"]
+        name, self.next_id = self.next_id, self.next_id + 1
+        slot = min(set(range(len(active) + 1)) - {run.slot for run in active.values()})
+        run = Run(index, job, slot, limits["wall"])
+        mine, judge_end = socket.socketpair()
+        judge_links, program_links = zip(*[socket.socketpair() for _ in range(2 if job["helper_names"] else 1)])
+        try:
+            for number, link in enumerate(program_links):  # the second holds the part of the program that the tests' helpers come from
+                request = {"fork": f"{name}:{number}", "slot": 2 * slot + number, "limits": limits}
+                self.templates["program"].send(request, [link.fileno()])
+            judge_limits = {**limits, "memory": 2 * limits["memory"], "cpu": 2 * limits["cpu"]}
+            descriptors = [link.fileno() for link in (judge_end, *judge_links)]
+            self.templates["judge"].send({"fork": f"{name}:judge", "slot": slot, "limits": judge_limits}, descriptors)
+            mine.settimeout(START_SECONDS)
+            mine.sendall(json.dumps({key: value for key, value in job.items() if key != "limits"}).encode())
+            mine.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise GradingError(f"the judge's process does not listen: {error}") from None
+        finally:
+            for link in (judge_end, *judge_links, *program_links):
+                link.close()
+        run.processes = 1 + len(program_links)
+        self.selector.register(mine, selectors.EVENT_READ, name)
+        return name, run
+
+    def listen(self, sock, name, active):
+        try:
+            data = sock.recv(1 << 16)
+        except OSError:
+            data = b""
+        active[name].verdict += data
+        if not data:
+            self.selector.unregister(sock)
+            sock.close()
+            active[name].judged = True
+            self.end(name)  # the program has no more to say
+
+    def hear(self, template, active):
+        message = template.receive()
+        name, who = message["id"].split(":")
+        run = active.get(int(name))
+        if run is None:
+            return
+        if "error" in message:
+            run.error = message["error"]
+        run.exits[who] = message
+
+    def end(self, name):
+        for template, who in (("program", "0"), ("program", "1"), ("judge", "judge")):
+            self.templates[template].send({"kill": f"{name}:{who}"})
+
+    def conclude(self, run):
+        limits, judge = run.job["limits"], run.exits["judge"]
+        if run.expired:
+            return {"passed": False, "detail": f"timeout: over {limits['wall']:g} s of wall time"}
+        if not run.verdict:
+            if judge["cpu"] >= 2 * limits["cpu"] - 0.5:
+                return {"passed": False, "detail": "timeout: the tests ran out of CPU time on the program's answers"}
+            if judge["status"] in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
+                return {"passed": False, "detail": "the tests crashed on the program's answers"}
+            raise GradingError(f"the judge's process ended without a verdict (status {judge['status']})")
+        verdict = json.loads(run.verdict)
+        if "error" in verdict:
+            raise GradingError(verdict["error"])
+        if not verdict["passed"] and run.program_cpu() >= limits["cpu"] - 0.1:
+            verdict["detail"] = f"timeout: over {limits['cpu']} s of CPU time"
+        return {"passed": verdict["passed"] is True, "detail": verdict["detail"]}
+
+
+_grader, _lock, _told = None, threading.RLock(), False
+
+
+def shared_grader():
+    """The process's grader, started when it is first needed (again after a fork, which must not share it)."""
+    global _grader, _told
+    if _grader is None or _grader.owner != os.getpid():
+        _grader = Grader()
+        if not _told:
+            print(f"grading: isolation active: {', '.join(_grader.isolation)}", file=sys.stderr)
+            _told = True
+    return _grader
+
+
+def close():
+    """Ends the templates. The next grading starts new ones."""
+    global _grader
+    with _lock:
+        if _grader is not None and _grader.owner == os.getpid():
+            _grader.close()
+        _grader = None
+
+
+atexit.register(close)
+
+
+def as_job(
+    program, tests, entry_point, helpers="", wall_seconds=WALL_SECONDS, cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES,
+):
+    """Checks one item and puts it into the form that the judge reads."""
+    tests = tests if isinstance(tests, str) else "\n".join(tests)
+    if not tests.strip():
+        raise GradingError("zero tests: `tests` is empty")
+    if not isinstance(program, str) or not isinstance(entry_point, str) or not entry_point:
+        raise GradingError("`program` and `entry_point` must be strings, the entry point not empty")
+    # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a process that holds that part of the program
+    # alone, so that what follows cannot change them.
+    prefix = re.split(rf"^(?:def|class) {re.escape(entry_point)}\b", program, maxsplit=1, flags=re.M)[0]
+    above = [name for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if re.search(rf"\b{name}\b", tests)]
+    limits = {"wall": wall_seconds, "cpu": cpu_seconds, "memory": memory_bytes, "file": FILE_BYTES, "processes": PROCESSES}
+    return {
+        "program": program, "tests": tests, "entry_point": entry_point, "helpers": helpers or "", "limits": limits,
+        "helper_names": sorted(set(above)), "helper_source": prefix if above else "",
+    }
+
+
+def grade(program, tests, entry_point, **limits):
+    """Runs `tests` against `program`.
+
+    tests: source that defines check(candidate), or assert lines (one string or a list). Keywords: helpers (trusted source whose functions the tests may
+    call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds, memory_bytes. Returns {"passed": bool, "detail": one line}. Raises GradingError when the
+    tests are empty or do not compile, or a process cannot be started.
+    """
+    return grade_many([{"program": program, "tests": tests, "entry_point": entry_point, **limits}], workers=1, progress=False)[0]
+
+
+def grade_many(items, workers=None, progress=True, on_result=None):
+    """Grades items (dicts of `grade`'s arguments), `workers` at a time (default: one per core). Returns their verdicts in the order of items.
+
+    on_result(index, verdict) is called as each is known, so that a caller can keep what was graded when a later item raises GradingError.
+    """
+    jobs = [as_job(**item) for item in items]
+    verdicts, started, shown = [None] * len(jobs), time.monotonic(), 0.0
+    if not jobs:
+        return verdicts
+    finished = 0
+
+    def done(index, verdict):
+        nonlocal finished, shown
+        verdicts[index] = verdict
+        finished += 1
+        if on_result:
+            on_result(index, verdict)
+        now = time.monotonic()
+        if progress and (now - shown > 0.2 or finished == len(jobs)):
+            shown = now
+            passed = sum(verdict["passed"] for verdict in verdicts if verdict)
+            filled = 30 * finished // len(jobs)
+            line = f"\rgrading [{'#' * filled}{'.' * (30 - filled)}] {finished}/{len(jobs)} passed {passed} {finished / (now - started):.0f}/s"
+            print(line, end="\n" if finished == len(jobs) else "", file=sys.stderr, flush=True)
+
+    with _lock:
+        try:
+            shared_grader().run(jobs, max(1, min(workers or os.cpu_count() or 1, 32)), done)
+        except BaseException:
+            close()  # children of a run that was broken off must not outlive it
+            raise
+    return verdicts
