@@ -623,7 +623,12 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
             except json.JSONDecodeError as error:
                 raise ValueError(f"--{field} {path}, line {number}: not JSON ({error}); write one object per line") from None
     elif Path(path).suffix == ".json":
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{field} {path}: not JSON ({error}); write one list of objects") from None
+        if not isinstance(rows, list):
+            raise ValueError(f"--{field} {path}: holds a {type(rows).__name__}; write one list of objects")
     else:
         from datasets import load_dataset  # slow to import, and not needed for JSON
 
@@ -632,12 +637,17 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
         rows = list(load_dataset("parquet", data_files=path)["train"] if is_file else load_dataset(name, split=split or "train"))
     if not rows:
         raise ValueError(f"--{field} {path}: no rows; give a file with at least one")
+    check_columns(rows, path, field, columns)
+    return rows
+
+
+def check_columns(rows: list[dict], path: str, field: str, columns: tuple[str, ...]) -> None:
+    """Raises ValueError that names field, file and row where a row is no object or lacks one of the columns."""
     for number, row in enumerate(rows, 1):
         missing = [c for c in columns if not isinstance(row, dict) or row.get(c) is None]
-        if missing:
+        if missing or not isinstance(row, dict):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"--{field} {path}, row {number}: no column {', '.join(missing)}; it has {found}")
-    return rows
 
 
 def load_tokenizer(path: str, pad_token: str):
