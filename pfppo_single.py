@@ -990,7 +990,7 @@ def main(args: Args) -> None:
     filter_name, kept_per_prompt = state["filter"], num_kept(args, state["filter"])
     weights = list(args.rank_weights) or rank_weight_vector(filter_name, args.num_responses)
     filter_name = "own" if args.rank_weights else filter_name
-    writer = open_metrics(output_dir, state["step"]) if accelerator.is_main_process else None
+    writer = open_metrics(output_dir, state["step"] or -1) if accelerator.is_main_process else None
     local_b, num_updates, run_start = sizes["local prompts"], sizes["updates"], time.time()
 
     def save_best(update: int, results: dict[str, float]) -> None:
@@ -1075,10 +1075,11 @@ def main(args: Args) -> None:
         for epoch in range(args.noptepochs if kept_total else 0):
             order = torch.randperm(len(mask), generator=random_generator("cpu", args.seed, 5, update, epoch, rank)).to(device)
             for minibatch in order.tensor_split(num_minibatches):
-                minibatch = minibatch if len(minibatch) else order[:1]  # a rank with fewer rows than minibatches
+                idle = len(minibatch) == 0  # a rank with fewer rows than minibatches goes along with one of weight 0
+                minibatch = order[:1] if idle else minibatch
                 kept["loss_weights"] = torch.zeros_like(kept["values"])
                 kept["loss_weights"][minibatch] = loss_weights(
-                    mask[minibatch], args.loss_average, statistics_sum, 1 if args.per_rank_statistics else world)  # fmt: skip
+                    mask[minibatch] & (not idle), args.loss_average, statistics_sum, 1 if args.per_rank_statistics else world)  # fmt: skip
                 parts, local_stats = micro_batches(kept, minibatch, args.micro_batch_size), torch.zeros(len(STATS), device=device)
                 for i, part in enumerate(parts):
                     with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model), accelerator.autocast():
