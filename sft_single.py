@@ -8,7 +8,7 @@ Maximum likelihood of the response tokens (the numbers are those of the chapters
 The trained model is π_SFT: the start of the reward model, of the policy, and the reference of the KL penalty.
 
 Run (CPU, 1 GPU, 8 GPUs; sizes are global, so the algorithm is the same):
-  accelerate launch --cpu --num_processes 1 sft_single.py --model gpt2 --data sft.jsonl --output_dir sft/
+  accelerate launch --cpu --num_processes 1 sft_single.py --model gpt2 --train_data sft.jsonl --output_dir sft/
   accelerate launch --num_processes 1 --mixed_precision bf16 sft_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 sft_single.py ...
 In:  a causal LM folder or hub id (`--model`), or a configuration to start from scratch (`--model_config`, `--tokenizer`); JSONL rows.
@@ -69,7 +69,7 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass"""
     # data
-    data: str = ""
+    train_data: str = ""
     """training rows: .jsonl, .json, .parquet, or hub id `name:split`"""
     eval_data: str = ""
     """held-out rows, same columns; empty: no held-out loss"""
@@ -94,13 +94,15 @@ class Args:
     """passes over the data (PAPER: 5)"""
     batch_size: int = 64
     """rows per optimizer step, over all ranks"""
+    length_pool: int = 16
+    """batches are cut from this many batches' worth of shuffled rows sorted by length, so that less is padding; 1: no sorting"""
     micro_batch_size: int = 64
     """rows per rank in one forward and backward pass; changes memory and speed, not the gradient"""
     lr: float = 1e-5
     """peak learning rate (PAPER: 1e-5)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """per step, after the warm-up"""
-    lr_final_fraction: float = 0.0
+    final_lr_fraction: float = 0.0
     """linear and cosine end at this fraction of lr"""
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly from lr / warmup_steps"""
@@ -322,7 +324,12 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
             except json.JSONDecodeError as error:
                 raise ValueError(f"--{field} {path}, line {number}: not JSON ({error}); write one object per line") from None
     elif Path(path).suffix == ".json":
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{field} {path}: not JSON ({error}); write one list of objects") from None
+        if not isinstance(rows, list):
+            raise ValueError(f"--{field} {path}: holds a {type(rows).__name__}; write one list of objects")
     else:
         from datasets import load_dataset  # slow to import, and not needed for JSON
 
@@ -331,12 +338,17 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
         rows = list(load_dataset("parquet", data_files=path)["train"] if is_file else load_dataset(name, split=split or "train"))
     if not rows:
         raise ValueError(f"--{field} {path}: no rows; give a file with at least one")
+    check_columns(rows, path, field, columns)
+    return rows
+
+
+def check_columns(rows: list[dict], path: str, field: str, columns: tuple[str, ...]) -> None:
+    """Raises ValueError that names field, file and row where a row is no object or lacks one of the columns."""
     for number, row in enumerate(rows, 1):
         missing = [c for c in columns if not isinstance(row, dict) or row.get(c) is None]
-        if missing:
+        if missing or not isinstance(row, dict):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"--{field} {path}, row {number}: no column {', '.join(missing)}; it has {found}")
-    return rows
 
 
 def load_tokenizer(path: str, pad_token: str):
@@ -379,6 +391,18 @@ def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
     return (ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids) + [stop_token_id]
 
 
+def shuffled_batches(lengths: list[int], batch_size: int, length_pool: int, seed: int, epoch: int) -> list[list[int]]:
+    """One shuffled pass over the rows in batches, the same for the same (seed, epoch). Windows of length_pool batches are
+    sorted by length before they are cut into batches, and their batches shuffled. The last batch may be smaller."""
+    generator, lengths = random_generator("cpu", seed, 0, epoch), torch.tensor(lengths)
+    order, batches = torch.randperm(len(lengths), generator=generator), []
+    for window in order.split(length_pool * batch_size):
+        window = window[lengths[window].argsort(stable=True)] if length_pool > 1 else window
+        parts = window.split(batch_size)
+        batches += [parts[i].tolist() for i in torch.randperm(len(parts), generator=generator)]
+    return batches
+
+
 def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Raises ValueError for an unknown token."""
     if token == "none":
@@ -393,13 +417,6 @@ def random_generator(device, *key: int) -> torch.Generator:
     """A generator that depends on the key alone, so a resumed run draws what the uninterrupted one would have drawn."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
-
-
-def prompt_order(num_prompts: int, start: int, count: int, seed: int) -> list[int]:
-    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts."""
-    passes = {p: torch.randperm(num_prompts, generator=random_generator("cpu", seed, 0, p)) for p in
-              range(start // num_prompts, (start + count - 1) // num_prompts + 1)}  # fmt: skip
-    return [int(passes[i // num_prompts][i % num_prompts]) for i in range(start, start + count)]
 
 
 def load_function(spec: str, field: str):
@@ -516,15 +533,15 @@ def check_args(args: Args, num_processes: int) -> None:
         if not condition:
             raise ValueError(message)
 
-    for field in ("data", "output_dir"):
+    for field in ("train_data", "output_dir"):
         need(getattr(args, field) != "", f"--{field} is needed")
     need((args.model == "") != (args.model_config == ""), "give either --model (to fine-tune) or --model_config (to start from scratch)")
     for field in ("epochs", "batch_size", "micro_batch_size", "forward_batch_size", "query_length", "response_length",
-                  "log_every", "checkpoint_every"):  # fmt: skip
+                  "length_pool", "log_every", "checkpoint_every"):  # fmt: skip
         need(getattr(args, field) >= 1, f"--{field} must be at least 1, not {getattr(args, field)}")
     need(args.batch_size >= num_processes, f"--batch_size {args.batch_size} must be at least the {num_processes} processes")
     need(args.actual_score == "" or args.eval_prompts + args.eval_data != "", "--actual_score needs --eval_prompts or --eval_data")
-    for field in ("data", "eval_data", "eval_prompts"):
+    for field in ("train_data", "eval_data", "eval_prompts"):
         need(Path(getattr(args, field)).suffix not in (".jsonl", ".json", ".parquet") or Path(getattr(args, field)).is_file(),
              f"--{field} {getattr(args, field)}: no such file")  # fmt: skip
 
@@ -538,7 +555,7 @@ def main(args: Args) -> None:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_args(args, world)
     columns = (args.messages_field,) if args.messages_field else (args.prompt_field, args.response_field)
-    rows = load_rows(args.data, "data", columns)
+    rows = load_rows(args.train_data, "train_data", columns)
     eval_rows = load_rows(args.eval_data, "eval_data", columns) if args.eval_data else []
     answer_rows = load_rows(args.eval_prompts, "eval_prompts", (args.prompt_field,)) if args.eval_prompts else []
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
@@ -548,14 +565,15 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------ 1. tokenise prompt and response apart
     found = len(rows)
-    rows = encode_examples(tokenizer, rows, args, "data", stop_id)
+    rows = encode_examples(tokenizer, rows, args, "train_data", stop_id)
     eval_rows = encode_examples(tokenizer, eval_rows, args, "eval_data", stop_id) if eval_rows else []
     answer_rows = encode_queries(tokenizer, answer_rows, args, "eval_prompts") if answer_rows else eval_rows
     answer_rows = answer_rows if actual_score else answer_rows[: args.print_samples * world]
     largest = max(max(row["query_ids"] + row["response_ids"]) for row in rows)
     if largest >= config.vocab_size:
-        raise ValueError(f"--tokenizer: token id {largest} in --data, but the model has {config.vocab_size} tokens; they must belong together")
-    num_steps = math.ceil(len(rows) * args.epochs / args.batch_size)
+        raise ValueError(f"--tokenizer: token id {largest} in --train_data, but the model has {config.vocab_size} tokens; they must belong together")
+    steps_per_epoch = math.ceil(len(rows) / args.batch_size)
+    num_steps = steps_per_epoch * args.epochs
     sizes = {"processes": world, "rows": len(rows), "rows left out as too long": found - len(rows), "held-out rows": len(eval_rows),
              "response tokens": sum(len(row["response_ids"]) for row in rows), "rows per step and rank": args.batch_size / world,
              "optimizer steps": num_steps}  # fmt: skip
@@ -626,14 +644,16 @@ def main(args: Args) -> None:
     state = load_checkpoint(accelerator, output_dir / "checkpoints")
     writer = open_metrics(output_dir, state["step"] if state else -1) if accelerator.is_main_process else None
     state = state or {"step": 0, "losses": [], "grad_norms": []}
+    lengths, batches = [len(row["query_ids"]) + len(row["response_ids"]) for row in rows], []
     run_start, clock, first_step = time.time(), time.time(), state["step"]
     bar = tqdm(total=num_steps, initial=first_step, disable=not accelerator.is_main_process, desc="SFT steps", mininterval=5)
     bare.train()
     for step in range(first_step + 1, num_steps + 1):
-        # ---------------- 2. the next batch: shuffled passes over the rows; the last batch may be smaller
-        start = (step - 1) * args.batch_size
-        picks = prompt_order(len(rows), start, min(args.batch_size, len(rows) * args.epochs - start), args.seed)
-        mine = [rows[i] for i in picks[rank::world]]
+        # ---------------- 2. the next batch of a shuffled pass over the rows
+        epoch, index = divmod(step - 1, steps_per_epoch)
+        if index == 0 or not batches:
+            batches = shuffled_batches(lengths, args.batch_size, args.length_pool, args.seed, epoch)
+        mine = [rows[i] for i in batches[index][rank::world]]
         batch = batch_of(mine or rows[:1])
         if not mine:  # a rank without rows goes along with one fully masked row
             batch["response_mask"] = torch.zeros_like(batch["response_mask"])
@@ -641,7 +661,7 @@ def main(args: Args) -> None:
 
         # ---------------- 3. log-probabilities of the response tokens; AdamW
         optimizer.param_groups[0]["lr"] = scheduled_lr(
-            args.lr, step - 1, num_steps, args.lr_schedule, args.warmup_steps, args.lr_final_fraction)  # fmt: skip
+            args.lr, step - 1, num_steps, args.lr_schedule, args.warmup_steps, args.final_lr_fraction)  # fmt: skip
         parts, local_loss = micro_batches(batch, torch.arange(len(batch["queries"]), device=device), args.micro_batch_size), 0.0
         for i, part in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model), accelerator.autocast():
@@ -662,7 +682,7 @@ def main(args: Args) -> None:
         metrics, last = {}, step == num_steps
         if step % args.log_every == 0 or last:
             metrics = {"train/loss": float(np.mean(state["losses"])), "train/grad_norm": float(np.mean(state["grad_norms"])),
-                       "train/lr": optimizer.param_groups[0]["lr"], "train/epoch": (start + len(picks)) / len(rows),
+                       "train/lr": optimizer.param_groups[0]["lr"], "train/epoch": step / steps_per_epoch,
                        "seconds/step": (time.time() - clock) / len(state["losses"])}  # fmt: skip
             state["losses"], state["grad_norms"] = [], []
         if last or (args.eval_every and step % args.eval_every == 0):
