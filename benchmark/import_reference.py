@@ -38,11 +38,11 @@ def load_recorded(model: nn.Module, recorded: dict[str, torch.Tensor], names: di
                 parameters[names[name]].copy_(tensor.reshape(parameters[names[name]].shape))
 
 
-def reward_model_from(folder: Path, recorded: dict[str, torch.Tensor]) -> RewardModel:
-    """Our RewardModel with the recorded weights (by recorded name) on the architecture of folder/model."""
+def reward_model_from(folder: Path, recorded: dict[str, torch.Tensor], model_class: type = RewardModel) -> nn.Module:
+    """Our reward model with the recorded weights (by recorded name) on the architecture of folder/model."""
     causal_lm = load_causal_lm(str(folder / "model"))
     names = reward_names(causal_lm)
-    model = RewardModel(causal_lm.base_model)
+    model = model_class(causal_lm.base_model)
     load_recorded(model, recorded, names)
     return model
 
