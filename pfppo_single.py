@@ -792,7 +792,10 @@ def check_args(args: Args, num_processes: int) -> dict[str, int]:
     need(args.filter != "auto" or args.actual_score != "", "--filter auto needs --actual_score to compute R²")
     need(0 <= args.num_kept <= n or args.draw == "sample", f"--num_kept {args.num_kept} exceeds num_responses {n}; use --draw sample")
     need(args.total_episodes >= b * n, f"--total_episodes {args.total_episodes} is less than one update of {b} x {n}")
-    need(args.critic == "separate" or not args.critic_warmup_updates, "--critic_warmup_updates needs --critic separate")
+    for field in ("critic_warmup_updates", "critic_init"):
+        need(args.critic == "separate" or not getattr(args, field), f"--{field} needs --critic separate")
+    need(not args.critic_init or (Path(args.critic_init) / "reward_head.safetensors").is_file(),
+         f"--critic_init {args.critic_init}: no reward_head.safetensors there; give a folder of rm_single.py")  # fmt: skip
     kept = num_kept(args, args.filter)
     if args.filter not in ("top", "top_random", "top_bottom", "auto"):
         need(b * kept % args.minibatch_size == 0, f"--minibatch_size {args.minibatch_size} must divide the kept rows {b} x {kept} = {b * kept}")
@@ -855,9 +858,6 @@ def main(args: Args) -> None:
     if args.dry_run:
         accelerator.print(json.dumps(dataclasses.asdict(args), indent=1))
         return
-    if accelerator.is_main_process:
-        open_run(args, world)
-    accelerator.wait_for_everyone()
     output_dir = Path(args.output_dir)
     set_seed(args.seed + 100003 * rank)  # LMHP: a rank-shifted seed
     tokenizer = load_tokenizer(args.policy, args.pad_token)
@@ -867,6 +867,10 @@ def main(args: Args) -> None:
     eval_rows = encode_queries(tokenizer, eval_rows, args, "eval_prompts") if eval_rows else []
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
+    reward_function = load_function(args.reward, "reward") if ":" in args.reward else None
+    if accelerator.is_main_process:  # last, so that a refused command leaves no folder behind
+        open_run(args, world)
+    accelerator.wait_for_everyone()
 
     frozen_dtype = getattr(torch, args.frozen_dtype)
     ref_policy = load_causal_lm(args.policy, frozen_dtype).to(device).eval().requires_grad_(False)
@@ -886,9 +890,7 @@ def main(args: Args) -> None:
         policy.gradient_checkpointing_enable()
         if args.critic == "separate":
             critic.lm_backbone.gradient_checkpointing_enable()
-    if ":" in args.reward:
-        reward_function, reward_model = load_function(args.reward, "reward"), None
-    else:
+    if reward_function is None:
         reward_model = RewardModel.from_pretrained(args.reward, frozen_dtype).to(device).eval().requires_grad_(False)
 
     model = PolicyAndCritic(policy, critic)
@@ -935,7 +937,7 @@ def main(args: Args) -> None:
 
     def score(batch_rows: list[dict], rollout: dict[str, torch.Tensor], texts: list[str]) -> torch.Tensor:
         """R_φ of every response (rows,), as the reward gives it."""
-        if reward_model is None:
+        if reward_function is not None:
             return call(reward_function, batch_rows, texts)
         with accelerator.autocast():
             return reward_model_scores(reward_model, rollout, args.forward_batch_size)
@@ -975,7 +977,8 @@ def main(args: Args) -> None:
             if args.normalize_reward:
                 state["reward_mean"], state["reward_std"] = scores.mean().item(), scores.std().item()
                 if not state["reward_std"] > 0:
-                    raise ValueError("--normalize_reward: the reward is the same for every π_SFT sample; check --reward or turn it off")
+                    raise ValueError(f"--normalize_reward: the reward's standard deviation on π_SFT samples is {state['reward_std']}; "
+                                     "check --reward, or turn it off with --no-normalize_reward")  # fmt: skip
             if args.filter == "auto":
                 actual = accelerator.gather(call(actual_score, batch_rows, texts)).cpu().numpy()
                 ids = accelerator.gather(rollout["prompt_ids"]).cpu()
