@@ -5,7 +5,9 @@
 
 1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither (`benchmark/sandbox.py`). Plain data crosses.
 2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the program does not have.
-3. Limits are on CPU time for the whole program; wall time is generous, and a program that runs out of it beside others is tried once more alone.
+   A judge is trusted and serves job after job; a program's process is used once, then killed and waited for, with all that it started.
+3. Limits are on CPU time for the whole program. Wall time is generous: three times as long for a program that computes as for one that waits, and a program
+   that runs out of it beside others is tried once more alone.
 4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests are at fault, not the program.
 
 Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on standard error.
@@ -18,6 +20,7 @@ import re
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,11 +33,11 @@ SANDBOX = Path(__file__).with_name("sandbox.py")
 BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), sys.argv[1], 'exec'))"
 START_SECONDS = 60  # for a template to start; more means that something is wrong
 
-WALL_SECONDS = 8.0
-CPU_SECONDS = 6
+END_SECONDS = 30  # for killed processes to be gone
+WALL_SECONDS = 10.0
+CPU_SECONDS = 10
 MEMORY_BYTES = 2 << 30
-FILE_BYTES = 16 << 20
-PROCESSES = 8
+JUDGE_BYTES = 4 << 30
 
 
 class GradingError(RuntimeError):
@@ -44,20 +47,27 @@ class GradingError(RuntimeError):
 class Run:
     """One grading under way."""
 
-    def __init__(self, index, job, slot, wall):
-        self.index, self.job, self.slot = index, job, slot
-        self.deadline = time.monotonic() + wall
-        self.verdict = b""
-        self.judged = False  # the judge's socket is closed
-        self.exits = {}  # who -> report of the template
-        self.expired = False
+    def __init__(self, name, index, job, slot, judge, again):
+        self.name, self.index, self.job, self.slot, self.judge, self.again = name, index, job, slot, judge, again
+        self.started = time.monotonic()
+        self.deadline = self.started + job["wall"]
+        self.verdict = None
+        self.programs = 2 if job["helper_names"] else 1  # processes
+        self.exits = {}  # number of the process -> report of the template
+        self.expired = self.extended = self.judge_lost = False
         self.crowded = False  # others ran at the same time
-        self.again = False  # the second try of a run that took too long
         self.error = None
 
     def program_cpu(self):
         """CPU seconds of the program's process."""
-        return max(message["cpu"] for who, message in self.exits.items() if who != "judge")
+        return max((message["cpu"] for message in self.exits.values()), default=0.0)
+
+
+class Judge:
+    """A process that runs tests, one job after another; its socket brings back verdicts."""
+
+    def __init__(self, name, sock):
+        self.name, self.sock, self.data, self.run = name, sock, b"", None
 
 
 class Template:
@@ -122,119 +132,159 @@ class Grader:
             self.close()
             raise
         self.isolation = ["own process group", "resource limits", *isolation]
-        self.next_id = 0
+        self.next_id, self.judges, self.idle = 0, {}, []
+        self.selector = selectors.DefaultSelector()
+        for template in self.templates.values():
+            self.selector.register(template.control, selectors.EVENT_READ, template)
 
     def close(self):
         for template in self.templates.values():
-            template.close()
+            template.close()  # its children end with it
 
     def run(self, jobs, workers, done):
         """Grades jobs (dicts as of `as_job`), at most `workers` at a time; calls done(index, verdict) as each ends, in no order."""
         waiting, alone, active = deque(enumerate(jobs)), deque(), {}
-        self.selector = selectors.DefaultSelector()
-        for template in self.templates.values():
-            self.selector.register(template.control, selectors.EVENT_READ, template)
-        try:
-            while waiting or alone or active:
-                while waiting and len(active) < workers or not waiting and not active and alone:
-                    again = not waiting
-                    index, job = (waiting or alone).popleft()
-                    name, run = self.start(index, job, active)
-                    active[name], run.again = run, again
-                    for other in active.values():
-                        other.crowded |= len(active) > 1
-                soonest = min(run.deadline for run in active.values())
-                for key, _ in self.selector.select(max(0.0, soonest - time.monotonic())):
-                    if isinstance(key.data, Template):
-                        self.hear(key.data, active)
+        while waiting or alone or active:
+            while waiting and len(active) < workers or not waiting and not active and alone:
+                again = not waiting
+                index, job = (waiting or alone).popleft()
+                name, run = self.start(index, job, active, again)
+                active[name] = run
+                for other in active.values() if len(active) > 1 else ():
+                    other.crowded = True
+            soonest = min(run.deadline for run in active.values())
+            for key, _ in self.selector.select(max(0.0, soonest - time.monotonic())):
+                if isinstance(key.data, Template):
+                    self.hear(key.data, active)
+                else:
+                    self.listen(key.data)
+            for name, run in list(active.items()):
+                if run.error:
+                    raise GradingError(run.error)
+                if run.verdict and len(run.exits) == run.programs:
+                    del active[name]
+                    if run.expired and not run.again and (run.crowded or run.program_cpu() > 1):
+                        alone.append((run.index, run.job))  # its time may have gone to others: once more, alone
                     else:
-                        self.listen(key.fileobj, key.data, active)
-                for name, run in list(active.items()):
-                    if run.judged and len(run.exits) == run.processes or run.error:
-                        del active[name]
-                        if run.error:
-                            raise GradingError(run.error)
-                        if run.expired and not run.again and (run.crowded or run.program_cpu() > 1):
-                            alone.append((run.index, run.job))  # its time may have gone to others: once more, alone
-                        else:
-                            done(run.index, self.conclude(run))
-                    elif time.monotonic() > run.deadline:
-                        if run.expired:
-                            raise GradingError("a process does not end although it was killed")
-                        run.expired, run.deadline = True, time.monotonic() + 20
-                        self.end(name)
-        finally:
-            for name in active:
-                self.end(name)
-            self.selector.close()
+                        done(run.index, self.conclude(run))
+                elif time.monotonic() > run.deadline:
+                    if run.expired or run.verdict:
+                        raise GradingError("a process does not end although it was killed")
+                    if run.extended:
+                        self.expire(run)
+                    else:  # a program that computes may have waited for a core; one that sleeps has not
+                        run.extended, run.deadline = True, run.deadline + 2 * run.job["wall"]
+                        self.templates["program"].send({"clock": f"{name}:0"})
 
-    def start(self, index, job, active):
-        limits = job["limits"]
+    def start(self, index, job, active, again):
         name, self.next_id = self.next_id, self.next_id + 1
         slot = min(set(range(len(active) + 1)) - {run.slot for run in active.values()})
-        run = Run(index, job, slot, limits["wall"])
-        mine, judge_end = socket.socketpair()
-        judge_links, program_links = zip(*[socket.socketpair() for _ in range(2 if job["helper_names"] else 1)])
+        judge = self.idle.pop() if self.idle else self.new_judge()
+        run = judge.run = Run(name, index, job, slot, judge, again)
+        pairs = [socket.socketpair() for _ in range(run.programs)]  # the second for the part of the program that the tests' helpers come from
         try:
-            for number, link in enumerate(program_links):  # the second holds the part of the program that the tests' helpers come from
-                request = {"fork": f"{name}:{number}", "slot": 2 * slot + number, "limits": limits}
-                self.templates["program"].send(request, [link.fileno()])
-            judge_limits = {**limits, "memory": 2 * limits["memory"], "cpu": 2 * limits["cpu"]}
-            descriptors = [link.fileno() for link in (judge_end, *judge_links)]
-            self.templates["judge"].send({"fork": f"{name}:judge", "slot": slot, "limits": judge_limits}, descriptors)
-            mine.settimeout(START_SECONDS)
-            mine.sendall(json.dumps({key: value for key, value in job.items() if key != "limits"}).encode())
-            mine.shutdown(socket.SHUT_WR)
+            for number, (_, program_end) in enumerate(pairs):
+                request = {"fork": f"{name}:{number}", "slot": 2 * slot + number, "memory": job["memory"], "cpu": job["cpu"]}
+                self.templates["program"].send(request, [program_end.fileno()])
+            data = json.dumps(job).encode()
+            data = struct.pack("!I", len(data)) + data
+            sent = socket.send_fds(judge.sock, [data[:4096]], [judge_end.fileno() for judge_end, _ in pairs])
+            judge.sock.sendall(data[sent:])
         except OSError as error:
             raise GradingError(f"the judge's process does not listen: {error}") from None
         finally:
-            for link in (judge_end, *judge_links, *program_links):
-                link.close()
-        run.processes = 1 + len(program_links)
-        self.selector.register(mine, selectors.EVENT_READ, name)
+            for pair in pairs:
+                for link in pair:
+                    link.close()
         return name, run
 
-    def listen(self, sock, name, active):
+    def new_judge(self):
+        name, self.next_id = self.next_id, self.next_id + 1
+        mine, theirs = socket.socketpair()
+        slot = min(set(range(len(self.judges) + 1)) - set(self.judges.values()))
+        self.templates["judge"].send({"fork": f"{name}:judge", "slot": slot, "memory": JUDGE_BYTES, "cpu": 0}, [theirs.fileno()])
+        theirs.close()
+        mine.settimeout(START_SECONDS)
+        judge = Judge(name, mine)
+        self.judges[name] = slot
+        self.selector.register(mine, selectors.EVENT_READ, judge)
+        return judge
+
+    def expire(self, run):
+        if not run.expired and not run.verdict:
+            run.expired, run.verdict = True, {"passed": False}
+            self.finish(run)
+
+    def drop_judge(self, judge):
+        self.selector.unregister(judge.sock)
+        judge.sock.close()  # it ends when its socket closes, or when it is killed
+        judge.run = None
+        self.templates["judge"].send({"kill": f"{judge.name}:judge"})
+
+    def listen(self, judge):
         try:
-            data = sock.recv(1 << 16)
+            chunk = judge.sock.recv(1 << 16)
         except OSError:
-            data = b""
-        active[name].verdict += data
-        if not data:
-            self.selector.unregister(sock)
-            sock.close()
-            active[name].judged = True
-            self.end(name)  # the program has no more to say
+            chunk = b""
+        judge.data += chunk
+        run = judge.run
+        if run is None:  # an idle judge ended: none of our gradings is touched
+            self.idle.remove(judge)
+            self.drop_judge(judge)
+        elif not chunk:
+            run.judge_lost = True  # how it ended comes from its template, see `hear`
+            self.finish(run)
+        else:
+            try:
+                run.verdict = json.loads(judge.data)
+            except ValueError:
+                return  # more to come
+            self.finish(run)
+
+    def finish(self, run):
+        """The judge has spoken or is gone: the program's processes are ended, the judge is kept for the next job if it is clean."""
+        judge, run.judge.data = run.judge, b""
+        run.deadline = time.monotonic() + END_SECONDS
+        for number in range(run.programs):
+            self.templates["program"].send({"kill": f"{run.name}:{number}"})
+        if run.verdict is None or run.expired or run.verdict.get("used_up"):
+            self.drop_judge(judge)
+        else:
+            judge.run = None
+            self.idle.append(judge)
 
     def hear(self, template, active):
         message = template.receive()
         name, who = message["id"].split(":")
+        if who == "judge":
+            if "error" in message:
+                raise GradingError(message["error"])
+            self.judges.pop(int(name), None)
+            for run in active.values():
+                if run.judge_lost and run.judge.name == int(name):
+                    if message["status"] not in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
+                        raise GradingError(f"the judge's process ended without a verdict (status {message['status']})")
+                    run.verdict = {"passed": False, "detail": "the tests crashed on the program's answers"}
+            return
         run = active.get(int(name))
         if run is None:
             return
         if "error" in message:
             run.error = message["error"]
-        run.exits[who] = message
-
-    def end(self, name):
-        for template, who in (("program", "0"), ("program", "1"), ("judge", "judge")):
-            self.templates[template].send({"kill": f"{name}:{who}"})
+        elif "clock" in message:
+            if message["clock"] < 0.1 * (time.monotonic() - run.started):
+                self.expire(run)
+        else:
+            run.exits[int(who)] = message
 
     def conclude(self, run):
-        limits, judge = run.job["limits"], run.exits["judge"]
+        verdict, job = run.verdict, run.job
         if run.expired:
-            return {"passed": False, "detail": f"timeout: over {limits['wall']:g} s of wall time"}
-        if not run.verdict:
-            if judge["cpu"] >= 2 * limits["cpu"] - 0.5:
-                return {"passed": False, "detail": "timeout: the tests ran out of CPU time on the program's answers"}
-            if judge["status"] in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
-                return {"passed": False, "detail": "the tests crashed on the program's answers"}
-            raise GradingError(f"the judge's process ended without a verdict (status {judge['status']})")
-        verdict = json.loads(run.verdict)
+            return {"passed": False, "detail": f"timeout: over {job['wall']:g} s of wall time"}
         if "error" in verdict:
             raise GradingError(verdict["error"])
-        if not verdict["passed"] and run.program_cpu() >= limits["cpu"] - 0.1:
-            verdict["detail"] = f"timeout: over {limits['cpu']} s of CPU time"
+        if not verdict["passed"] and run.program_cpu() >= job["cpu"] - 0.1:
+            verdict["detail"] = f"timeout: over {job['cpu']} s of CPU time"
         return {"passed": verdict["passed"] is True, "detail": verdict["detail"]}
 
 
@@ -277,9 +327,9 @@ def as_job(
     # alone, so that what follows cannot change them.
     prefix = re.split(rf"^(?:def|class) {re.escape(entry_point)}\b", program, maxsplit=1, flags=re.M)[0]
     above = [name for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if re.search(rf"\b{name}\b", tests)]
-    limits = {"wall": wall_seconds, "cpu": cpu_seconds, "memory": memory_bytes, "file": FILE_BYTES, "processes": PROCESSES}
     return {
-        "program": program, "tests": tests, "entry_point": entry_point, "helpers": helpers or "", "limits": limits,
+        "program": program, "tests": tests, "entry_point": entry_point, "helpers": helpers or "",
+        "wall": wall_seconds, "cpu": cpu_seconds, "memory": memory_bytes,
         "helper_names": sorted(set(above)), "helper_source": prefix if above else "",
     }
 

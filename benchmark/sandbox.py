@@ -35,15 +35,18 @@ import struct
 import sys
 import sysconfig
 import tempfile
+import time
 import types
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
-# Warm modules: imported once by the template, so that a child that imports them pays nothing.
-WARM = """abc array asyncio bisect calendar cmath collections.abc contextlib copy dataclasses hashlib heapq io itertools math numbers queue re
-statistics string textwrap threading time traceback typing unicodedata""".split()
+# Imported once by the template, so that a child that imports them pays nothing. Larger ones (asyncio, hashlib) would make every fork dearer.
+WARM = """abc array bisect calendar cmath collections.abc contextlib copy dataclasses heapq io itertools math numbers re statistics string textwrap
+time traceback typing unicodedata""".split()
 
 MAX_MESSAGE = 32 << 20  # bytes; a larger answer fails the program before it can fill the judge's memory
 MAX_REMEMBERED = 5000  # elements of containers whose identity is kept across calls, see Link
+FILE_BYTES = 16 << 20  # the largest file that a program may write
+PROCESSES = 8  # processes and threads of a program
 TESTS_MODULE = "__tests__"  # __name__ of the namespace in which the tests run
 
 
@@ -92,7 +95,7 @@ class Link:
     first_number = 0
 
     def __init__(self, sock):
-        self.sock = sock
+        self.sock, self.buffer = sock, bytearray()
         self.objects, self.numbers, self.seen, self.tags, self.extras = {}, {}, {}, {}, {}
         self.next_number = self.first_number
         self.fresh = []
@@ -117,17 +120,17 @@ class Link:
             raise ProgramEnded("the program's process ended") from None
 
     def read(self, size):
-        chunks = []
-        while size:
+        while len(self.buffer) < size:
             try:
-                chunk = self.sock.recv(min(size, 1 << 20))
+                chunk = self.sock.recv(1 << 16 if size < 1 << 16 else 1 << 20)
             except OSError:
                 chunk = b""
             if not chunk:
                 raise ProgramEnded("the program's process ended")
-            chunks.append(chunk)
-            size -= len(chunk)
-        return b"".join(chunks)
+            self.buffer += chunk
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return data
 
     def receive(self):
         (size,) = struct.unpack("!I", self.read(4))
@@ -430,10 +433,9 @@ OPERATIONS = {
 }
 
 
-def run_program(sock, limits):
+def run_program(sock):
     link = ProgramLink(sock)
     link.send("ready", None)
-    random.seed(1)
     sys.setrecursionlimit(1040)  # the default 1000 and our own frames
     gc.enable()
     while True:
@@ -719,7 +721,7 @@ class MissingEntryPoint(Exception):
     pass
 
 
-def judge(job, sock, helper_sock):
+def judge(job, sock, helper_sock=None):
     """Runs the tests against the program behind `sock`. Returns {"passed", "detail"}, or {"error"} for what is not the program's fault.
 
     Names that the tests use and do not define mean, in this order: the entry point (always the program's), builtins, functions of `helpers`
@@ -808,33 +810,54 @@ def explain(error, tests):
     return f"{type(error).__name__}{': ' + text if text else ''}{where}"[:300]
 
 
-def run_judge(sock, limits):
-    """Reads the job, runs it, writes the verdict. The program's socket (and the helper's) come as further descriptors, see `child`."""
-    chunks = []
-    while chunk := sock.recv(1 << 20):
-        chunks.append(chunk)
-    job = json.loads(b"".join(chunks))
-    program = socket.socket(fileno=4)
-    helper = socket.socket(fileno=5) if job["helper_names"] else None
-    random.seed(2)
+def run_judge(sock):
+    """Runs job after job until the socket closes: a job with the program's socket (and the helper's) comes in, a verdict goes out.
+
+    The tests are trusted and get a fresh namespace each. Where they leave a trace in the interpreter, the verdict says that this judge is used up.
+    """
     gc.enable()
-    try:
-        verdict = judge(job, program, helper)
-    except MemoryError:
-        verdict = {"passed": False, "detail": "MemoryError while the tests ran"}
-    sock.sendall(json.dumps(verdict).encode())
+    before = interpreter_state()
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(sock, 1 << 16, 4)
+        if not data:
+            return
+        (size,) = struct.unpack("!I", data[:4])
+        chunks = [data[4:]]
+        while (size := size - len(chunks[-1])) > 0:
+            chunks.append(sock.recv(min(size, 1 << 20)))
+            if not chunks[-1]:
+                return
+        links = [socket.socket(fileno=fd) for fd in descriptors]
+        random.seed(2)
+        try:
+            verdict = judge(json.loads(b"".join(chunks)), *links)
+        except MemoryError:
+            verdict = {"passed": False, "detail": "MemoryError while the tests ran", "used_up": True}
+        for link in links:
+            link.close()
+        verdict["used_up"] = verdict.get("used_up", False) or interpreter_state() != before
+        sock.sendall(json.dumps(verdict).encode())
+
+
+def interpreter_state():
+    """What tests might change for those after them."""
+    return (
+        dict(vars(builtins)), sys.getrecursionlimit(), repr(decimal.getcontext()), os.getcwd(), sys.stdout, sys.stdin, len(os.environ), sys.gettrace(),
+        [len(vars(sys.modules[name])) for name in ("math", "random", "copy", "itertools", "collections", "json", "re", "time")],
+    )
 
 
 # ---------------------------------------------------------------- isolation
 
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 libc = ctypes.CDLL(None, use_errno=True)
+fork = ctypes.PyDLL(None).fork  # without os.fork's handlers, which rewrite much memory in the child for threads that a template does not have
 
 # System calls that a program has no business with, by number (x86_64, aarch64); None where the machine has none.
 DENIED = {
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202), "accept4": (288, 242),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272), "pidfd_getfd": (438, 438),
-    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "execve": (59, 221), "execveat": (322, 281), "unshare": (272, 97), "setns": (308, 268),
+    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "execve": (59, 221), "execveat": (322, 281),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
     "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "swapon": (167, 224),
     "swapoff": (168, 225), "reboot": (169, 142), "sethostname": (170, 161), "setdomainname": (171, 162), "init_module": (175, 105),
@@ -847,12 +870,16 @@ DENIED = {
 }
 SIGNALS = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}
 FORKS = {"fork": (57, None), "vfork": (58, None)}
-CLONE, CLONE3 = (56, 220), (435, 435)
+UNSHARE, SETNS, CLONE, CLONE3 = (272, 97), (308, 268), (56, 220), (435, 435)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, audit architecture
 
 
 def seccomp_program(allow_fork):
-    """The filter as bytes of `struct sock_filter`, or None on a machine whose numbers are not listed."""
+    """The filter as bytes of `struct sock_filter`, or None on a machine whose numbers are not listed.
+
+    allow_fork: for a template whose children have a process namespace and a user of their own. It passes the two calls by which the template makes such
+    namespaces (of its children, who lack the privilege, the kernel refuses them). Without it, no process can be made or signalled at all.
+    """
     if platform.machine() not in MACHINES or sys.maxsize < 1 << 32:
         return None
     column, architecture = MACHINES[platform.machine()]
@@ -861,12 +888,15 @@ def seccomp_program(allow_fork):
     rules = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     if column == 0:
         rules += [(jump_above, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # the x32 numbering of the same calls
-    refused = dict(DENIED) if allow_fork else {**DENIED, **SIGNALS, **FORKS}
+    refused = dict(DENIED) if allow_fork else {**DENIED, **SIGNALS, **FORKS, "unshare": UNSHARE, "setns": SETNS}
     for numbers in refused.values():
         if numbers[column] is not None:
             rules += [(jump_equal, 0, 1, numbers[column]), (give, 0, 0, refuse)]
     rules += [(jump_equal, 0, 1, CLONE3[column]), (give, 0, 0, missing)]  # its flags lie in memory, out of a filter's sight: libc falls back to clone
     namespaces = NEW_NS | NEW_UTS | NEW_IPC | NEW_USER | NEW_PID | NEW_NET | 0x02000000 | 0x80
+    if allow_fork:
+        rules += [(jump_equal, 0, 3, UNSHARE[column]), (load, 0, 0, 16), (jump_equal, 1, 0, NEW_PID), (give, 0, 0, refuse), (load, 0, 0, 0)]
+        rules += [(jump_equal, 0, 3, SETNS[column]), (load, 0, 0, 24), (jump_equal, 1, 0, NEW_PID), (give, 0, 0, refuse), (load, 0, 0, 0)]
     tail = [(load, 0, 0, 16), (jump_any, 0, 1, namespaces & 0xFFFFFFFF), (give, 0, 0, refuse)]
     if not allow_fork:
         tail += [(jump_any, 1, 0, 0x10000), (give, 0, 0, refuse)]  # CLONE_THREAD: threads yes, processes no
@@ -984,8 +1014,20 @@ class Template:
             self.landlock.abi = 0
         if self.filter and self.probe(lambda: install_seccomp(self.filter)):
             self.active.append("seccomp")
+            if self.drop and self.pid_namespace is not None:
+                install_seccomp(self.filter)  # once, for all children
+                self.filter = None
         else:
             self.filter = None
+        if self.drop:
+            os.setgroups([])
+        for name, value in (("FSIZE", FILE_BYTES), ("NOFILE", 64), ("CORE", 0), ("NPROC", PROCESSES if self.drop else None), ("STACK", 64 << 20)):
+            kind = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(kind)[1]
+            if value is not None:
+                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+                resource.setrlimit(kind, (value, hard if name == "STACK" else value))
+        os.umask(0o077)
 
     def probe(self, attempt):
         """Whether `attempt` works, tried in a child because it cannot be undone."""
@@ -1006,14 +1048,12 @@ class Template:
         return all(os.access(os.path.join(folder, "os.py"), os.R_OK) for folder in sys.path[:1])
 
     def serve(self):
-        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", limits} with descriptors, or {"kill": id}."""
+        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", "memory", "cpu"} with a socket, {"kill": id}, {"clock": id}."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         os.set_blocking(reader, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the whole group; the owner decides when to stop
         self.report({"hello": self.role, "isolation": self.active})
         while True:
             ready, _, _ = select.select([self.control, reader], [], [])
@@ -1030,8 +1070,12 @@ class Template:
                 request = json.loads(data)
                 if "fork" in request:
                     self.fork(request, descriptors)
-                elif request["kill"] in self.children:
+                elif request.get("kill") in self.children:
                     self.kill(self.children[request["kill"]][0])
+                elif "clock" in request:
+                    pid = self.children.get(request["clock"], (None,))[0]
+                    seconds = time.clock_gettime(~pid << 3 | 2) if pid else 0.0  # the CPU-time clock of another process, see clock_getcpuclockid(3)
+                    self.report({"id": request["clock"], "clock": seconds})
                 for fd in descriptors:
                     os.close(fd)
 
@@ -1048,7 +1092,9 @@ class Template:
             if self.pid_namespace is not None:
                 if libc.setns(self.pid_namespace, NEW_PID) or libc.unshare(NEW_PID):
                     raise OSError(ctypes.get_errno(), "no process namespace")
-            pid = os.fork()
+            pid = fork()
+            if pid < 0:
+                raise OSError("fork failed")
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             self.report({"id": request["fork"], "error": f"{self.role} process did not start: {error}"})
@@ -1056,48 +1102,35 @@ class Template:
         if pid == 0:
             code = 1
             try:
-                code = self.child(request, descriptors, folder, uid)
+                code = self.child(request, descriptors[0], folder, uid)
             finally:
                 os._exit(code or 0)
         self.children[request["fork"]] = (pid, folder)
 
-    def child(self, request, descriptors, folder, uid):
+    def child(self, request, descriptor, folder, uid):
+        # Little is done here, and in few lines: what can be inherited was set up in the template, and every page that is written is copied.
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        if self.pid_namespace is None:
-            os.setpgid(0, 0)
-        os.setsid() if self.pid_namespace is not None else None
-        copies = [os.dup2(fd, 40 + index) for index, fd in enumerate(descriptors)]  # clear of 3, 4, 5 before they are filled
-        for index, fd in enumerate(copies):
-            os.dup2(fd, 3 + index)
-        os.closerange(3 + len(copies), 1024)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        os.dup2(descriptor, 3)
+        os.closerange(4, 1024)
         os.chdir(folder)
-        os.umask(0o077)
-        limits = request["limits"]
-        processes = limits["processes"] if self.drop else resource.RLIM_INFINITY  # a limit per user: only for a user of its own
-        for name, value in (("AS", limits["memory"]), ("CPU", limits["cpu"]), ("FSIZE", limits["file"]), ("NOFILE", 64), ("CORE", 0), ("NPROC", processes)):
-            kind = getattr(resource, f"RLIMIT_{name}")
-            hard = resource.getrlimit(kind)[1]
-            if value != resource.RLIM_INFINITY:
-                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-                resource.setrlimit(kind, (value, value))
-        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-        resource.setrlimit(resource.RLIMIT_STACK, (64 << 20 if hard == resource.RLIM_INFINITY else min(hard, 64 << 20), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
+        if request["cpu"]:
+            resource.setrlimit(resource.RLIMIT_CPU, (request["cpu"], request["cpu"]))
         if self.drop:
-            os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
         else:
             drop_capabilities()
-        if self.landlock.abi:
-            self.landlock.restrict([("/", Landlock.READ), ("/dev/null", None), (folder, None)])
+            if self.landlock.abi:
+                self.landlock.restrict([("/", Landlock.READ), ("/dev/null", None), (folder, None)])
         libc.prctl(4, 0, 0, 0, 0)
         if self.filter and not install_seccomp(self.filter):
             return 1
         sock = socket.socket(fileno=3)
         try:
-            (run_program if self.role == "program" else run_judge)(sock, limits)
+            (run_program if self.role == "program" else run_judge)(sock)
         except ProgramEnded:
             pass
         return 0
@@ -1130,7 +1163,7 @@ class Template:
             except OSError:
                 remove(folder)
             seconds = usage.ru_utime + usage.ru_stime
-            self.report({"id": name, "role": self.role, "status": os.waitstatus_to_exitcode(status), "cpu": seconds, "kilobytes": usage.ru_maxrss})
+            self.report({"id": name, "role": self.role, "status": os.waitstatus_to_exitcode(status), "cpu": seconds, "kilobytes": usage.ru_maxrss, "faults": usage.ru_minflt})
 
     def end_orphans(self):
         """Without a process namespace a descendant may have left its group: as adopted children they are found here."""
