@@ -282,7 +282,11 @@ class PolicyAndCritic(nn.Module):
         """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R), aligned with the R response tokens."""
         shared = isinstance(self.critic, nn.Linear)
         output = self.policy(**model_inputs(ids, mask), use_cache=False, logits_to_keep=response_length + 1, output_hidden_states=shared)
-        values = self.critic(output.hidden_states[-1].float()).squeeze(-1) if shared else self.critic(ids, mask)
+        if shared:
+            with torch.autocast(ids.device.type, enabled=False):  # values in float32, as those of RewardModel
+                values = self.critic(output.hidden_states[-1].float()).squeeze(-1)
+        else:
+            values = self.critic(ids, mask)
         return output.logits[:, :-1], values[:, -response_length - 1 : -1].float()
 
 
@@ -501,7 +505,8 @@ STATS = ("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total", "ppo/policy/entr
 def minibatch_loss(
     model: nn.Module, batch: dict[str, torch.Tensor], temperature: float, cliprange: float, cliprange_value: float, vf_coef: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One micro-batch (from `trim`, with loss_weights) -> its share of the minibatch loss, and of the STATS (10,)."""
+    """One micro-batch (from `trim`, with loss_weights) -> its share of the minibatch loss, and of the STATS (10,).
+    Leaves the ratio of every token in batch["ratio"] (rows, R), 1 where masked."""
     mask, weights = batch["response_mask"], batch["loss_weights"]
     logits, vpred = model(batch["query_responses"], batch["mask"], mask.shape[1])
     new_logprobs = token_logprobs(logits, batch["responses"], mask, temperature)
@@ -510,7 +515,7 @@ def minibatch_loss(
     pg_loss, vf_loss = (pg_losses * weights).sum(), (vf_losses * weights).sum()
     loss = pg_loss + vf_coef * vf_loss
     with torch.no_grad():
-        vpred, log_ratio = torch.where(mask, vpred, 0.0), ratio.log()
+        vpred, log_ratio, batch["ratio"] = torch.where(mask, vpred, 0.0), ratio.log(), ratio
         per_token = (token_entropy(logits, temperature), 0.5 * log_ratio.square(), pg_clipped, ratio, vf_clipped, vpred,
                      (vpred - batch["returns"]).square())  # fmt: skip
         means = [(torch.where(mask, x.float(), 0.0) * weights).sum() for x in per_token]
@@ -1074,7 +1079,7 @@ def main(args: Args) -> None:
             group["lr"] = scheduled_lr(lr, update - 1, num_updates, args.lr_schedule, args.warmup_updates)
         if update <= args.critic_warmup_updates:
             optimizer.param_groups[0]["lr"] = 0.0
-        stats, first_ratio = [], None
+        stats, max_ratio = [], torch.zeros((), device=device)
         for epoch in range(args.noptepochs if kept_total else 0):
             order = torch.randperm(len(mask), generator=random_generator("cpu", args.seed, 5, update, epoch, rank)).to(device)
             for minibatch in order.tensor_split(num_minibatches):
@@ -1086,10 +1091,12 @@ def main(args: Args) -> None:
                 parts, local_stats = micro_batches(kept, minibatch, args.micro_batch_size), torch.zeros(len(STATS), device=device)
                 for i, part in enumerate(parts):
                     with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model), accelerator.autocast():
+                        micro_batch = trim(kept, part)
                         loss, part_stats = minibatch_loss(
-                            model, trim(kept, part), args.temperature, args.cliprange, args.cliprange_value, args.vf_coef)  # fmt: skip
+                            model, micro_batch, args.temperature, args.cliprange, args.cliprange_value, args.vf_coef)  # fmt: skip
                         accelerator.backward(loss)
                     local_stats += part_stats.detach()
+                    max_ratio = torch.maximum(max_ratio, micro_batch["ratio"].max()) if not stats else max_ratio
                 stats.append(accelerator.reduce(local_stats, "mean"))
                 if not torch.isfinite(stats[-1][2]):
                     raise FloatingPointError(f"update {update}, epoch {epoch}: the loss is {stats[-1][2].item()}; the last good checkpoint "
@@ -1125,6 +1132,7 @@ def main(args: Args) -> None:
         if stats:
             metrics.update(zip(STATS, torch.stack(stats).mean(0).tolist()))
             metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()  # 1: nothing has moved yet
+            metrics["ppo/policy/first_ratio_max"] = accelerator.gather(max_ratio.view(1)).max().item()  # no mean to hide behind
         if monitor is not None:
             shares = gather_object([monitor(texts)])
             metrics.update({f"monitor/{k}": float(np.mean([part[k] for part in shares])) for k in shares[0]})

@@ -363,13 +363,14 @@ def test_logprobs_and_entropy_are_computed_in_float32():
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), atol=1e-5, rtol=1e-5)
 
 
-def test_values_and_scores_are_float32_under_autocast():
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_values_and_scores_are_float32_under_autocast(critic):
     # PITFALLS LP-7: a bfloat16 head would round values to two or three digits
-    model = pf.PolicyAndCritic(causal_lm("gpt2"), reward_model()).eval()
+    model = pf.PolicyAndCritic(causal_lm("gpt2"), reward_model() if critic == "separate" else torch.nn.Linear(32, 1)).eval()
     rollout = make_rollout([4, 2], [6, 3])
     with torch.autocast("cpu", torch.bfloat16):
         _, values = forward(model, rollout)
-        scores = model.critic.score(rollout["responses"], rollout["response_mask"])
+        scores = reward_model().score(rollout["responses"], rollout["response_mask"])
     assert values.dtype == scores.dtype == torch.float32
     assert (values != values.bfloat16().float()).any()
 
