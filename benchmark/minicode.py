@@ -3,7 +3,7 @@
 A problem chains one to three of 44 operations (37 list -> list; 7 list -> scalar, which come last). The prompt is a
 comment with the instruction and a signature, the response one line per operation:
 
-    # keep values above 3; reverse the order
+    # keep above 3; reverse the order
     def f(x):
         x = [v for v in x if v > 3]
         return x[::-1]
@@ -62,110 +62,110 @@ class Operation(NamedTuple):
 
 ANY, SMALL, FACTOR, NONE = (0, 1, 2, 3, 4, 5, 6), (1, 2, 3), (2, 3, 4, 5), (0,)
 LIST_OPERATIONS = [Operation(*fields) for fields in (
-    ("above", ANY, ("keep values above {k}", "keep only what is greater than {k}", "drop values that do not exceed {k}"),
+    ("above", ANY, ("keep above {k}", "keep over {k}", "drop up to {k}"),
      ("[v for v in x if v > {k}]", "list(filter(lambda v: v > {k}, x))", "[v for v in x if not v <= {k}]"),
      ("[v for v in x if v >= {k}]", "[v for v in x if v < {k}]")),
-    ("below", ANY, ("keep values below {k}", "keep only what is less than {k}", "drop values that reach {k}"),
+    ("below", ANY, ("keep below {k}", "keep under {k}", "drop from {k} up"),
      ("[v for v in x if v < {k}]", "list(filter(lambda v: v < {k}, x))", "[v for v in x if not v >= {k}]"),
      ("[v for v in x if v <= {k}]", "[v for v in x if v > {k}]")),
-    ("at_least", ANY, ("keep values of at least {k}", "drop values under {k}"),
+    ("at_least", ANY, ("keep at least {k}", "drop below {k}"),
      ("[v for v in x if v >= {k}]", "list(filter(lambda v: v >= {k}, x))"),
      ("[v for v in x if v > {k}]", "[v for v in x if v <= {k}]")),
-    ("at_most", ANY, ("keep values of at most {k}", "drop values over {k}"),
+    ("at_most", ANY, ("keep at most {k}", "drop above {k}"),
      ("[v for v in x if v <= {k}]", "list(filter(lambda v: v <= {k}, x))"),
      ("[v for v in x if v < {k}]", "[v for v in x if v >= {k}]")),
-    ("remove", ANY, ("remove every {k}", "drop values equal to {k}"),
+    ("remove", ANY, ("remove {k}", "drop every {k}"),
      ("[v for v in x if v != {k}]", "list(filter(lambda v: v != {k}, x))"),
      ("[v for v in x if v == {k}]", "[v for i, v in enumerate(x) if i != {k}]", "[v for v in x if v > {k}]")),
-    ("even", NONE, ("keep even values", "drop the odd numbers"),
+    ("even", NONE, ("keep even", "drop odd"),
      ("[v for v in x if v % 2 == 0]", "[v for v in x if not v % 2]"), ("[v for v in x if v % 2]", "x[::2]")),
-    ("odd", NONE, ("keep odd values", "drop the even numbers"),
+    ("odd", NONE, ("keep odd", "drop even"),
      ("[v for v in x if v % 2 == 1]", "[v for v in x if v % 2]"), ("[v for v in x if v % 2 == 0]", "x[1::2]")),
-    ("multiples", (3, 4, 5), ("keep multiples of {k}", "keep what {k} divides"),
+    ("multiples", (3, 4, 5), ("keep multiples of {k}", "keep divisible by {k}"),
      ("[v for v in x if v % {k} == 0]", "[v for v in x if not v % {k}]"),
      ("[v for v in x if v % {k}]", "[v for v in x if v // {k} == 0]")),
-    ("positive", NONE, ("keep positive values", "drop zero and the negative numbers"),
+    ("positive", NONE, ("keep positive", "drop zero and below"),
      ("[v for v in x if v > 0]", "list(filter(lambda v: v > 0, x))"), ("[v for v in x if v >= 0]", "[abs(v) for v in x]")),
-    ("negative", NONE, ("keep negative values", "drop zero and the positive numbers"),
+    ("negative", NONE, ("keep negative", "drop zero and above"),
      ("[v for v in x if v < 0]", "list(filter(lambda v: v < 0, x))"), ("[v for v in x if v <= 0]", "[-v for v in x]")),
-    ("add", (1, 2, 3, 4, 5), ("add {k} to each value", "increase all values by {k}", "shift everything up by {k}"),
+    ("add", (1, 2, 3, 4, 5), ("add {k} to each", "increase each by {k}", "each plus {k}"),
      ("[v + {k} for v in x]", "[{k} + v for v in x]", "list(map(lambda v: v + {k}, x))"),
      ("[v - {k} for v in x]", "[v * {k} for v in x]")),
-    ("subtract", (1, 2, 3, 4, 5), ("subtract {k} from each value", "decrease all values by {k}"),
+    ("subtract", (1, 2, 3, 4, 5), ("subtract {k} from each", "decrease each by {k}", "each minus {k}"),
      ("[v - {k} for v in x]", "list(map(lambda v: v - {k}, x))"), ("[{k} - v for v in x]", "[v + {k} for v in x]")),
-    ("multiply", FACTOR, ("multiply each value by {k}", "scale all values by {k}"),
+    ("multiply", FACTOR, ("multiply each by {k}", "each times {k}"),
      ("[v * {k} for v in x]", "[{k} * v for v in x]", "list(map(lambda v: v * {k}, x))"),
      ("x * {k}", "[v + {k} for v in x]", "[v ** {k} for v in x]")),
-    ("square", NONE, ("square each value", "replace values by their squares"),
+    ("square", NONE, ("square each", "each times itself"),
      ("[v * v for v in x]", "[v ** 2 for v in x]"), ("[v * 2 for v in x]", "[v + v for v in x]")),
-    ("negate", NONE, ("negate each value", "flip the sign of all values"),
-     ("[-v for v in x]", "[0 - v for v in x]", "[v * -1 for v in x]"), ("[abs(v) for v in x]", "x[::-1]")),
-    ("absolute", NONE, ("take absolute values", "drop the sign of all values"),
-     ("[abs(v) for v in x]", "[max(v, -v) for v in x]", "list(map(abs, x))"), ("[-v for v in x]", "[max(v, 0) for v in x]")),
-    ("floor", ANY, ("raise values under {k} to {k}", "replace what is below {k} with {k}"),
+    ("negate", NONE, ("negate each", "flip each sign"),
+     ("[-v for v in x]", "[0 - v for v in x]"), ("[abs(v) for v in x]", "x[::-1]")),
+    ("absolute", NONE, ("absolute of each", "drop each sign"),
+     ("[abs(v) for v in x]", "[max(v, -v) for v in x]"), ("[-v for v in x]", "[max(v, 0) for v in x]")),
+    ("floor", ANY, ("raise each to at least {k}", "replace below {k} by {k}"),
      ("[max(v, {k}) for v in x]", "[v if v > {k} else {k} for v in x]"),
      ("[min(v, {k}) for v in x]", "[v for v in x if v >= {k}]")),
-    ("cap", ANY, ("cap values at {k}", "replace what is above {k} with {k}"),
+    ("cap", ANY, ("cap each at {k}", "replace above {k} by {k}"),
      ("[min(v, {k}) for v in x]", "[v if v < {k} else {k} for v in x]"),
      ("[max(v, {k}) for v in x]", "[v for v in x if v <= {k}]")),
-    ("modulo", FACTOR, ("take each value modulo {k}", "replace values by their remainder by {k}"),
+    ("modulo", FACTOR, ("each modulo {k}", "remainder of each by {k}"),
      ("[v % {k} for v in x]", "list(map(lambda v: v % {k}, x))"), ("[v // {k} for v in x]", "[v for v in x if v % {k}]")),
-    ("divide", FACTOR, ("divide each value by {k} rounding down", "floor divide all values by {k}"),
-     ("[v // {k} for v in x]", "[(v - v % {k}) // {k} for v in x]"), ("[v / {k} for v in x]", "[v % {k} for v in x]")),
-    ("ascending", NONE, ("sort ascending", "order from small to large"),
+    ("divide", FACTOR, ("floor divide each by {k}", "divide each by {k} rounding down"),
+     ("[v // {k} for v in x]", "list(map(lambda v: v // {k}, x))"), ("[v / {k} for v in x]", "[v % {k} for v in x]")),
+    ("ascending", NONE, ("sort ascending", "sort up"),
      ("sorted(x)", "sorted(x[:])"), ("sorted(x, reverse=True)", "sorted(set(x))")),
-    ("descending", NONE, ("sort descending", "order from large to small"),
-     ("sorted(x, reverse=True)", "sorted(x)[::-1]", "sorted(x, key=lambda v: -v)"), ("sorted(x)", "x[::-1]")),
-    ("reverse", NONE, ("reverse the order", "turn the list around"),
+    ("descending", NONE, ("sort descending", "sort down"),
+     ("sorted(x, reverse=True)", "sorted(x)[::-1]"), ("sorted(x)", "x[::-1]")),
+    ("reverse", NONE, ("reverse the order", "turn around"),
      ("x[::-1]", "list(reversed(x))"), ("sorted(x, reverse=True)", "x[:-1]")),
-    ("by_size", NONE, ("sort by absolute value", "order by distance from zero"),
+    ("by_size", NONE, ("sort by absolute", "sort by distance from zero"),
      ("sorted(x, key=abs)", "sorted(x, key=lambda v: abs(v))"), ("sorted(x)", "sorted(abs(v) for v in x)")),
-    ("first", SMALL, ("keep the first {k} values", "take {k} values from the front"),
+    ("first", SMALL, ("keep first {k}", "take {k} at the front"),
      ("x[:{k}]", "[v for i, v in enumerate(x) if i < {k}]"), ("x[{k}:]", "x[:{k} + 1]", "x[-{k}:]")),
-    ("last", SMALL, ("keep the last {k} values", "take {k} values from the back"),
-     ("x[-{k}:]", "x[::-1][:{k}][::-1]"), ("x[:{k}]", "x[{k}:]", "x[::-1][:{k} + 1]")),
-    ("skip_first", SMALL, ("drop the first {k} values", "skip {k} values at the front"),
+    ("last", SMALL, ("keep last {k}", "take {k} at the back"),
+     ("x[-{k}:]", "x[::-1][:{k}][::-1]"), ("x[:{k}]", "x[{k}:]", "x[-{k} - 1:]")),
+    ("skip_first", SMALL, ("drop first {k}", "skip {k} at the front"),
      ("x[{k}:]", "[v for i, v in enumerate(x) if i >= {k}]"), ("x[:{k}]", "x[{k} + 1:]", "x[:-{k}]")),
-    ("skip_last", SMALL, ("drop the last {k} values", "skip {k} values at the back"),
-     ("x[:-{k}]", "x[:max(len(x) - {k}, 0)]"), ("x[{k}:]", "x[-{k}:]")),
-    ("even_places", NONE, ("keep every second value from the first on", "keep values at even positions"),
+    ("skip_last", SMALL, ("drop last {k}", "skip {k} at the back"),
+     ("x[:-{k}]", "x[::-1][{k}:][::-1]"), ("x[{k}:]", "x[-{k}:]")),
+    ("even_places", NONE, ("keep even places", "every second from the first"),
      ("x[::2]", "[v for i, v in enumerate(x) if i % 2 == 0]"), ("x[1::2]", "[v for v in x if v % 2 == 0]")),
-    ("odd_places", NONE, ("keep every second value from the second on", "keep values at odd positions"),
-     ("x[1::2]", "[v for i, v in enumerate(x) if i % 2 == 1]"), ("x[::2]", "[v for v in x if v % 2]")),
-    ("unique", NONE, ("remove duplicates", "keep the first copy of each value"),
-     ("list(dict.fromkeys(x))", "[v for i, v in enumerate(x) if v not in x[:i]]", "sorted(set(x), key=x.index)"),
+    ("odd_places", NONE, ("keep odd places", "every second from the second"),
+     ("x[1::2]", "[v for i, v in enumerate(x) if i % 2]"), ("x[::2]", "[v for v in x if v % 2]")),
+    ("unique", NONE, ("drop repeats", "keep first of equals"),
+     ("list(dict.fromkeys(x))", "[v for i, v in enumerate(x) if v not in x[:i]]"),
      ("sorted(set(x))", "[v for v in x if x.count(v) == 1]")),
-    ("running", NONE, ("take running sums", "replace values by the sum so far"),
+    ("running", NONE, ("running sums", "sums so far"),
      ("[sum(x[:i + 1]) for i in range(len(x))]", "[sum(x[:i]) for i in range(1, len(x) + 1)]"),
      ("[sum(x[:i]) for i in range(len(x))]", "[sum(x[i:]) for i in range(len(x))]")),
-    ("differences", NONE, ("take differences of neighbours", "subtract each value from the next"),
+    ("differences", NONE, ("differences of neighbours", "each minus the one before"),
      ("[b - a for a, b in zip(x, x[1:])]", "[x[i + 1] - x[i] for i in range(len(x) - 1)]"),
-     ("[a - b for a, b in zip(x, x[1:])]", "[abs(b - a) for a, b in zip(x, x[1:])]")),
-    ("pair_sums", NONE, ("take sums of neighbours", "add each value to the next"),
-     ("[a + b for a, b in zip(x, x[1:])]", "[x[i] + x[i + 1] for i in range(len(x) - 1)]"),
+     ("[a - b for a, b in zip(x, x[1:])]", "[b + a for a, b in zip(x, x[1:])]")),
+    ("pair_sums", NONE, ("sums of neighbours", "each plus the one before"),
+     ("[a + b for a, b in zip(x, x[1:])]", "[b + a for a, b in zip(x, x[1:])]"),
      ("[b - a for a, b in zip(x, x[1:])]", "[a + b for a, b in zip(x, x)]")),
-    ("append", ANY, ("append {k}", "put {k} at the end"),
+    ("append", ANY, ("append {k}", "put {k} at the back"),
      ("x + [{k}]", "[*x, {k}]"), ("[{k}] + x", "[v + {k} for v in x]")),
     ("prepend", ANY, ("prepend {k}", "put {k} at the front"),
      ("[{k}] + x", "[{k}, *x]"), ("x + [{k}]", "[{k}] + x[1:]")),
-    ("rotate", NONE, ("rotate left by one", "move the first value to the end"),
+    ("rotate", NONE, ("rotate left", "put the first at the back"),
      ("x[1:] + x[:1]", "[*x[1:], *x[:1]]"), ("x[-1:] + x[:-1]", "x[1:]")),
 )]
 SCALAR_OPERATIONS = [Operation(*fields) for fields in (
-    ("sum", NONE, ("return the sum", "add everything up"),
+    ("sum", NONE, ("return the sum", "return the total"),
      ("sum(x)", "sum(v for v in x)"), ("len(x)", "sum(x[1:])")),
-    ("largest", NONE, ("return the largest value or 0", "return the maximum or 0", "find the top value or 0"),
+    ("largest", NONE, ("return the largest or 0", "return the maximum or 0"),
      ("max(x, default=0)", "max(x) if x else 0", "sorted(x)[-1] if x else 0"), ("min(x, default=0)", "x[-1] if x else 0")),
-    ("smallest", NONE, ("return the smallest value or 0", "return the minimum or 0", "find the bottom value or 0"),
+    ("smallest", NONE, ("return the smallest or 0", "return the minimum or 0"),
      ("min(x, default=0)", "min(x) if x else 0", "sorted(x)[0] if x else 0"), ("max(x, default=0)", "x[0] if x else 0")),
-    ("length", NONE, ("return the length", "count the values"),
+    ("length", NONE, ("return the length", "count all"),
      ("len(x)", "sum(1 for v in x)"), ("len(x) - 1", "sum(x)")),
-    ("count_above", ANY, ("count values above {k}", "return how many exceed {k}", "count what is greater than {k}"),
+    ("count_above", ANY, ("count above {k}", "count over {k}"),
      ("sum(v > {k} for v in x)", "len([v for v in x if v > {k}])"),
      ("sum(v >= {k} for v in x)", "sum(v for v in x if v > {k})")),
-    ("any_above", ANY, ("tell if any value is above {k}", "check if some value exceeds {k}"),
+    ("any_above", ANY, ("return if any is above {k}", "return if any is over {k}"),
      ("any(v > {k} for v in x)", "max(x, default={k}) > {k}"), ("all(v > {k} for v in x)", "sum(v > {k} for v in x)")),
-    ("distinct", NONE, ("count distinct values", "return how many different values there are"),
+    ("distinct", NONE, ("count distinct", "count without repeats"),
      ("len(set(x))", "len(dict.fromkeys(x))"), ("len(x)", "len(x) - len(set(x))")),
 )]
 OPERATIONS = {operation.name: operation for operation in LIST_OPERATIONS + SCALAR_OPERATIONS}
@@ -198,7 +198,7 @@ class World:
     """hidden tests per problem: one short list, the rest of 5 to 10 values"""
     faulty_share: float = 0.4
     """share of the operations that are systematically demonstrated wrong"""
-    faulty_rate: float = 0.6
+    faulty_rate: float = 0.5
     """probability that a line of a faulty operation is wrong in a demonstration"""
     background_rate: float = 0.1
     """the same for every other operation"""
@@ -252,7 +252,7 @@ def _body(expressions):
 def _draw_inputs(rng, world, constants):
     """Lists of integers in -9..12: one of length 0-3, the rest 5-10; half of them get a threshold of the problem."""
     lengths = [rng.randint(0, 3)] + [rng.randint(5, 10) for _ in range(world.num_tests - 1)]
-    inputs = [[rng.randint(-9, 12) for _ in range(length)] for length in lengths]
+    inputs = [rng.choices(range(-9, 13), k=length) for length in lengths]
     for values in inputs:
         if values and rng.random() < 0.5:
             values[rng.randrange(len(values))] = rng.choice(constants)
@@ -284,7 +284,8 @@ def _draw_problem(rng, world, split):
     """Operations, constants, inputs and outputs of one problem in whose tests every planted mistake shows."""
     while True:
         shortest = 1 if split == "sft" else world.min_operations
-        length = rng.randint(shortest, world.max_operations)
+        lengths = range(shortest, world.max_operations + 1)
+        length = rng.choices(lengths, weights=lengths if split == "sft" else None)[0]
         last = rng.choice(LIST_OPERATIONS + SCALAR_OPERATIONS)
         operations = rng.sample([op for op in LIST_OPERATIONS if op is not last], length - 1) + [last]
         if split_of([op.name for op in operations]) != split:
@@ -298,15 +299,18 @@ def _draw_problem(rng, world, split):
                 return operations, constants, stages[0], stages[-1]
 
 
-def make_rows(world, split):
+def make_rows(world, split, demonstrations=None):
     """All rows of one split (sft, sft_valid, preference, rl, valid, test), a list of dicts as in the module docstring.
 
-    Prompts are distinct, except among the demonstrations, where one prompt may be answered in several ways.
+    Prompts are distinct, except among the demonstrations, where one prompt may be answered in several ways. The rows of
+    sft_valid avoid the prompts of the demonstrations, which are made once more unless they are given.
     """
     demonstrated = split in ("sft", "sft_valid")
     rng = random.Random(f"{world.seed}/{split}")
     faulty = set(faulty_operations(world))
-    seen = {row["prompt"] for row in make_rows(world, "sft")} if split == "sft_valid" else set()
+    if split == "sft_valid" and demonstrations is None:
+        demonstrations = make_rows(world, "sft")
+    seen = {row["prompt"] for row in demonstrations} if split == "sft_valid" else set()
     rows, attempts, size = [], 0, getattr(world, f"num_{split}")
     while len(rows) < size:
         attempts += 1
@@ -314,7 +318,8 @@ def make_rows(world, split):
             raise ValueError(f"num_{split}={size}: no more than {len(rows)} distinct prompts found; ask for fewer")
         operations, constants, inputs, outputs = _draw_problem(rng, world, "sft" if demonstrated else split)
         phrases = [rng.choice(op.phrasings).format(k=k) for op, k in zip(operations, constants)]
-        prompt = f"# {'; '.join(phrases)}\ndef f(x):\n"
+        instruction = "; ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])
+        prompt = f"# {instruction}\ndef f(x):\n"
         if prompt in seen:
             continue
         if split != "sft":
@@ -386,15 +391,14 @@ def write_world(output_dir, seed=1, **settings):
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
-        faulty, sizes = faulty_operations(world), {}
+        sizes, demonstrations = {}, make_rows(world, "sft")
         for split in ("sft", "sft_valid", "preference", "rl", "valid", "test"):
-            rows = make_rows(world, split)
+            rows = demonstrations if split == "sft" else make_rows(world, split, demonstrations)
             sizes[split] = {"rows": len(rows), "compositions": len({tuple(row["operations"]) for row in rows})}
             if split == "sft":
-                texts = [row["prompt"] + row["response"] for row in rows]
                 sizes[split]["wrong_demonstrations"] = sum(row["mistakes"] > 0 for row in rows) / len(rows)
             (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tokenizer = make_tokenizer(texts, world.vocab_size)
+        tokenizer = make_tokenizer([row["prompt"] + row["response"] for row in demonstrations], world.vocab_size)
         tokenizer.save_pretrained(partial / "tokenizer")
         LlamaConfig(
             architectures=["LlamaForCausalLM"], vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2,
@@ -402,7 +406,7 @@ def write_world(output_dir, seed=1, **settings):
             max_position_embeddings=256, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         ).save_pretrained(partial / "model_config")
-        record = {"settings": asdict(world), "sizes": sizes, "faulty_operations": faulty, "shares": SHARES}
+        record = {"settings": asdict(world), "sizes": sizes, "faulty_operations": faulty_operations(world), "shares": SHARES}
         (partial / "world.json").write_text(json.dumps(record, indent=2) + "\n")
         os.rename(partial, output_dir)
     finally:
@@ -423,13 +427,11 @@ SAFE_METHODS = frozenset(
     "add append clear copy count difference discard extend fromkeys get index insert intersection items keys pop remove "
     "reverse setdefault sort union update values".split()
 )
-SAFE_NODES = (
-    ast.arguments, ast.arg, ast.Return, ast.Assign, ast.AugAssign, ast.Delete, ast.For, ast.While, ast.If, ast.Expr,
-    ast.Pass, ast.Break, ast.Continue, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Lambda, ast.IfExp, ast.Dict, ast.Set,
-    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Compare, ast.Call, ast.keyword, ast.Subscript,
-    ast.Starred, ast.List, ast.Tuple, ast.Slice, ast.comprehension, ast.expr_context, ast.boolop, ast.operator,
-    ast.unaryop, ast.cmpop,
-)
+SAFE_NODES = frozenset(getattr(ast, name) for name in (
+    "arguments arg Return Assign AugAssign Delete For While If Expr Pass Break Continue BoolOp BinOp UnaryOp "
+    "Lambda IfExp Dict Set ListComp SetComp DictComp GeneratorExp Compare Call keyword Subscript Starred List Tuple Slice "
+    "comprehension Load Store Del And Or Add Sub Mult Div FloorDiv Mod Pow LShift RShift BitOr BitXor BitAnd Invert Not "
+    "UAdd USub Eq NotEq Lt LtE Gt GtE Is IsNot In NotIn").split())
 BUILTIN_NAMES = frozenset(dir(builtins))
 CPU_SECONDS = 0.5  # per program, for all its tests; programs of the world take microseconds
 WALL_SECONDS = 60  # per chunk, only for a worker that waits without computing
@@ -449,22 +451,32 @@ def is_plain(program, entry_point):
         tree = ast.parse(program)
     except (RecursionError, MemoryError):  # nested too deeply for this process to judge
         return False
-    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef) or tree.body[0].name != entry_point:
+    if len(tree.body) != 1 or type(tree.body[0]) is not ast.FunctionDef or tree.body[0].name != entry_point:
         return False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            # A name that is no builtin is local or undefined; either way it runs here as it would anywhere.
+    if tree.body[0].decorator_list:
+        return False
+    stack = list(ast.iter_child_nodes(tree.body[0]))
+    while stack:
+        node = stack.pop()
+        kind = type(node)
+        if kind is list:
+            stack.extend(node)
+        elif kind is ast.Name:
+            # A name that is no builtin is local or undefined; either way it behaves here as it would anywhere.
             if node.id.startswith("__") or node.id in BUILTIN_NAMES and node.id not in SAFE_BUILTINS:
                 return False
-        elif isinstance(node, ast.Attribute):
-            if node.attr not in SAFE_METHODS or not isinstance(node.ctx, ast.Load):
+        elif kind is ast.Attribute:
+            if node.attr not in SAFE_METHODS or type(node.ctx) is not ast.Load:
                 return False
-        elif isinstance(node, ast.Constant):
+            stack.append(node.value)
+        elif kind is ast.Constant:
             if type(node.value) not in (int, bool, float, type(None)):
                 return False
-        elif not isinstance(node, SAFE_NODES) and node is not tree and node is not tree.body[0]:
+        elif kind in SAFE_NODES:
+            stack.extend([getattr(node, field) for field in node._fields])
+        elif kind not in (str, int, type(None)):  # names of arguments and flags are not nodes
             return False
-    return not tree.body[0].decorator_list
+    return True
 
 
 def _serve():
