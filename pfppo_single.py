@@ -199,6 +199,8 @@ class Args:
     """updates between printed samples; 0: never"""
     checkpoint_every: int = 10
     """updates between checkpoints; the last update always writes one"""
+    save_policy_every: int = 0
+    """updates between copies of the policy that are kept as policy_<update>; 0: none"""
 
 
 LM_HUMAN_PREFERENCES = dict(  # LMHP launch.py and train_policy.py; one table row each in README
@@ -1156,6 +1158,8 @@ def main(args: Args) -> None:
                 with (output_dir / "samples.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.write(f"{line['prompt']}{line['response']}\n[score {line['score']:.3f}]")
+        if args.save_policy_every and update % args.save_policy_every == 0:
+            save_policy(f"policy_{update}")
         if update % args.checkpoint_every == 0 or update == num_updates:
             save_checkpoint(accelerator, output_dir / "checkpoints", update, state)
     save_policy("policy")
