@@ -34,8 +34,9 @@ BATCH = 640  # rows in one generation batch: the model is tiny, so large batches
 
 # Settings of every stage, chosen on the validation split (benchmark/README.md says how). Flags of the three scripts.
 SFT = dict(epochs=16, batch_size=32, lr=2e-3, lr_schedule="cosine", final_lr_fraction=0.1, warmup_steps=50, weight_decay=0.01,
-           max_grad_norm=1.0)  # fmt: skip
-RM = dict(epochs=4, batch_size=32, lr=1e-3, bound="tanh", response_length=MAX_NEW_TOKENS)
+           max_grad_norm=1.0, query_length=128, response_length=MAX_NEW_TOKENS, forward_batch_size=BATCH, log_every=200)  # fmt: skip
+RM = dict(epochs=4, batch_size=32, lr=1e-3, bound="tanh", query_length=128, response_length=MAX_NEW_TOKENS, forward_batch_size=BATCH,
+          normalize_samples=512, log_every=50)  # fmt: skip
 PPO = dict(batch_size=64, num_responses=5, minibatch_size=64, micro_batch_size=32, noptepochs=3, lr=1e-4, critic_lr=1e-3,
            critic_warmup_updates=2, kl_coef=0.05, response_length=MAX_NEW_TOKENS, query_length=128, missing_stop="replace",
            penalty_value=-3.0, normalize_reward=True, normalize_samples=400, forward_batch_size=BATCH, eval_every=5,
@@ -73,13 +74,18 @@ def flags(settings: dict) -> list[str]:
     return out
 
 
+def command_line(script: str, settings: dict) -> str:
+    """What a user would type for a stage."""
+    return f"accelerate launch --cpu --num_processes 1 {script} {shlex.join(flags(settings))}"
+
+
 def launch(script: str, settings: dict, log: Path, threads: int = 1, quiet: bool = False) -> float:
     """Run one of the three scripts as `accelerate launch --cpu --num_processes 1 SCRIPT FLAGS`; returns seconds.
     Output goes to the terminal too unless quiet. Raises RuntimeError with the end of the log when it fails."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
                "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / script), *flags(settings)]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
-    shown = f"accelerate launch --cpu --num_processes 1 {script} {shlex.join(flags(settings))}"
+    shown = command_line(script, settings)
     log.with_suffix(".sh").write_text(shown + "\n")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
                    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
@@ -218,16 +224,20 @@ def rm(folder: Path, seed: int, threads: int = 1, name: str = "rm", data: str = 
     return out
 
 
+def ppo_settings(folder: Path, method: str, seed: int, updates: int, out: Path, **settings) -> dict:
+    """Flags of pfppo_single.py for one of METHODS, from π_SFT with the world's reward model."""
+    settings = {**PPO, "reward": folder / "rm/model", **METHODS[method], **settings}
+    return dict(
+        policy=folder / "sft/model", critic_init=folder / "rm/model", prompts=folder / "world/rl.jsonl",
+        eval_prompts=folder / "world/valid.jsonl", actual_score="benchmark.minicode:oracle", output_dir=out, seed=seed,
+        total_episodes=updates * settings["batch_size"] * settings["num_responses"]) | settings  # fmt: skip
+
+
 def ppo(folder: Path, method: str, seed: int, updates: int, threads: int = 1, quiet: bool = False, out: Path | None = None, **settings) -> Path:
-    """Train one of METHODS from π_SFT with the world's reward model; returns its output folder."""
+    """Train one of METHODS; returns its output folder."""
     out = out or folder / method
     if not (out / "policy").is_dir():
-        settings = {**PPO, "reward": folder / "rm/model", **METHODS[method], **settings}
-        launch("pfppo_single.py", dict(
-            policy=folder / "sft/model", critic_init=folder / "rm/model", prompts=folder / "world/rl.jsonl",
-            eval_prompts=folder / "world/valid.jsonl", actual_score="benchmark.minicode:oracle", output_dir=out, seed=seed,
-            total_episodes=updates * settings["batch_size"] * settings["num_responses"], **settings),
-            out.with_name(out.name + ".log"), threads, quiet)  # fmt: skip
+        launch("pfppo_single.py", ppo_settings(folder, method, seed, updates, out, **settings), out.with_name(out.name + ".log"), threads, quiet)
     return out
 
 
