@@ -1115,6 +1115,7 @@ class Template:
         os.dup2(descriptor, 3)
         os.closerange(4, 1024)
         os.chdir(folder)
+        tempfile.tempdir = folder
         resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
         if request["cpu"]:
             resource.setrlimit(resource.RLIMIT_CPU, (request["cpu"], request["cpu"]))
