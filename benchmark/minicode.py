@@ -519,11 +519,14 @@ def _serve():
             replies.flush()
 
 
+WORKER_SOURCE = inspect.getsource(_serve) + "\n_serve()\n"  # read now: an edit of this file must not change a run
+
+
 def _start_worker():
     """A fresh interpreter with an empty environment that holds only `_serve`."""
     environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
     worker = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-W", "ignore", "-c", inspect.getsource(_serve) + "\n_serve()\n"], cwd="/",
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", WORKER_SOURCE], cwd="/",
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
     )
     limits = {"memory": MEMORY_BYTES, "cpu": CPU_SECONDS, "builtins": sorted(SAFE_BUILTINS)}
