@@ -108,8 +108,6 @@ class Args:
     """passes over the labels (PAPER: 1)"""
     batch_size: int = 64
     """labels per optimizer step, over all ranks"""
-    length_pool: int = 16
-    """batches are cut from this many batches' worth of shuffled labels sorted by length, so that less is padding; 1: no sorting"""
     micro_batch_size: int = 32
     """labels (of K responses) per rank in one forward and backward pass; changes memory and speed, not the gradient"""
     lr: float = 1e-5
@@ -166,7 +164,7 @@ class Args:
 
 LM_HUMAN_PREFERENCES = dict(  # LMHP launch.py and train_reward.py; LMHPD's normalize draws at least 512 samples a process
     bound="none", pad_token="[PAD]", num_train=4992, label_pad_id=50259, query_length=64, long_queries="keep_start",
-    response_length=24, stop_token="none", epochs=1, batch_size=32, length_pool=1, micro_batch_size=32, lr=5e-5,
+    response_length=24, stop_token="none", epochs=1, batch_size=32, micro_batch_size=32, lr=5e-5,
     lr_schedule="linear", final_lr_fraction=0.0, warmup_steps=0, adam_style="tensorflow", eps=1e-5, weight_decay=0.0,
     max_grad_norm=0.0, normalize_before=True, normalize_after=True, normalize_samples=512, normalize_query_length=24,
     temperature=0.7, eval_every=10, kl_samples=512, log_every=1,
@@ -628,18 +626,6 @@ def prompt_order(num_prompts: int, start: int, count: int, seed: int) -> list[in
     return [int(passes[i // num_prompts][i % num_prompts]) for i in range(start, start + count)]
 
 
-def shuffled_batches(lengths: list[int], batch_size: int, length_pool: int, seed: int, epoch: int) -> list[list[int]]:
-    """One shuffled pass over the rows in batches, the same for the same (seed, epoch). Windows of length_pool batches are
-    sorted by length before they are cut into batches, and their batches shuffled. The last batch may be smaller."""
-    generator, lengths = random_generator("cpu", seed, 0, epoch), torch.tensor(lengths)
-    order, batches = torch.randperm(len(lengths), generator=generator), []
-    for window in order.split(length_pool * batch_size):
-        window = window[lengths[window].argsort(stable=True)] if length_pool > 1 else window
-        parts = window.split(batch_size)
-        batches += [parts[i].tolist() for i in torch.randperm(len(parts), generator=generator)]
-    return batches
-
-
 def load_function(spec: str, field: str):
     """`module:function` or `module:function@TEXT` (called with source=TEXT) -> the function. Raises ValueError naming `field`."""
     name, _, source = spec.partition("@")
@@ -737,7 +723,7 @@ def check_args(args: Args, num_processes: int) -> None:
 
     for field in ("model", "train_data", "output_dir"):
         need(getattr(args, field) != "", f"--{field} is needed")
-    for field in ("epochs", "batch_size", "length_pool", "micro_batch_size", "forward_batch_size", "query_length", "response_length",
+    for field in ("epochs", "batch_size", "micro_batch_size", "forward_batch_size", "query_length", "response_length",
                   "log_every", "checkpoint_every", "reliability_samples", "reliability_groups"):  # fmt: skip
         need(getattr(args, field) >= 1, f"--{field} must be at least 1, not {getattr(args, field)}")
     need(args.temperature > 0, f"--temperature must be above 0, not {args.temperature}")
@@ -862,14 +848,13 @@ def main(args: Args) -> None:
         state = {"step": 0, "losses": [], "accuracies": []}
         if args.normalize_before:
             log_metrics(writer, output_dir, 0, normalize(0, "normalize_before"))
-    lengths, batches = [len(label["query"]) + max(map(len, label["samples"])) for label in labels], []
     bar = tqdm(total=num_steps, initial=state["step"], disable=not accelerator.is_main_process, desc="RM steps", mininterval=5)
     for step in range(state["step"] + 1, num_steps + 1):
         # ---------------- 3. the next batch of a shuffled pass over the labels
         epoch, index = divmod(step - 1, steps_per_epoch)
-        if index == 0 or not batches:
-            batches = shuffled_batches(lengths, args.batch_size, args.length_pool, args.seed, epoch)
-        mine = [labels[i] for i in batches[index][rank::world]]
+        order = torch.randperm(len(labels), generator=random_generator("cpu", args.seed, 0, epoch)).tolist()
+        picks = order[index * args.batch_size : (index + 1) * args.batch_size]  # the last batch of a pass may be smaller
+        mine = [labels[i] for i in picks[rank::world]]
         batch, best = label_batch(mine or labels[:1], pad_id, device)
 
         # ---------------- 4. cross-entropy over the K rewards, mean over the labels of all ranks; Adam
@@ -881,7 +866,7 @@ def main(args: Args) -> None:
         for i, (part, part_rows) in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model), accelerator.autocast():
                 loss, accuracy, _ = label_loss(model, trim(batch, part_rows), best[part])
-                weight = (len(part) if mine else 0) * world / len(batches[index])  # DDP averages gradients over ranks
+                weight = (len(part) if mine else 0) * world / len(picks)  # DDP averages gradients over ranks
                 accelerator.backward(loss * weight)
             local_stats += torch.stack([loss.detach(), accuracy]) * weight
         loss, accuracy = accelerator.reduce(local_stats, "mean").tolist()

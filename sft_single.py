@@ -94,8 +94,6 @@ class Args:
     """passes over the data (PAPER: 5)"""
     batch_size: int = 64
     """rows per optimizer step, over all ranks"""
-    length_pool: int = 16
-    """batches are cut from this many batches' worth of shuffled rows sorted by length, so that less is padding; 1: no sorting"""
     micro_batch_size: int = 64
     """rows per rank in one forward and backward pass; changes memory and speed, not the gradient"""
     lr: float = 1e-5
@@ -391,18 +389,6 @@ def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
     return (ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids) + [stop_token_id]
 
 
-def shuffled_batches(lengths: list[int], batch_size: int, length_pool: int, seed: int, epoch: int) -> list[list[int]]:
-    """One shuffled pass over the rows in batches, the same for the same (seed, epoch). Windows of length_pool batches are
-    sorted by length before they are cut into batches, and their batches shuffled. The last batch may be smaller."""
-    generator, lengths = random_generator("cpu", seed, 0, epoch), torch.tensor(lengths)
-    order, batches = torch.randperm(len(lengths), generator=generator), []
-    for window in order.split(length_pool * batch_size):
-        window = window[lengths[window].argsort(stable=True)] if length_pool > 1 else window
-        parts = window.split(batch_size)
-        batches += [parts[i].tolist() for i in torch.randperm(len(parts), generator=generator)]
-    return batches
-
-
 def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Raises ValueError for an unknown token."""
     if token == "none":
@@ -537,7 +523,7 @@ def check_args(args: Args, num_processes: int) -> None:
         need(getattr(args, field) != "", f"--{field} is needed")
     need((args.model == "") != (args.model_config == ""), "give either --model (to fine-tune) or --model_config (to start from scratch)")
     for field in ("epochs", "batch_size", "micro_batch_size", "forward_batch_size", "query_length", "response_length",
-                  "length_pool", "log_every", "checkpoint_every"):  # fmt: skip
+                  "log_every", "checkpoint_every"):  # fmt: skip
         need(getattr(args, field) >= 1, f"--{field} must be at least 1, not {getattr(args, field)}")
     need(args.batch_size >= num_processes, f"--batch_size {args.batch_size} must be at least the {num_processes} processes")
     need(args.actual_score == "" or args.eval_prompts + args.eval_data != "", "--actual_score needs --eval_prompts or --eval_data")
@@ -644,16 +630,15 @@ def main(args: Args) -> None:
     state = load_checkpoint(accelerator, output_dir / "checkpoints")
     writer = open_metrics(output_dir, state["step"] if state else -1) if accelerator.is_main_process else None
     state = state or {"step": 0, "losses": [], "grad_norms": []}
-    lengths, batches = [len(row["query_ids"]) + len(row["response_ids"]) for row in rows], []
     run_start, clock, first_step = time.time(), time.time(), state["step"]
     bar = tqdm(total=num_steps, initial=first_step, disable=not accelerator.is_main_process, desc="SFT steps", mininterval=5)
     bare.train()
     for step in range(first_step + 1, num_steps + 1):
         # ---------------- 2. the next batch of a shuffled pass over the rows
         epoch, index = divmod(step - 1, steps_per_epoch)
-        if index == 0 or not batches:
-            batches = shuffled_batches(lengths, args.batch_size, args.length_pool, args.seed, epoch)
-        mine = [rows[i] for i in batches[index][rank::world]]
+        order = torch.randperm(len(rows), generator=random_generator("cpu", args.seed, 0, epoch)).tolist()
+        picks = order[index * args.batch_size : (index + 1) * args.batch_size]  # the last batch of a pass may be smaller
+        mine = [rows[i] for i in picks[rank::world]]
         batch = batch_of(mine or rows[:1])
         if not mine:  # a rank without rows goes along with one fully masked row
             batch["response_mask"] = torch.zeros_like(batch["response_mask"])
