@@ -1,4 +1,5 @@
-"""A tiny offline world for the tests: a character tokenizer, seeded two-layer models, prompts; everything in temporary folders."""
+"""A tiny offline world for the tests: a character tokenizer, seeded two-layer models, prompts; all in temporary folders."""
+
 import json
 import os
 import sys
@@ -56,8 +57,17 @@ def model_config(name: str, **changes):
     if name == "gpt2":
         sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3)
         return GPT2Config(**{"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": EOS, **sizes, **changes})
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=False, attention_dropout=0.1)  # fmt: skip
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        attention_dropout=0.1,
+    )
     return LlamaConfig(**{"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": EOS, **sizes, **changes})
 
 
@@ -115,11 +125,26 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 def tiny_settings(world: Path, output_dir: Path) -> dict:
     """Settings of a run of two updates that takes about a second: 4 prompts x 4 responses of up to 8 tokens, BR keeps 2 of 4."""
     return dict(
-        output_dir=str(output_dir), policy=str(world / "gpt2"), reward=str(world / "reward"), prompts=str(world / "prompts.jsonl"),
-        query_length=16, total_episodes=32, batch_size=4, num_responses=4, response_length=8, forward_batch_size=8,
-        normalize_samples=16, minibatch_size=4, micro_batch_size=3, noptepochs=2, lr=1e-3, critic_lr=1e-3, eval_every=1,
-        print_samples_every=0, checkpoint_every=1,
-    )  # fmt: skip
+        output_dir=str(output_dir),
+        policy=str(world / "gpt2"),
+        reward=str(world / "reward"),
+        prompts=str(world / "prompts.jsonl"),
+        query_length=16,
+        total_episodes=32,
+        batch_size=4,
+        num_responses=4,
+        response_length=8,
+        forward_batch_size=8,
+        normalize_samples=16,
+        minibatch_size=4,
+        micro_batch_size=3,
+        noptepochs=2,
+        lr=1e-3,
+        critic_lr=1e-3,
+        eval_every=1,
+        print_samples_every=0,
+        checkpoint_every=1,
+    )
 
 
 @pytest.fixture
@@ -127,7 +152,12 @@ def make_args(world, tmp_path):
     """make_args(**changes) -> Args of a tiny run in a folder of its own."""
 
     def make(**changes) -> pf.Args:
-        return pf.Args(**{**tiny_settings(world, tmp_path / "run"), **{k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}})
+        return pf.Args(
+            **{
+                **tiny_settings(world, tmp_path / "run"),
+                **{k: str(v) if isinstance(v, Path) else v for k, v in changes.items()},
+            }
+        )
 
     return make
 
@@ -161,8 +191,14 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def make_rollout(query_lengths: list[int], response_lengths: list[int], response_width: int = 8, pad_id: int = VOCAB_SIZE - 1, seed: int = 0,
-                 vocab_size: int = EOS) -> dict[str, torch.Tensor]:  # fmt: skip
+def make_rollout(
+    query_lengths: list[int],
+    response_lengths: list[int],
+    response_width: int = 8,
+    pad_id: int = VOCAB_SIZE - 1,
+    seed: int = 0,
+    vocab_size: int = EOS,
+) -> dict[str, torch.Tensor]:
     """A rollout of random tokens (never EOS or pad) as pfppo_single lays it out: queries padded left, responses right."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -174,4 +210,10 @@ def make_rollout(query_lengths: list[int], response_lengths: list[int], response
     response_mask = torch.arange(response_width) < torch.tensor(response_lengths).unsqueeze(1)
     for i, row in enumerate(rows(response_lengths)):
         responses[i, : len(row)] = torch.tensor(row)
-    return {"queries": queries, "query_mask": query_mask, "responses": responses, "response_mask": response_mask, "score_mask": response_mask}
+    return {
+        "queries": queries,
+        "query_mask": query_mask,
+        "responses": responses,
+        "response_mask": response_mask,
+        "score_mask": response_mask,
+    }

@@ -1,4 +1,5 @@
 """The filtered policy μ_θ and the R² of a filter (PITFALLS PF). Frequencies are tested at p = 1e-3 with fixed seeds."""
+
 import itertools
 
 import numpy as np
@@ -56,7 +57,9 @@ def test_one_response_has_weight_one(name):
 # ---------------------------------------------------------------- draws
 
 
-@pytest.mark.parametrize("name, n", [("random", 5), ("bon", 5), ("br", 2), ("br", 5), ("br", 16), ("bw", 2), ("bw", 7), ("none", 3)])
+@pytest.mark.parametrize(
+    "name, n", [("random", 5), ("bon", 5), ("br", 2), ("br", 5), ("br", 16), ("bw", 2), ("bw", 7), ("none", 3)]
+)
 def test_sampled_draws_match_the_weights(name, n):
     # PITFALLS PF-3: num_kept independent draws from w; `none` is no draw at all
     counts = many(n, name, 2 if name != "none" else n, "sample").sum(0)
@@ -113,7 +116,7 @@ def test_exact_draw_has_the_mean_of_the_weights_and_the_least_variance():
 @pytest.mark.parametrize("name", ["br", "bw", "random", "bon", "none"])
 def test_every_prompt_keeps_as_many_rows(name, n):
     # PITFALLS PF-1, PF-6: exact counts per prompt for every N (1 + 4 · 0.25 is 2, not 1.9999)
-    for num_kept in ({"none": [n], "bon": [1, 2]}.get(name, [1, 2, n])):
+    for num_kept in {"none": [n], "bon": [1, 2]}.get(name, [1, 2, n]):
         assert (many(n, name, num_kept, "exact", prompts=40).sum(1) == num_kept).all()
 
 
@@ -137,7 +140,16 @@ def test_groups_are_known_by_prompt_id_whatever_the_order_of_rows():
     generator = torch.Generator().manual_seed(0)
     scores, ids = torch.randn(40, generator=generator), torch.arange(40) // 5
     order = torch.randperm(40, generator=generator)
-    for name, num_kept in (("bon", 1), ("br", 2), ("bw", 2), ("random", 2), ("pow", 2), ("top", 5), ("top_random", 5), ("top_bottom", 5)):
+    for name, num_kept in (
+        ("bon", 1),
+        ("br", 2),
+        ("bw", 2),
+        ("random", 2),
+        ("pow", 2),
+        ("top", 5),
+        ("top_random", 5),
+        ("top_bottom", 5),
+    ):
         options = dict(threshold_high=0.3, threshold_low=-0.3)
         plain = draw(scores.tolist(), ids.tolist(), name, num_kept, **options)
         shuffled = draw(scores[order].tolist(), ids[order].tolist(), name, num_kept, **options)
@@ -252,11 +264,15 @@ def test_r2_of_a_line_is_one_and_of_noise_about_zero():
 def test_r2_of_a_constant_is_undefined():
     # PITFALLS PF-11: reported as NaN, never as a number
     line = np.linspace(0, 1, 50)
-    assert np.isnan(pf.reward_r2(line, np.ones(50))) and np.isnan(pf.reward_r2(np.ones(50), line)) and np.isnan(pf.reward_r2(line[:1], line[:1]))
+    assert (
+        np.isnan(pf.reward_r2(line, np.ones(50)))
+        and np.isnan(pf.reward_r2(np.ones(50), line))
+        and np.isnan(pf.reward_r2(line[:1], line[:1]))
+    )
 
 
 def test_r2_groups_have_equal_count():
-    # PITFALLS PF-11: pairs (0 1) (2 3) (4 5) (6 1000) with scores 0, 1/2, 1/2, 1; bins of equal width would set one row against seven
+    # PITFALLS PF-11: pairs (0 1) (2 3) (4 5) (6 1000) with scores 0, 1/2, 1/2, 1; equal width would be 7 against 1
     rewards, actual = np.array([0.0, 1, 2, 3, 4, 5, 6, 1000]), np.array([0.0, 0, 1, 0, 0, 1, 1, 1])
     r, s = np.array([0.5, 2.5, 4.5, 503]), np.array([0, 0.5, 0.5, 1])
     assert pf.reward_r2(rewards, actual, num_groups=4) == pytest.approx(np.corrcoef(r, s)[0, 1] ** 2)

@@ -1,4 +1,5 @@
 """Rewards, GAE, whitening, losses, averages, the KL controller, learning rates and Adam, against numbers worked by hand."""
+
 import math
 
 import pytest
@@ -250,7 +251,9 @@ def test_empty_responses_add_finite_zeros(model, average):
     rollout = ready(model, [2, 5, 3], [4, 0, 2], average)
     full = {name: x[[0, 2]] for name, x in rollout.items()}
     full["loss_weights"] = pf.loss_weights(full["response_mask"], average)
-    losses = [pf.minibatch_loss(model, pf.trim(r, torch.arange(len(r["responses"]))), 0.9, 0.2, 0.2, 0.1) for r in (rollout, full)]
+    losses = [
+        pf.minibatch_loss(model, pf.trim(r, torch.arange(len(r["responses"]))), 0.9, 0.2, 0.2, 0.1) for r in (rollout, full)
+    ]
     torch.testing.assert_close(losses[0][1], losses[1][1], atol=1e-6, rtol=0)
     model.zero_grad()
     loss, stats = pf.minibatch_loss(model, pf.trim(rollout, torch.tensor([1])), 0.9, 0.2, 0.2, 0.1)

@@ -1,4 +1,5 @@
 """Reward model and critic of pfppo_single.py (PITFALLS RM)."""
+
 import json
 
 import pytest
@@ -28,7 +29,9 @@ def test_scores_of_a_rollout_are_those_of_its_rows_alone():
     model, rollout = reward_model(), make_rollout([3, 6, 1, 4], [2, 8, 5, 1])
     scores = pf.reward_model_scores(model, rollout, 2)
     for i in range(4):
-        row = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]])[None]
+        row = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]])[
+            None
+        ]
         with torch.no_grad():
             assert scores[i].item() == pytest.approx(model.score(row, torch.ones_like(row).bool()).item(), abs=1e-5)
 
@@ -78,7 +81,7 @@ def test_an_incomplete_head_is_refused(tmp_path, name):
 
 
 def test_normalisation_is_fixed_and_divides_by_the_standard_deviation(run, module):
-    # PITFALLS RM-3, GAE-10: mean 3 and standard deviation 2 of the reward on π_SFT, measured once; later scores use the same two numbers
+    # PITFALLS RM-3, GAE-10: mean 3 and standard deviation 2 of the reward on π_SFT, measured once and used for all later scores
     module("counting_reward", (
         "calls = []\n"
         "def reward(prompts, responses, rows):\n"
@@ -93,7 +96,9 @@ def test_normalisation_is_fixed_and_divides_by_the_standard_deviation(run, modul
         assert line["objective/score"] == pytest.approx(10 * step + 7.5)
         assert line["objective/shaped_score"] == pytest.approx((10 * step + 7.5 - 3) / std, rel=1e-5)
     state = json.loads(next((folder / "checkpoints").glob("step_*/state.json")).read_text())
-    assert state["reward_mean"] == pytest.approx(3) and state["reward_std"] == pytest.approx(std)  # PITFALLS RM-2: in the checkpoint
+    assert state["reward_mean"] == pytest.approx(3) and state["reward_std"] == pytest.approx(
+        std
+    )  # PITFALLS RM-2: in the checkpoint
 
 
 def spy_on_first_values(monkeypatch):
@@ -118,7 +123,10 @@ def test_critic_starts_as_the_reward_model(run, world, monkeypatch, bound):
     reward, rollout = pf.RewardModel.from_pretrained(world / bound).eval(), seen["rollout"]
     assert all(torch.equal(seen["state"][name], value) for name, value in reward.state_dict().items())
     for i in range(3):
-        query, response = rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]
+        query, response = (
+            rollout["queries"][i][rollout["query_mask"][i]],
+            rollout["responses"][i][rollout["response_mask"][i]],
+        )
         for t in range(len(response)):
             prefix = torch.cat([query, response[:t]])[None]
             with torch.no_grad():

@@ -1,4 +1,5 @@
 """Tokens, padding, positions, sampling and log-probabilities (PITFALLS TOK and LP)."""
+
 import dataclasses
 import inspect
 
@@ -52,7 +53,9 @@ def test_positions_matter_to_the_model_of_these_tests(gpt2):
     ids = torch.cat([rollout["queries"], rollout["responses"]], 1)
     mask = torch.cat([rollout["query_mask"], rollout["response_mask"]], 1)
     with torch.no_grad():
-        wrong = gpt2.policy(input_ids=ids, attention_mask=mask.long(), position_ids=torch.arange(ids.shape[1])[None]).logits[:, -9:-1]
+        wrong = gpt2.policy(input_ids=ids, attention_mask=mask.long(), position_ids=torch.arange(ids.shape[1])[None]).logits[
+            :, -9:-1
+        ]
     assert (wrong.log_softmax(-1) - forward(gpt2, rollout)[0].log_softmax(-1)).abs().max() > 0.1
 
 
@@ -105,10 +108,23 @@ def test_pad_equal_to_eos_changes_nothing(gpt2):
         generator = torch.Generator().manual_seed(0)
         responses = pf.generate(gpt2.policy, queries, query_mask, 4, 8, 1.0, EOS, 0, pad, generator)
         mask, has_stop = pf.stop_masks(responses, EOS, 0)
-        rollout = {"queries": queries.repeat_interleave(4, 0), "query_mask": query_mask.repeat_interleave(4, 0), "responses": responses,
-                   "response_mask": mask, "score_mask": mask}  # fmt: skip
+        rollout = {
+            "queries": queries.repeat_interleave(4, 0),
+            "query_mask": query_mask.repeat_interleave(4, 0),
+            "responses": responses,
+            "response_mask": mask,
+            "score_mask": mask,
+        }
         scores = pf.reward_model_scores(gpt2.critic, rollout, 3)
-        results.append((mask, has_stop, responses.masked_fill(~mask, 0), *pf.response_logprobs_and_values(gpt2, rollout, 1.0, 3), scores))
+        results.append(
+            (
+                mask,
+                has_stop,
+                responses.masked_fill(~mask, 0),
+                *pf.response_logprobs_and_values(gpt2, rollout, 1.0, 3),
+                scores,
+            )
+        )
     assert results[0][1].any() and not results[0][1].all()
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -133,9 +149,17 @@ def test_mask_ends_with_the_first_stop_token_at_or_after_stop_after():
     # PITFALLS TOK-4, TOK-5: one id gives the mask and says whether a response was cut
     responses = torch.tensor([[7, 9, 1, 9], [9, 9, 9, 9], [1, 2, 3, 4]])
     mask, has_stop = pf.stop_masks(responses.clone(), 9, 0)
-    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]] and has_stop.tolist() == [True, True, False]
+    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]] and has_stop.tolist() == [
+        True,
+        True,
+        False,
+    ]
     mask, has_stop = pf.stop_masks(responses.clone(), 9, 2)
-    assert mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]] and has_stop.tolist() == [True, True, False]
+    assert mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]] and has_stop.tolist() == [
+        True,
+        True,
+        False,
+    ]
     mask, has_stop = pf.stop_masks(responses.clone(), -1, 0)
     assert mask.all() and not has_stop.any()
 
@@ -143,7 +167,14 @@ def test_mask_ends_with_the_first_stop_token_at_or_after_stop_after():
 def test_missing_stop_penalty_looks_for_the_stop_token_that_masks(run, module, tmp_path):
     # PITFALLS TOK-5, GAE-7, GAE-9: reward 0.0 where the stop token is there, the penalty exactly where it is not
     module("zero_reward", "def reward(prompts, responses, rows):\n    return [0.0] * len(responses)\n")
-    settings = dict(reward="zero_reward:reward", normalize_reward=False, stop_token="e", total_episodes=16, response_length=24, num_responses=4)
+    settings = dict(
+        reward="zero_reward:reward",
+        normalize_reward=False,
+        stop_token="e",
+        total_episodes=16,
+        response_length=24,
+        num_responses=4,
+    )
     for missing_stop, penalty, expected in (("replace", -1.0, -1.0), ("subtract", 0.5, -0.5)):
         metrics, _ = run(**settings, missing_stop=missing_stop, penalty_value=penalty, output_dir=tmp_path / missing_stop)
         assert 0 < metrics[0]["objective/truncated"] < 1
@@ -169,10 +200,17 @@ def test_reward_model_reads_the_ids_that_were_sampled():
     responses = pf.generate(model, queries, query_mask, 8, 6, 1.0, EOS, 0, PAD, torch.Generator().manual_seed(0))
     mask, has_stop = pf.stop_masks(responses.clone(), EOS, 0)
     assert has_stop.any() and not has_stop.all()
-    rollout = {"queries": queries.repeat_interleave(8, 0), "query_mask": query_mask.repeat_interleave(8, 0), "responses": responses,
-               "response_mask": mask, "score_mask": mask}  # fmt: skip
+    rollout = {
+        "queries": queries.repeat_interleave(8, 0),
+        "query_mask": query_mask.repeat_interleave(8, 0),
+        "responses": responses,
+        "response_mask": mask,
+        "score_mask": mask,
+    }
     pf.reward_model_scores(reward, rollout, 100)
-    expected = [[3, 4] + r[m].tolist() for r, m in zip(responses[:8], mask[:8])] + [[5, 6, 7] + r[m].tolist() for r, m in zip(responses[8:], mask[8:])]
+    expected = [[3, 4] + r[m].tolist() for r, m in zip(responses[:8], mask[:8])] + [
+        [5, 6, 7] + r[m].tolist() for r, m in zip(responses[8:], mask[8:])
+    ]
     assert sorted(reward.rows) == sorted(expected)
     assert all(row[-1] == EOS or len(row) in (8, 9) for row in reward.rows)
 
@@ -208,8 +246,15 @@ def test_masks_are_bool():
     # PITFALLS TOK-9: an int mask would gather rows 0 and 1
     rollout = make_rollout([2, 3], [4, 1])
     batch = pf.trim(rollout, torch.arange(2))
-    assert pf.pad_rows([[1]], 0, "left")[1].dtype == pf.stop_masks(torch.ones(1, 2), 1, 0)[0].dtype == batch["mask"].dtype == torch.bool
-    assert batch["response_mask"].dtype == batch["query_mask"].dtype == pf.stop_masks(torch.ones(1, 2), 1, 0)[1].dtype == torch.bool
+    assert (
+        pf.pad_rows([[1]], 0, "left")[1].dtype
+        == pf.stop_masks(torch.ones(1, 2), 1, 0)[0].dtype
+        == batch["mask"].dtype
+        == torch.bool
+    )
+    assert (
+        batch["response_mask"].dtype == batch["query_mask"].dtype == pf.stop_masks(torch.ones(1, 2), 1, 0)[1].dtype == torch.bool
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -247,7 +292,9 @@ def test_trim_takes_away_shared_padding_only():
 def five():
     """A GPT-2 over five tokens whose checkpoint defaults would ruin sampling, and a batch of one padded and one longer query."""
     model = causal_lm("gpt2", seed=3, vocab_size=5, eos_token_id=4, bos_token_id=4)
-    model.generation_config = GenerationConfig(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, eos_token_id=0)
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, eos_token_id=0
+    )
     return model, *pf.pad_rows([[1, 2], [3, 0, 2, 1]], 0, "left")
 
 
@@ -271,13 +318,20 @@ def test_samples_follow_softmax_whatever_the_checkpoint_defaults_say(five, tempe
         expected, observed = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (expected, observed))
         keep = expected > 0
         assert len(expected) > 8, "a nearly deterministic model would test nothing"
-        assert chisquare(observed[keep].numpy(), (expected[keep] / expected[keep].sum() * observed[keep].sum()).numpy()).pvalue > 1e-3
+        assert (
+            chisquare(observed[keep].numpy(), (expected[keep] / expected[keep].sum() * observed[keep].sum()).numpy()).pvalue
+            > 1e-3
+        )
 
 
 def test_nothing_can_warp_the_samples():
     # PITFALLS LP-4: there is no top-k, top-p, minimum length or repetition penalty to set
     names = {f.name for f in dataclasses.fields(pf.Args)} | set(inspect.signature(pf.generate).parameters)
-    assert not [name for name in names if any(word in name for word in ("top_k", "top_p", "min_length", "min_new", "penalty_rep", "repetition"))]
+    assert not [
+        name
+        for name in names
+        if any(word in name for word in ("top_k", "top_p", "min_length", "min_new", "penalty_rep", "repetition"))
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -289,7 +343,9 @@ def test_logprobs_equal_enumeration_on_a_five_token_vocabulary(five, temperature
         rollout = {"queries": queries[i].expand(25, -1), "query_mask": query_mask[i].expand(25, -1), "responses": pairs,
                    "response_mask": torch.ones_like(pairs, dtype=torch.bool)}  # fmt: skip
         logprobs, _ = pf.response_logprobs_and_values(model, rollout, temperature, 7)
-        torch.testing.assert_close(logprobs.sum(1).exp().view(5, 5).double(), enumerate_pairs(model, query, temperature), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            logprobs.sum(1).exp().view(5, 5).double(), enumerate_pairs(model, query, temperature), atol=1e-6, rtol=0
+        )
 
 
 def test_a_value_belongs_to_the_state_before_its_token():
@@ -330,7 +386,10 @@ def test_ratio_is_one_and_kl_is_zero_before_any_update(temperature):
     rollout = make_rollout([3, 6, 2], [8, 3, 5])
     logprobs, values = pf.response_logprobs_and_values(model, rollout, temperature, 2)
     ref_logprobs, _ = pf.response_logprobs_and_values(causal_lm("gpt2"), rollout, temperature, 2)
-    assert torch.equal(pf.cumulative_rewards(torch.zeros(3), logprobs, ref_logprobs, rollout["response_mask"], 1.0)[2], torch.zeros(3, 8))
+    assert torch.equal(
+        pf.cumulative_rewards(torch.zeros(3), logprobs, ref_logprobs, rollout["response_mask"], 1.0)[2],
+        torch.zeros(3, 8),
+    )
     rollout |= {"logprobs": logprobs, "values": values, "advantages": values, "returns": values}
     rollout["loss_weights"] = pf.loss_weights(rollout["response_mask"], "token")
     _, stats = pf.minibatch_loss(model, pf.trim(rollout, torch.arange(3)), temperature, 0.2, 0.2, 0.1)
@@ -393,7 +452,9 @@ def test_sampling_differs_over_copies_updates_and_ranks_and_repeats_for_a_key():
     model, rollout = causal_lm("gpt2"), make_rollout([4], [8])
 
     def draw(*key):
-        return pf.generate(model, rollout["queries"], rollout["query_mask"], 6, 8, 1.0, -1, 0, PAD, pf.random_generator("cpu", *key))
+        return pf.generate(
+            model, rollout["queries"], rollout["query_mask"], 6, 8, 1.0, -1, 0, PAD, pf.random_generator("cpu", *key)
+        )
 
     first = draw(1, 3, 1, 0)
     assert len({tuple(row) for row in first.tolist()}) == 6, "the N copies of a prompt"
