@@ -92,7 +92,7 @@ def launch(script: str, settings: dict, log: Path, threads: int = 1, quiet: bool
     start = time.time()
     if not quiet:
         print(f"$ {shown}", flush=True)
-    with log.open("ab") as file:
+    with log.open("ab", buffering=0) as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             for chunk in iter(lambda: process.stdout.read1(4096), b""):
