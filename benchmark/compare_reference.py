@@ -15,7 +15,7 @@ rounding). What passes its tolerance is computed again with another attention ke
 own two kernels, and at most ten tolerances, is rounding: it is marked so and passes.
 """
 import argparse
-import dataclasses
+import functools
 import json
 import math
 import re
@@ -78,14 +78,15 @@ def policy_args(hyperparameters: dict) -> pfppo.Args:
     batch_size = flat.get("ppo.local_batch_size", 64)
     args = pfppo.Args(preset="lm_human_preferences", **{**pfppo.LM_HUMAN_PREFERENCES, **values, "batch_size": batch_size})
     args.minibatch_size = batch_size // flat.get("ppo.nminibatches", 1)
-    args.query_length = args.response_length  # DEPARTS LMHP: LMHPD cuts the query texts at the response length
     return args
 
 
-def reward_args(hyperparameters: dict) -> rm.Args:
+def reward_args(hyperparameters: dict, world: dict) -> rm.Args:
     """The peer's changed reward hyperparameters over our preset; sizes are those of the one recorded process."""
     flat = {"local_batch_size": 4, **flatten(hyperparameters)}
     values = {ours: flat[theirs] for theirs, ours in REWARD_FIELDS.items() if theirs in flat}
+    values["query_length"] = sys.maxsize  # whatever was recorded was allowed
+    values["label_pad_id"] = world.get("label_pad_id", rm.LM_HUMAN_PREFERENCES["label_pad_id"])
     if flat.get("use_tensorflow_adam") is False:
         values["adam_style"] = "torch"
     return rm.Args(preset="lm_human_preferences", **{**rm.LM_HUMAN_PREFERENCES, **values})
@@ -102,8 +103,8 @@ class Report:
 
     def check(self, file: str, key: str, recorded: torch.Tensor, ours, tolerance: float | None) -> None:
         """Note a comparison; tolerance None marks what can only be an input (weights and optimizer state of a later update)."""
-        if isinstance(ours, float):
-            ours = torch.tensor(ours, dtype=torch.double)
+        if ours is None or isinstance(ours, float):  # no gradient is a gradient of 0
+            ours = torch.tensor(ours or 0.0, dtype=torch.double)
         self.compared[file, key] = (recorded, recorded if tolerance is None else ours.detach().clone(), tolerance)
 
     def untested(self) -> list[tuple[str, str]]:
@@ -162,6 +163,21 @@ def numbers(keys, name: str) -> list[int]:
     return sorted({int(n) for key in keys for n in re.findall(rf"(?:^|/){name}_(\d+)(?:/|$)", key)})
 
 
+@functools.lru_cache
+def query_texts(folder: Path, length: int) -> frozenset[tuple[int, ...]]:
+    """Ids of every text in queries.jsonl as our scripts cut them at `length` tokens."""
+    args = pfppo.Args(prompt_field="text", query_length=length, long_queries=pfppo.LM_HUMAN_PREFERENCES["long_queries"])
+    rows = pfppo.load_rows(str(folder / "queries.jsonl"), "prompts", ("text",))
+    return frozenset(tuple(row["query_ids"]) for row in pfppo.encode_queries(peer_tokenizer(folder), rows, args, "prompts"))
+
+
+def known_queries(folder: Path, queries: torch.Tensor, mask: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Recorded queries built again from queries.jsonl: all padding where no text gives these ids."""
+    texts, width = query_texts(folder, queries.shape[1]), queries.shape[1]
+    rows = [tuple(row[m].tolist()) for row, m in zip(queries, mask)]
+    return left_padded([list(row) if row in texts else [] for row in rows], pad_id, width)
+
+
 def left_padded(rows: list[list[int]], pad_id: int, width: int) -> torch.Tensor:
     """Lists of ids -> (rows, width), padded left."""
     ids, _ = pfppo.pad_rows([row[-width:] for row in rows] + [[pad_id] * width], pad_id, "left")
@@ -180,9 +196,6 @@ def compare_policy(report: Report, folder: Path, file: str, args: pfppo.Args, at
     tokenizer = peer_tokenizer(folder)
     pad_id, stop_id = tokenizer.pad_token_id, pfppo.stop_token_id(tokenizer, args.stop_token)
     updates = numbers(trace, "update")
-    args.prompt_field, args.query_length = "text", trace[f"update_{updates[0]}/queries"].shape[1]
-    texts = pfppo.load_rows(str(folder / "queries.jsonl"), "prompts", ("text",))
-    known_queries = {tuple(row["query_ids"]) for row in pfppo.encode_queries(tokenizer, texts, args, "prompts")}
 
     ref_policy = pfppo.load_causal_lm(str(folder / "model")).eval()
     policy = pfppo.load_causal_lm(str(folder / "model"))
@@ -222,9 +235,7 @@ def compare_policy(report: Report, folder: Path, file: str, args: pfppo.Args, at
         # steps 1 and 2 of Algorithm 2 are recorded; that our query texts become the same ids is checked
         queries, responses = trace[key + "queries"], trace[key + "responses"]
         query_mask, response_mask = queries != pad_id, torch.ones_like(responses, dtype=torch.bool)
-        known = torch.tensor([tuple(row[m].tolist()) in known_queries for row, m in zip(queries, query_mask)])
-        rows = [row[m].tolist() for row, m in zip(queries, query_mask)]
-        check(key + "queries", torch.where(known.unsqueeze(1), left_padded(rows, pad_id, queries.shape[1]), -1), EXACT)
+        check(key + "queries", known_queries(folder, queries, query_mask, pad_id), EXACT)
         check(key + "query_responses", torch.cat([queries, responses], 1), EXACT)
         check(key + "responses", trace[key + "query_responses"][:, queries.shape[1] :], EXACT)
         score_mask, has_stop = pfppo.stop_masks(responses, stop_id, args.stop_after)
@@ -342,11 +353,7 @@ def compare_reward(report: Report, folder: Path, file: str, args: rm.Args, atten
         ids = trace[f"{name}/query_responses"]
         queries, responses = ids[:, : -args.response_length], ids[:, -args.response_length :]
         query_mask, everything = queries != pad_id, torch.ones_like(responses, dtype=torch.bool)
-        texts = dataclasses.replace(args, prompt_field="text", query_length=queries.shape[1])
-        rows = rm.load_rows(str(folder / "queries.jsonl"), "normalize_prompts", ("text",))
-        known = {tuple(row["query_ids"]) for row in rm.encode_queries(tokenizer, rows, texts, "normalize_prompts")}
-        rows = [row[mask].tolist() if tuple(row[mask].tolist()) in known else [] for row, mask in zip(queries, query_mask)]
-        check(f"{name}/query_responses", torch.cat([left_padded(rows, pad_id, queries.shape[1]), responses], 1), EXACT)
+        check(f"{name}/query_responses", torch.cat([known_queries(folder, queries, query_mask, pad_id), responses], 1), EXACT)
         gain, bias = model.reward_gain.item(), model.reward_bias.item()
         rm.set_gain_and_bias(model, 1.0, 0.0)
         rollout = {"queries": queries, "query_mask": query_mask, "responses": responses, "response_mask": everything, "score_mask": everything}
@@ -428,14 +435,17 @@ def compare_reward(report: Report, folder: Path, file: str, args: rm.Args, atten
 # ---------------------------------------------------------------- main
 
 
-def compare(folder: Path, attention: str) -> Report:
-    """One pass over every trace of the folder."""
+def compare(folder: Path, attention: str, files: set[str] | None = None) -> Report:
+    """One pass over the traces of the folder (or those named in `files`) with one attention kernel of transformers."""
     hyperparameters = json.loads((folder / "hyperparameters.json").read_text())
+    world = json.loads((folder / "world.json").read_text()) if (folder / "world.json").is_file() else {}
     report = Report()
-    for path in sorted(folder.glob("trace_policy*.safetensors")):
-        compare_policy(report, folder, path.name, policy_args(hyperparameters.get("policy", {})), attention)
-    for path in sorted(folder.glob("trace_reward*.safetensors")):
-        compare_reward(report, folder, path.name, reward_args(hyperparameters.get("reward", {})), attention)
+    names = [path.name for path in sorted(folder.glob("trace_*.safetensors")) if files is None or path.name in files]
+    for name in names:
+        if name.startswith("trace_policy"):
+            compare_policy(report, folder, name, policy_args(hyperparameters.get("policy", {})), attention)
+        elif name.startswith("trace_reward"):
+            compare_reward(report, folder, name, reward_args(hyperparameters.get("reward", {}), world), attention)
     return report
 
 
@@ -457,8 +467,9 @@ def main(folder: Path) -> int:
             raise FileNotFoundError(f"{folder / needed}: no such file; give a folder recorded from lm-human-preference-details")
     report = compare(folder, "sdpa")
     rows = summarise(report, None)
-    if any(row["verdict"] == "FAIL" for row in rows):
-        rows = summarise(report, compare(folder, "eager"))
+    failed = {row["file"] for row in rows if row["verdict"] == "FAIL"}
+    if failed:
+        rows = summarise(report, compare(folder, "eager", failed))
     print_table(rows)
     for file, key in report.untested():
         print(f"UNTESTED {file} {key}")
