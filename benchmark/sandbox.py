@@ -28,7 +28,6 @@ import platform
 import random
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -971,7 +970,7 @@ class Template:
         if inner:  # the outer half stays outside of the namespaces that the inner half opens, to clean up after it
             self.control.close()
             os.waitpid(inner, 0)
-            shutil.rmtree(self.base, ignore_errors=True)
+            remove(self.base)
             os._exit(0)
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # die with the outer half
         os.setsid()
@@ -1019,6 +1018,8 @@ class Template:
                 self.filter = None
         else:
             self.filter = None
+        if self.pid_namespace is None and not self.filter:
+            raise OSError("the kernel grants neither namespaces nor seccomp: a program could end the grader, so none is run")
         if self.drop:
             os.setgroups([])
         for name, value in (("FSIZE", FILE_BYTES), ("NOFILE", 64), ("CORE", 0), ("NPROC", PROCESSES if self.drop else None), ("STACK", 64 << 20)):
@@ -1096,7 +1097,6 @@ class Template:
             if pid < 0:
                 raise OSError("fork failed")
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
             self.report({"id": request["fork"], "error": f"{self.role} process did not start: {error}"})
             return
         if pid == 0:
@@ -1160,9 +1160,9 @@ class Template:
             name = known[pid]
             _, folder = self.children.pop(name)
             try:
-                os.rmdir(folder)
-            except OSError:
                 remove(folder)
+            except OSError:  # what resists is put aside, so that the slot's name is free again; it goes when the template goes
+                os.rename(folder, f"{folder}.{os.urandom(8).hex()}")
             seconds = usage.ru_utime + usage.ru_stime
             self.report({"id": name, "role": self.role, "status": os.waitstatus_to_exitcode(status), "cpu": seconds, "kilobytes": usage.ru_maxrss, "faults": usage.ru_minflt})
 
@@ -1182,21 +1182,26 @@ class Template:
 
 
 def remove(folder):
-    """Deletes a tree that a program may have made deep or closed; what resists stays in the tmpfs that ends with the template."""
-    def open_up(function, path, _):
-        try:
-            os.chmod(os.path.dirname(path), 0o700)
+    """Deletes a tree that a program may have made very deep or closed to others: level by level, without recursion or long paths."""
+    count = 0
+    os.chmod(folder, 0o700)
+    while names := os.listdir(folder):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.isdir(path) or os.path.islink(path):
+                os.unlink(path)
+                continue
             os.chmod(path, 0o700)
-            function(path)
-        except OSError:
-            pass
-
-    try:
-        shutil.rmtree(folder, onerror=open_up)
-    except RecursionError:
-        pass
-    if os.path.exists(folder):
-        os.rename(folder, f"{folder}.{os.urandom(8).hex()}")  # the slot's name is free again
+            for inner in os.listdir(path):  # its children move up one level, so that it is empty
+                inner_path = os.path.join(path, inner)
+                if os.path.isdir(inner_path) and not os.path.islink(inner_path):
+                    os.chmod(inner_path, 0o700)  # moving a folder rewrites its link to the parent
+                    count += 1
+                    os.rename(inner_path, os.path.join(folder, f".{count}.{os.urandom(4).hex()}"))
+                else:
+                    os.unlink(inner_path)
+            os.rmdir(path)
+    os.rmdir(folder)
 
 
 def main(role, control_fd, first_uid):
