@@ -1,0 +1,469 @@
+"""The baselines of the paper's Table 2: losses against hand-worked numbers and TRL's values, and whole runs on the tiny world."""
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
+
+import pfppo_single as pf
+from benchmark.baselines import bond, common, dpo, iterative_dpo, kto, raft
+
+NAMES = ("raft", "bond", "dpo", "kto", "iterative_dpo")
+
+
+def tensor(*values) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+# ---------------------------------------------------------------- DPO, IPO
+
+
+def test_dpo_sums_over_tokens():  # PITFALLS BL-1
+    # sums 3 and -1, β 0.5: -log σ(0.5 · 4) = log(1 + e^-2)
+    loss = dpo.preference_loss(tensor(3.0), tensor(-1.0), tensor(2), tensor(4), beta=0.5, loss_type="dpo")
+    torch.testing.assert_close(loss, tensor(math.log1p(math.exp(-2.0))))
+
+
+def test_ipo_means_over_tokens():  # PITFALLS BL-1
+    # means 3/2 and -1/4, margin 1.75, target 1/(2 · 0.5) = 1: 0.75² = 0.5625; with sums it would be (4 - 1)² = 9
+    loss = dpo.preference_loss(tensor(3.0), tensor(-1.0), tensor(2), tensor(4), beta=0.5, loss_type="ipo")
+    torch.testing.assert_close(loss, tensor(0.5625))
+
+
+def test_dpo_at_the_reference_is_log_two_and_pushes_apart():
+    chosen, rejected = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    loss = dpo.preference_loss(chosen, rejected, tensor(3, 5), tensor(4, 4), beta=0.1, loss_type="dpo").sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * math.log(2))
+    torch.testing.assert_close(chosen.grad, tensor(-0.05, -0.05))  # -β σ(0)
+    torch.testing.assert_close(rejected.grad, tensor(0.05, 0.05))
+
+
+# ---------------------------------------------------------------- KTO
+
+
+def test_kto_loss_by_hand():
+    # z = 1, β = 1: chosen with r = 1 -> 1 - σ(0) = 0.5; rejected with r = 1 - log 3 -> 1 - σ(log 3) = 0.25; weights 1 and 2
+    logratios = tensor(1.0, 1.0 - math.log(3.0))
+    loss = kto.kto_loss(logratios, tensor(True, False), torch.tensor(1.0), beta=1.0, desirable_weight=1.0, undesirable_weight=2.0)
+    torch.testing.assert_close(loss, tensor(0.5, 0.5))
+
+
+def test_kto_gradient_lifts_chosen_and_lowers_rejected():
+    logratios = torch.zeros(2, requires_grad=True)
+    kto.kto_loss(logratios, tensor(True, False), torch.tensor(0.0), 0.1, 1.0, 1.0).sum().backward()
+    torch.testing.assert_close(logratios.grad, tensor(-0.025, 0.025))  # β σ(0)(1 - σ(0))
+
+
+def test_kto_kl_is_clamped_at_zero_and_detached():  # PITFALLS BL-2
+    logprobs = tensor(-1.0, -2.0, -3.0).requires_grad_()
+    above = kto.shifted_kl(logprobs, tensor(-2.0, -3.0, -5.0))
+    assert above.item() == pytest.approx(4 / 3) and not above.requires_grad
+    assert kto.shifted_kl(logprobs, tensor(0.0, 0.0, 0.0)).item() == 0.0
+
+
+def test_kto_clamps_the_mean_and_not_every_response():  # PITFALLS BL-2
+    # log-ratios +3 and -1: mean 1; clamped one by one it would be 1.5
+    assert kto.shifted_kl(tensor(3.0, -1.0), tensor(0.0, 0.0)).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("prompt_ids", [[0, 1], [4, 4, 9, 9], [0, 1, 2, 0, 3, 1, 0], [5, 5, 5, 1, 2, 3]])
+def test_kto_pairs_are_mismatched_and_use_every_response_once(prompt_ids):  # PITFALLS BL-2
+    ids = torch.tensor(prompt_ids)
+    other = kto.mismatched_rows(ids)
+    assert sorted(other.tolist()) == list(range(len(ids)))  # full batch size, each response once
+    assert (ids[other] != ids).all()
+
+
+def test_kto_refuses_a_batch_that_cannot_be_mismatched():
+    with pytest.raises(ValueError, match="raise --batch_size"):
+        kto.mismatched_rows(tensor(1, 1, 1, 2))
+
+
+# ---------------------------------------------------------------- RAFT
+
+
+def test_raft_keeps_the_best_of_every_prompt():
+    scores, ids = tensor(0.1, 0.9, 0.5, -0.2, -0.8, -0.1), tensor(0, 0, 0, 1, 1, 1)
+    assert raft.best_rows(scores, ids, torch.Generator().manual_seed(0)).tolist() == [1, 5]
+
+
+def test_raft_drops_a_prompt_whose_responses_never_stop():
+    scores, ids = tensor(-torch.inf, -torch.inf, -torch.inf, 0.2), tensor(0, 0, 1, 1)
+    assert raft.best_rows(scores, ids, torch.Generator().manual_seed(0)).tolist() == [3]
+
+
+def test_raft_breaks_ties_at_random():
+    scores, ids = torch.zeros(4), torch.zeros(4, dtype=torch.long)
+    picks = {raft.best_rows(scores, ids, torch.Generator().manual_seed(seed)).item() for seed in range(30)}
+    assert picks == {0, 1, 2, 3}
+
+
+def test_raft_loss_is_per_token():
+    assert raft.supervised_loss(tensor(-6.0, -2.0), num_tokens=4).item() == pytest.approx(2.0)
+
+
+# ---------------------------------------------------------------- BOND
+
+
+def test_bond_quantiles_by_hand():
+    # anchor's scores 1 2 3: 0.5 is above none of them, 2 above two (itself a tie), 9 above all; each counts itself too
+    logq = bond.log_quantiles(tensor([0.5, 2.0, 9.0]), tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(logq.exp(), tensor([0.25, 0.75, 1.0]))
+
+
+def test_bond_quantiles_stay_within_their_prompt():
+    logq = bond.log_quantiles(tensor([1.0], [1.0]), tensor([0.0, 0.0], [2.0, 2.0]))
+    torch.testing.assert_close(logq.exp(), tensor([1.0], [1 / 3]))
+
+
+def test_bond_costs_by_hand():
+    # log π = -1, log π_anchor = -2, p_≤ = 1/2, N = 5: 1 + 4 log 2
+    cost = bond.backward_kl_costs(tensor([-1.0]), tensor([-2.0]), tensor([math.log(0.5)]), 5)
+    torch.testing.assert_close(cost, tensor([1 + 4 * math.log(2)]))
+
+
+def test_bond_baseline_leaves_the_response_out():
+    # costs 1 2 6: baselines 4, 3.5, 1.5; loss = mean of log π · (cost - baseline)
+    loss = bond.backward_kl_loss(tensor([-1.0, -2.0, -3.0]), tensor([1.0, 2.0, 6.0]))
+    assert loss.item() == pytest.approx((-1 * -3.0 + -2 * -1.5 + -3 * 4.5) / 3)
+
+
+def enumerated(logits: torch.Tensor, anchor: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three possible responses with rewards 0 < 1 < 2: log π (3,) and log π_BoN up to a constant (3,)."""
+    quantile = anchor.cumsum(0)
+    return logits.log_softmax(0), anchor.log() + (n - 1) * quantile.log()
+
+
+def test_bond_backward_gradient_is_that_of_the_exact_divergence():
+    logits, anchor, n = tensor(0.3, -0.2, 0.5).requires_grad_(), tensor(0.5, 0.3, 0.2), 4
+    logprobs, target = enumerated(logits, anchor, n)
+    exact = torch.autograd.grad((logprobs.exp() * (logprobs - target)).sum(), logits)[0]
+    logprobs, _ = enumerated(logits, anchor, n)
+    costs = bond.backward_kl_costs(logprobs, anchor.log(), anchor.cumsum(0).log(), n)
+    surrogate = sum(p.detach() * bond.backward_kl_loss(lp.view(1, 1), c.view(1, 1)) for p, lp, c in zip(logprobs.exp(), logprobs, costs))
+    torch.testing.assert_close(torch.autograd.grad(surrogate, logits)[0], exact)
+
+
+def test_bond_cost_is_constant_at_its_target():
+    anchor, n = tensor(0.5, 0.3, 0.2), 4
+    target = enumerated(torch.zeros(3), anchor, n)[1].log_softmax(0)
+    costs = bond.backward_kl_costs(target, anchor.log(), anchor.cumsum(0).log(), n)
+    torch.testing.assert_close(costs, costs[0].expand(3))
+
+
+def test_bond_forward_loss_is_the_likelihood_of_the_best():
+    assert bond.forward_kl_loss(tensor(-1.0, -4.0)).item() == pytest.approx(2.5)
+
+
+# ---------------------------------------------------------------- Iterative DPO
+
+
+def test_iterative_dpo_pairs_best_with_worst_and_drops_ties():
+    scores = tensor(0.1, 0.9, 0.5, 0.3, 0.3, 0.3, -torch.inf, 0.0, 0.2)
+    ids = tensor(0, 0, 0, 1, 1, 1, 2, 2, 2)
+    best, worst = iterative_dpo.best_and_worst(scores, ids, torch.Generator().manual_seed(0))
+    assert best.tolist() == [1, 8] and worst.tolist() == [0, 6]
+
+
+# ---------------------------------------------------------------- sequence log-probabilities
+
+
+def test_sequence_logprob_excludes_prompt_and_padding():  # PITFALLS BL-3
+    model, rollout = causal_lm("llama"), make_rollout([3, 7], [5, 2])
+    got = common.sequence_logprobs(model, rollout, tensor(0, 1), 1.0)
+    for i in range(2):
+        query = rollout["queries"][i][rollout["query_mask"][i]]
+        response = rollout["responses"][i][rollout["response_mask"][i]]
+        logits = model(torch.cat([query, response]).unsqueeze(0)).logits[0, len(query) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, response.unsqueeze(1)).sum()
+        torch.testing.assert_close(got[i], expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sequence_logprob_unchanged_by_padding(name):  # PITFALLS BL-3
+    model, rollout = causal_lm(name), make_rollout([3, 9, 4], [5, 2, 8])
+    together = common.sequence_logprobs(model, rollout, tensor(0, 1, 2), 1.0)
+    alone = torch.cat([common.sequence_logprobs(model, rollout, tensor(i), 1.0) for i in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
+
+
+def test_sequence_logprob_agrees_with_scoring_without_gradient_and_has_one():
+    model, rollout = causal_lm("gpt2"), make_rollout([3, 9, 4], [5, 2, 8])
+    got = common.sequence_logprobs(model, rollout, tensor(0, 1, 2), 0.7)
+    torch.testing.assert_close(got, pf.response_logprobs_and_values(model, rollout, 0.7, 2)[0].sum(1), atol=1e-4, rtol=1e-5)
+    assert got.requires_grad
+
+
+def pair_args(world: Path, folder: Path, **changes):
+    rows = [{"prompt": f"sum {i} of", "chosen": f"ab{i}", "rejected": f"xyz={i}"} for i in range(6)]
+    path = write_jsonl(folder / "pairs.jsonl", rows)
+    return dpo.Args(policy=str(world / "gpt2"), train_data=str(path), output_dir=str(folder / "run"), query_length=16, response_length=8,
+                    **changes)  # fmt: skip
+
+
+def test_pair_ids_are_prompt_ids_then_response_ids(world, tmp_path):  # PITFALLS BL-3
+    tokenizer = make_tokenizer(bos=True)
+    pairs = common.load_pairs(pair_args(world, tmp_path), tokenizer, tokenizer.eos_token_id)
+    rollout = common.make_rollout([p["query_ids"] for p in pairs], [p["chosen_ids"] for p in pairs], VOCAB_SIZE - 1)
+    for i, pair in enumerate(pairs):
+        ids = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]]).tolist()
+        response = tokenizer(pair["chosen"], add_special_tokens=False)["input_ids"]
+        assert ids == pf.encode_prompt(tokenizer, pair["prompt"]) + response + [tokenizer.eos_token_id]
+
+
+def test_pairs_too_long_are_dropped(world, tmp_path, capsys):
+    args = pair_args(world, tmp_path)
+    args.response_length = 5  # "xyz=0" and the stop token are 6
+    with pytest.raises(ValueError, match="raise it"):
+        common.load_pairs(args, make_tokenizer(), 1)
+
+
+# ---------------------------------------------------------------- TRL's values on the same inputs
+
+
+@pytest.fixture
+def trl(monkeypatch):
+    """TRL, or a skip; its trainers compute the loss of a policy and a reference that differ, on the CPU."""
+    found = pytest.importorskip("trl", reason="TRL is an optional extra: pip install trl")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    return found
+
+
+TRL_PAIRS = [{"prompt": "sum of", "chosen": " ab", "rejected": " xyz="}, {"prompt": "max", "chosen": " qrst", "rejected": " u"},
+             {"prompt": "one two", "chosen": " v1", "rejected": " w22"}, {"prompt": "rev", "chosen": " 333", "rejected": " 4"}]  # fmt: skip
+
+
+def from_trl(batch: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    """A TRL batch (whole sequences, a mask of the completion) -> rollout."""
+    ids, mask, completion = (batch[prefix + name] for name in ("input_ids", "attention_mask", "completion_mask"))
+    queries = [row[(m == 1) & (c == 0)].tolist() for row, m, c in zip(ids, mask, completion)]
+    return common.make_rollout(queries, [row[c == 1].tolist() for row, c in zip(ids, completion)], VOCAB_SIZE - 1)
+
+
+def trl_trainer(trainer, config, folder, data, **settings):
+    from datasets import Dataset
+
+    args = config(output_dir=str(folder), per_device_train_batch_size=len(data), report_to=[], use_cpu=True, bf16=False,
+                  gradient_checkpointing=False, save_strategy="no", **settings)  # fmt: skip
+    return trainer(model=causal_lm("llama", 0, attention_dropout=0.0), ref_model=causal_lm("llama", 5, attention_dropout=0.0), args=args,
+                   train_dataset=Dataset.from_list(data), processing_class=make_tokenizer())  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo"])
+def test_preference_loss_equals_trl(trl, tmp_path, loss_type):  # PITFALLS BL-1
+    trainer = trl_trainer(trl.DPOTrainer, trl.DPOConfig, tmp_path, TRL_PAIRS, beta=0.1,
+                          loss_type={"dpo": "sigmoid"}.get(loss_type, loss_type))  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.compute_loss(trainer.model, dict(batch)).detach()
+    rollout, rows = from_trl(batch), torch.arange(2 * len(TRL_PAIRS))
+    logratios = (common.sequence_logprobs(trainer.model, rollout, rows, 1.0) - common.sequence_logprobs(trainer.ref_model, rollout, rows, 1.0))
+    lengths = rollout["response_mask"].sum(1)
+    ours = dpo.preference_loss(*logratios.chunk(2), *lengths.chunk(2), 0.1, loss_type).mean()
+    torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_kto_loss_equals_trl(trl, tmp_path):  # PITFALLS BL-2
+    data = [{"prompt": p["prompt"], "completion": p[name], "label": name == "chosen"} for p in TRL_PAIRS for name in ("chosen", "rejected")]
+    trainer = trl_trainer(trl.KTOTrainer, trl.KTOConfig, tmp_path, data, beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.compute_loss(trainer.model, dict(batch)).detach()
+    rows, rollout, mismatched = torch.arange(len(data)), from_trl(batch), from_trl(batch, "KL_")
+    policy, reference = ([common.sequence_logprobs(m, r, rows, 1.0) for r in (rollout, mismatched)] for m in (trainer.model, trainer.ref_model))
+    kl = kto.shifted_kl(policy[1], reference[1])
+    ours = kto.kto_loss(policy[0] - reference[0], torch.tensor(batch["label"]), kl, 0.1, 1.0, 1.5).mean()
+    torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- whole runs on the tiny world
+
+
+REWARD = "def reward(prompts, responses, rows):\n    return [len(set(r)) + 0.01 * len(r) for r in responses]\n"
+SCORE = "def passed(prompts, responses, rows):\n    return [float('a' in r) for r in responses]\n"
+SIZES = {
+    "raft": dict(total_episodes=48, batch_size=4, num_responses=3, minibatch_size=2),
+    "bond": dict(total_episodes=64, batch_size=4, num_responses=2, policy_responses=2),
+    "dpo": dict(batch_size=4, epochs=3, eval_every=2, checkpoint_every=1),
+    "kto": dict(batch_size=8, epochs=3, eval_every=2, checkpoint_every=1),
+    "iterative_dpo": dict(total_episodes=54, num_responses=3, batch_size=4, eval_every=2, checkpoint_every=2),
+}
+
+
+@pytest.fixture
+def start(world, tmp_path, module):
+    """start(name, output folder, **changes) -> (metrics, folder): the whole of a baseline's main, in this process."""
+    name_reward, name_score = module("tiny_reward", REWARD), module("tiny_score", SCORE)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl",
+                        [{"prompt": f"sum {i} of", "chosen": "ab" + "c" * (i % 3), "rejected": "xyz=" + "2" * (i % 2)} for i in range(10)])  # fmt: skip
+
+    def run(name: str, output: str, **changes):
+        script = importlib.import_module(f"benchmark.baselines.{name}")
+        data = dict(train_data=str(pairs)) if name in ("dpo", "kto") else dict(prompts=str(world / "prompts.jsonl"))
+        settings = dict(policy=str(world / "gpt2"), reward=f"{name_reward}:reward", actual_score=f"{name_score}:passed",
+                        eval_prompts=str(world / "eval.jsonl"), output_dir=str(tmp_path / output), query_length=16, response_length=8,
+                        forward_batch_size=16, micro_batch_size=3, lr=3e-3)  # fmt: skip
+        script.main(script.Args(**{**settings, **data, **SIZES[name], **changes}))
+        return read_metrics(tmp_path / output), tmp_path / output
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return pf.load_causal_lm(str(folder)).state_dict()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_leaves_what_pfppo_leaves(name, start, world):
+    metrics, folder = start(name, "run", checkpoint_every=1)
+    expected = {f"eval/{kind}_{what}" for kind in ("greedy", "sampled") for what in ("pass1", "reward", "length", "truncated")} | {"eval/kl"}
+    assert expected <= set(metrics[0]) and expected <= set(metrics[-1])
+    assert metrics[0]["eval/kl"] == 0.0 and metrics[-1]["eval/kl"] != 0.0
+    assert [row["step"] for row in metrics] == list(range(len(metrics)))
+    steps = [row["optimizer_step"] for row in metrics]
+    assert steps[0] == 0 and steps == sorted(steps) and steps[-1] >= 4
+    before, after = weights(world / "gpt2"), weights(folder / "policy")
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert weights(folder / "policy_best").keys() == after.keys()
+    assert (folder / "policy" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name, episodes", [("raft", 48), ("bond", 64), ("dpo", 0), ("kto", 0), ("iterative_dpo", 54)])
+def test_episodes_count_every_generated_response_of_training(name, episodes, start):
+    assert start(name, "run")[0][-1]["episodes"] == episodes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
+    every = {"checkpoint_every": 2 if name in ("dpo", "kto", "iterative_dpo") else 1}
+    whole, whole_folder = start(name, "whole", **every)
+    end_step, kill_at = common.Run.end_step, len(whole) - 2  # before the last step
+
+    def killed(run, metrics, checkpoint=False):
+        end_step(run, metrics, checkpoint)
+        if run.state["step"] == kill_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Run, "end_step", killed)
+        start(name, "killed", **every)
+    resumed, folder = start(name, "killed", **every)
+    drop = ("seconds/update", "seconds/evaluate")
+    assert [{k: v for k, v in r.items() if k not in drop} for r in resumed] == [{k: v for k, v in r.items() if k not in drop} for r in whole]
+    expected, got = weights(whole_folder / "policy"), weights(folder / "policy")
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "raft", "bond"])
+def test_micro_batches_change_nothing(name, start):
+    kept = [weights(start(name, f"micro{size}", micro_batch_size=size)[1] / "policy") for size in (2, 100)]
+    for key in kept[0]:
+        torch.testing.assert_close(kept[0][key], kept[1][key], atol=2e-5, rtol=1e-4)
+
+
+def test_best_policy_is_the_best_on_the_evaluation_prompts(start):
+    metrics, folder = start("raft", "run", checkpoint_every=1)
+    state = json.loads(next((folder / "checkpoints").glob("step_*/state.json")).read_text())
+    curve = {row["step"]: row["eval/greedy_pass1"] for row in metrics}
+    assert state["best"] == max(curve.values()) and curve[state["best_step"]] == state["best"]
+
+
+def test_bond_anchor_moves_only_between_iterations(start, monkeypatch):
+    seen, sample = [], common.Run.sample
+
+    def watch(run, *args, model=None, **rest):
+        if model is not None:
+            same = all(torch.equal(a, b) for a, b in zip(run.anchor.parameters(), run.policy.parameters()))
+            seen.append((run.state["step"], same))
+        return sample(run, *args, model=model, **rest)
+
+    monkeypatch.setattr(common.Run, "sample", watch)
+    start("bond", "run", total_episodes=96, iterations=2)  # 6 updates: the anchor is the policy at updates 0 and 3
+    assert seen == [(0, True), (1, False), (2, False), (3, True), (4, False), (5, False)]
+
+
+def test_iterative_dpo_makes_pairs_by_reward_from_the_last_policy(start):
+    _, folder = start("iterative_dpo", "run")
+    pairs = [[json.loads(line) for line in (folder / f"pairs_{i}.jsonl").read_text().splitlines()] for i in (1, 2, 3)]
+    for pair in sum(pairs, []):
+        score = {name: len(set(pair[name])) + 0.01 * len(pair[name]) for name in ("chosen", "rejected")}
+        assert pair["chosen_reward"] == pytest.approx(score["chosen"], abs=1e-5)
+        stopped = [pair[f"{name}_ids"][-1] == VOCAB_SIZE - 2 for name in ("chosen", "rejected")]
+        assert stopped[0] and (not stopped[1] or score["chosen"] > score["rejected"])
+    assert len({json.dumps(part) for part in pairs}) == 3
+
+
+def test_the_learned_reward_scores_as_pfppo_scores_it(world, start):
+    metrics, _ = start("raft", "run", reward=str(world / "reward"))
+    args = pf.Args(prompt_field="prompt", query_length=16)
+    tokenizer = pf.load_tokenizer(str(world / "gpt2"), "")
+    rows = pf.encode_queries(tokenizer, pf.load_rows(str(world / "eval.jsonl"), "eval_prompts"), args, "eval_prompts")
+    queries, query_mask = pf.pad_rows([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
+    policy = pf.load_causal_lm(str(world / "gpt2")).eval()
+    responses = pf.generate(policy, queries, query_mask, 1, 8, 0.0, tokenizer.eos_token_id, 0, tokenizer.pad_token_id)
+    mask, _ = pf.stop_masks(responses, tokenizer.eos_token_id, 0)
+    rollout = {"queries": queries, "query_mask": query_mask, "responses": responses, "response_mask": mask, "score_mask": mask}
+    expected = pf.reward_model_scores(pf.RewardModel.from_pretrained(world / "reward").eval(), rollout, 4).mean().item()
+    assert metrics[0]["eval/greedy_reward"] == pytest.approx(expected, abs=1e-5)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folder_of_another_run_is_refused(name, start):
+    start(name, "run")
+    with pytest.raises(ValueError, match="holds another run: seed"):
+        start(name, "run", seed=2)
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("dpo", {"policy": ""}, "--policy is needed"), ("dpo", {"train_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    ("dpo", {"beta": 0.0}, "--beta must be above 0"), ("dpo", {"batch_size": 0}, "--batch_size must be at least 1"),
+    ("kto", {"eval_prompts": "nowhere.jsonl"}, "nowhere.jsonl: no such file"), ("raft", {"reward": ""}, "--reward is needed"),
+    ("raft", {"reward": "nowhere"}, "no reward_head.safetensors"), ("raft", {"num_responses": 1}, "--num_responses must be at least 2"),
+    ("raft", {"total_episodes": 5}, "at least one round"), ("bond", {"total_episodes": 16}, "at least 4 updates"),
+    ("iterative_dpo", {"num_responses": 1}, "--num_responses must be at least 2"),
+])  # fmt: skip
+def test_bad_settings_are_refused_before_a_folder_is_written(name, changes, message, start, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        start(name, "refused", **changes)
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("row, message", [({"prompt": "a", "chosen": "b"}, "row 2: no column rejected"),
+                                          ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: chosen and rejected must be texts")])
+def test_bad_pairs_are_refused_with_file_and_row(row, message, start, tmp_path):
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, row])
+    with pytest.raises(ValueError, match=f"bad.jsonl, {message}"):
+        start("dpo", "refused", train_data=str(path))
+
+
+def test_two_processes_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match="one process, not 2"):
+        common.Run(pair_args(world, tmp_path, batch_size=2))
+
+
+def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(start, monkeypatch, tmp_path):
+    loss = dpo.preference_loss
+    calls = []
+    monkeypatch.setattr(dpo, "preference_loss", lambda *x: loss(*x) * (float("nan") if len(calls) > 5 else 1.0) + 0 * len(calls.append(1) or []))
+    with pytest.raises(FloatingPointError, match="step 4.*Lower --lr"):
+        start("dpo", "run", micro_batch_size=2)
+    assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_is_read_and_documented(name):
+    import dataclasses
+    import inspect
+
+    script = importlib.import_module(f"benchmark.baselines.{name}")
+    source = "\n".join(inspect.getsource(x) for x in (common, script, dpo, raft))
+    for field in dataclasses.fields(script.Args):
+        assert f"args.{field.name}" in source or field.name in ("prompts", "train_data", "long_queries", "query_length"), field.name
+        assert source.split(f"    {field.name}: ")[1].split("\n")[1].strip().startswith('"""'), field.name
