@@ -108,7 +108,7 @@ class Args:
     """passes over the labels (PAPER: 1)"""
     batch_size: int = 64
     """labels per optimizer step, over all ranks"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 16
     """labels (of K responses) per rank in one forward and backward pass; changes memory and speed, not the gradient"""
     lr: float = 1e-5
     """peak learning rate (PAPER: 1e-5)"""

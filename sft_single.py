@@ -94,7 +94,7 @@ class Args:
     """passes over the data (PAPER: 5)"""
     batch_size: int = 64
     """rows per optimizer step, over all ranks"""
-    micro_batch_size: int = 64
+    micro_batch_size: int = 16
     """rows per rank in one forward and backward pass; changes memory and speed, not the gradient"""
     lr: float = 1e-5
     """peak learning rate (PAPER: 1e-5)"""

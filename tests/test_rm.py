@@ -14,7 +14,7 @@ import rm_single as rm
 
 PAD, FILE_PAD = VOCAB_SIZE - 1, 999
 PAIRS = [{"prompt": "say " + "abcde"[: 1 + i % 5], "chosen": "x" * (1 + i % 4), "rejected": "y" * (1 + i % 3)} for i in range(19)]
-HELD_OUT = [{"prompt": f"held {i}", "chosen": "ax"[i % 2 :] + "x", "rejected": "y" * (1 + i % 3)} for i in range(11)]
+HELD_OUT = [{"prompt": f"held {i}", "chosen": "x" * (1 + i % 2), "rejected": "y" * (1 + i % 3)} for i in range(11)]
 SMOOTH = dict(eps=0.1, lr=0.05)  # Adam with a tiny epsilon turns rounding of a near-zero gradient into a whole step
 
 
@@ -234,10 +234,11 @@ def test_weights_do_not_depend_on_the_micro_batch_size(train):
     assert abs(at_once.reward_gain.item() - gain) > 1e-4 and abs(at_once.reward_bias.item() - bias) == 0  # equal for all K responses
 
 
-def test_training_learns_the_preference(train):
-    metrics, _ = train(epochs=8, lr=3e-3, eps=1e-8, eval_every=5, normalize_before=False)
+def test_training_learns_the_preference(train, tmp_path):
+    write_jsonl(tmp_path / "again.jsonl", PAIRS)
+    metrics, _ = train(epochs=6, lr=3e-3, eps=1e-8, eval_every=1, normalize_before=False, eval_data=str(tmp_path / "again.jsonl"))
     accuracies = [m["test/accuracy"] for m in metrics if "test/accuracy" in m]
-    assert accuracies[-1] > 0.9 and metrics[-2]["train/loss"] < 0.3
+    assert accuracies[0] < 0.7 and accuracies[-1] > 0.95
 
 
 def test_held_out_accuracy_counts_every_label_once(train, tmp_path):
