@@ -12,7 +12,8 @@ COLOURS = {"sft": "#7f7f7f", "ppo_m": "#1f77b4", "br": "#d62728", "bw": "#2ca02c
            "oracle": "#000000"}  # fmt: skip
 LABELS = {"sft": "SFT", "ppo_s": "PPO-S", "ppo_m": "PPO-M", "bon": "PF-PPO BoN", "br": "PF-PPO BR", "bw": "PF-PPO BW", "random": "random 2 of 5",
           "oracle": "PPO-M, oracle reward", "none": "no filter", "top": "top", "top_random": "top-random", "top_bottom": "top-bottom",
-          "pow_1": "pow-1", "pow_2": "pow-2", "pow_3": "pow-3"}  # fmt: skip
+          "pow_1": "pow-1", "pow_2": "pow-2", "pow_3": "pow-3", "raft": "RAFT", "bond": "BOND", "dpo": "DPO", "ipo": "IPO", "kto": "KTO",
+          "iterative_dpo": "Iterative-DPO"}  # fmt: skip
 
 
 def label(name: str) -> str:
@@ -53,6 +54,74 @@ def training_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], pat
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    return save(figure, path)
+
+
+def reliability_panels(worlds: dict[str, list[dict]], path: Path) -> Path:
+    """Figure 3: Figure 1 once per title."""
+    figure, panels = plt.subplots(1, len(worlds), figsize=(4 * len(worlds), 3.6), sharey=True, squeeze=False)
+    for axes, (title, repeats) in zip(panels[0], worlds.items()):
+        for repeat in repeats:
+            axes.plot(repeat["reward"], repeat["actual"], marker="o", markersize=3, linewidth=1, alpha=0.7)
+        axes.set(xlabel="reward R (group mean)", title=title)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("share that passes")
+    return save(figure, path)
+
+
+def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, **style) -> None:
+    """Mean of y over runs at every x that all have, with 1.96 standard errors around it; entries that are None are left out."""
+    found: dict[float, list[float]] = {}
+    for curve in curves:
+        for a, b in zip(curve[x], curve[y]):
+            if a is not None and b is not None:
+                found.setdefault(a, []).append(b)
+    xs = [a for a in sorted(found) if len(found[a]) == len(curves)]
+    mean = np.array([np.mean(found[a]) for a in xs])
+    axes.plot(xs, mean, color=colour, **style)
+    if len(curves) > 1 and "label" in style:
+        error = np.array([1.96 * np.std(found[a], ddof=1) / np.sqrt(len(found[a])) for a in xs])
+        axes.fill_between(xs, mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
+
+
+def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
+    """Figure 2 over many runs: method -> curves of benchmark.reproduce. Reward of the policy's own samples (line) and of kept samples
+    (dotted), greedy pass@1, sampled pass@1."""
+    figure, (reward, greedy, sampled) = plt.subplots(1, 3, figsize=(14, 4))
+    for method, curves in runs.items():
+        colour = COLOURS.get(method)
+        band(reward, curves, "update", "score", colour, label=label(method))
+        band(reward, curves, "update", "kept_score", colour, linestyle=":", linewidth=1)
+        band(greedy, curves, "update", "greedy_pass1", colour, label=label(method))
+        band(sampled, curves, "update", "sampled_pass1", colour, label=label(method))
+    reward.set(ylabel="reward", title="Reward: policy's samples (line), kept samples (dotted)")
+    greedy.set(title="Greedy pass@1, validation problems")
+    sampled.set(title="Sampled pass@1, validation problems")
+    for axes in (reward, greedy, sampled):
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+    greedy.legend(fontsize=8)
+    return save(figure, path)
+
+
+def budget_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
+    """Sampled pass@1 against what it cost: responses generated, optimizer steps, and KL to π_SFT (each run's points averaged by
+    update)."""
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4), sharey=True)
+    for method, curves in runs.items():
+        colour = COLOURS.get(method)
+        for axes, x in zip(panels, ("episodes", "optimizer_step")):
+            band(axes, [c for c in curves if None not in c[x]], x, "sampled_pass1", colour, label=label(method)) if curves else None
+        points = [[(k, p) for k, p in zip(c["kl"], c["sampled_pass1"])] for c in curves if None not in c["kl"] and None not in c["sampled_pass1"]]
+        if points:
+            shortest = min(map(len, points))
+            mean = np.mean([p[:shortest] for p in points], axis=0)  # (evaluations, 2)
+            panels[2].plot(mean[:, 0], mean[:, 1], color=colour, marker="o", markersize=3, label=label(method))
+    for axes, title in zip(panels, ("responses generated", "optimizer steps", "KL to π_SFT, nats per response")):
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("sampled pass@1, validation problems")
+    panels[0].legend(fontsize=8)
     return save(figure, path)
 
 

@@ -1,0 +1,559 @@
+"""The paper in miniature: methods x worlds x seeds on the embedded world, as units that survive being killed.
+
+    python -m benchmark.reproduce --study table2 --output_dir benchmark/results/DATE-table2          # about an hour
+    python -m benchmark.reproduce --study table2 --output_dir benchmark/results/DATE-table2 --full   # overnight
+    python -m benchmark.reproduce --study table2 --output_dir ... --only br --seeds 1 --worlds 1     # one row, one unit
+    python -m benchmark.tables benchmark/results/DATE-table2                                         # tables and pictures again
+
+A unit is one training run (method, world, seed) from the world's one SFT policy and one reward model, with its results on the
+test problems; worlds are prepared by units of their own. A finished unit is one line of `units.jsonl`, appended in one write; the
+same command goes on where it was killed. Models and samples stay in `--work_dir` and are not part of the results. Every choice
+(best checkpoint, settings) is made on validation problems; test problems are looked at once per saved policy.
+
+Starting an interpreter costs more than some units, so units are forked from one parent that has imported everything and started
+no thread. `command` in a line is what a user would type for the same run; it gives the same numbers.
+
+Studies: `table2` (Tables 1, 2, 3, 5, 6 and Figures 1, 2), `table4` (three rewards), `map` (when does filtering help), `beyond`
+(weights chosen by R², R² as an alarm, rewards centred per prompt).
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; a unit has one core
+
+import fcntl  # noqa: E402
+import hashlib  # noqa: E402
+import importlib  # noqa: E402
+import json  # noqa: E402
+import multiprocessing  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+import traceback  # noqa: E402
+from collections import defaultdict  # noqa: E402
+from dataclasses import asdict, dataclass, field  # noqa: E402
+from multiprocessing.connection import wait  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Literal  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+
+import pfppo_single as pfppo  # noqa: E402
+import rm_single  # noqa: E402, F401  imported before the fork
+import sft_single  # noqa: E402, F401
+from benchmark import pipeline, tables  # noqa: E402
+from benchmark.run import git_commit, hardware  # noqa: E402
+
+VERSION = 1  # of what a unit measures; a cached unit of another version is measured again (its training is kept)
+TABLE1_METHODS = ("ppo_m", "bon", "br", "bw")  # R² on their middle and last policy
+TABLE1_FILTERS = ("none", "bon", "br", "bw")
+
+# Order of work within a seed, and the number of seeds per world: (default, --full).
+ORDER = ("sft", "ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle", "top_bottom", "pow_1", "pow_2", "pow_3", "top_random", "top",
+         "raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")  # fmt: skip
+BASELINES = {"raft": ("raft", {}), "bond": ("bond", {}), "dpo": ("dpo", {}), "ipo": ("dpo", {"loss_type": "ipo"}), "kto": ("kto", {}),
+             "iterative_dpo": ("iterative_dpo", {})}  # fmt: skip  module of benchmark/baselines, flags over its defaults
+NUM_SEEDS = {"sft": (1, 1), "ppo_m": (4, 4), "br": (4, 4), "bw": (4, 4), "random": (4, 4), "bon": (2, 4), "ppo_s": (2, 4), "oracle": (2, 4),
+             **{name: (1, 2) for name in BASELINES}}  # fmt: skip
+OTHER_SEEDS = (1, 4)
+
+# Seconds on one core where nothing has been measured yet.
+SECONDS = {"world": 10, "sft_policy": 75, "preferences": 40, "rm": 45, "sft": 60, "ppo_m": 70, "oracle": 70, "ppo_s": 70, "raft": 60, "bond": 120,
+           "dpo": 60, "ipo": 60, "kto": 60, "iterative_dpo": 120}  # fmt: skip
+OTHER_SECONDS = 45
+STAGES = ("world", "sft_policy", "preferences", "rm")
+
+
+@dataclass
+class Args:
+    study: Literal["table2", "table4", "map", "beyond"] = "table2"
+    """which comparison"""
+    output_dir: str = ""
+    """folder for units.jsonl, tables and pictures; default benchmark/results/DATE-STUDY"""
+    work_dir: str = "output/study"
+    """folder for worlds, models and logs; shared by studies, so that no run is trained twice"""
+    full: bool = False
+    """all seeds of every method (overnight) instead of the default subset (about an hour)"""
+    methods: tuple[str, ...] = ()
+    """these methods alone, with all seeds given"""
+    only: str = ""
+    """one method alone, with all seeds given"""
+    worlds: tuple[int, ...] = (1, 2, 3)
+    """seeds of the worlds: planted mistakes, SFT policy, preference data and reward model are drawn anew for each"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4)
+    """seeds of the training runs in each world"""
+    parallel: int = 2
+    """units at a time, one core each"""
+    updates: int = 30
+    """updates of every PPO run; all methods generate the same number of responses per update"""
+    num_sft: int = 6000
+    """demonstrations in a world"""
+    sft_epochs: int = 16
+    """passes over the demonstrations"""
+    num_preference: int = 6000
+    """prompts for preference data"""
+    num_valid: int = 300
+    """validation problems: curves, best checkpoint, R²"""
+    num_test: int = 600
+    """test problems: the tables"""
+    dry_run: bool = False
+    """print the time budget and stop"""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work. `changes`: flags over the method's own; `rm`: name of the reward model; `stage`: a part of a world."""
+
+    world: int
+    seed: int
+    method: str = ""
+    stage: str = ""
+    variant: str = ""
+    changes: tuple = ()
+    rm: str = "rm"
+    pairs: int = 0
+    needs: tuple = field(default=(), compare=False)
+
+    @property
+    def key(self) -> tuple:
+        return (self.stage or self.method, self.variant, self.world, self.seed)
+
+    @property
+    def kind(self) -> str:
+        """Units of one kind take about the same time."""
+        return self.stage or self.method + (f" {self.variant}" if self.variant else "")
+
+    def __str__(self) -> str:
+        return f"{self.kind}, world {self.world}" + ("" if self.stage else f", seed {self.seed}")
+
+
+# ---------------------------------------------------------------- which units a study has
+
+
+def planned_units(args: Args) -> list[Unit]:
+    """All units of the study in the order of work: worlds first, then seed by seed, method by method, world by world."""
+    chosen = (args.only,) if args.only else args.methods
+    plan = {"table2": plan_table2}[args.study]
+    runs = plan(args, chosen)
+    worlds = list(dict.fromkeys(unit.world for unit in runs))
+    stages = [Unit(world, world, stage=stage) for stage in STAGES for world in worlds]
+    return stages + runs
+
+
+def plan_table2(args: Args, chosen: tuple[str, ...]) -> list[Unit]:
+    """One unit per method, world and seed; the default subset has fewer seeds for what is not in the main comparison."""
+    unknown = [name for name in chosen if name not in ORDER]
+    if unknown:
+        raise SystemExit(f"--methods: {', '.join(unknown)} unknown; choose from {' '.join(ORDER)}")
+    units = []
+    for i, seed in enumerate(args.seeds):
+        for method in (name for name in ORDER if name in (chosen or ORDER)):
+            count = len(args.seeds) if chosen and method != "sft" else NUM_SEEDS.get(method, OTHER_SEEDS)[args.full]
+            units += [Unit(world, seed, method) for world in args.worlds if i < count]
+    return units
+
+
+# ---------------------------------------------------------------- inside a unit's process
+
+
+def module_of(script: str):
+    """`pfppo_single.py` or `-m benchmark.baselines.raft` -> the module."""
+    return importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
+
+
+def run_here(script: str, settings: dict, log: Path, threads: int = 1, quiet: bool = True) -> float:
+    """In place of pipeline.launch: run the script's main in this process, as `accelerate launch --cpu --num_processes 1` would."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.with_suffix(".sh").write_text(pipeline.command_line(script, settings) + "\n")
+    module, argv, start = module_of(script), pipeline.flags(settings), time.time()
+    module.main(module.parse_args(argv) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=argv))
+    return time.time() - start
+
+
+def count_rows() -> dict[str, int]:
+    """Count rows (responses) that go through each model during the updates of a PPO run in this process (Table 6). The part of a
+    run is known from the key of the random generator it asks for: 3 rollout of an update, 1 and 9 measuring and evaluation."""
+    rows, now = defaultdict(int), {"part": 0}
+    random_generator, score = pfppo.random_generator, pfppo.RewardModel.score
+    forward, logprobs = pfppo.PolicyAndCritic.forward, pfppo.response_logprobs_and_values
+
+    def counted_generator(device, *key):
+        if len(key) > 1 and key[1] in (1, 3, 9):
+            now["part"] = key[1]
+            rows["updates"] += key[1] == 3
+        return random_generator(device, *key)
+
+    def counted_score(self, ids, mask, bounded=True):
+        rows["reward_forward"] += len(ids) * (now["part"] == 3)
+        return score(self, ids, mask, bounded)
+
+    def counted_forward(self, ids, mask, response_length):
+        name = "policy_forward_backward" if torch.is_grad_enabled() else "policy_forward"
+        rows[name] += len(ids) * (now["part"] == 3)
+        return forward(self, ids, mask, response_length)
+
+    def counted_logprobs(model, rollout, temperature, size):
+        if not isinstance(model, pfppo.PolicyAndCritic):
+            rows["reference_forward"] += len(rollout["responses"]) * (now["part"] == 3)
+        return logprobs(model, rollout, temperature, size)
+
+    pfppo.random_generator, pfppo.RewardModel.score = counted_generator, counted_score
+    pfppo.PolicyAndCritic.forward, pfppo.response_logprobs_and_values = counted_forward, counted_logprobs
+    return rows
+
+
+def curve(metrics: list[dict]) -> dict[str, list]:
+    """metrics.jsonl of a run -> one entry per evaluation: update, episodes, optimizer_step, kept_rows (so far),
+    greedy_pass1, sampled_pass1, kl, sampled_reward, and means since the evaluation before of score and kept_score."""
+
+    def counter(row: dict, *names: str):
+        return 0 if row["step"] == 0 else next((row[tag] for name in names for tag in (f"ppo/{name}", name) if tag in row), None)
+
+    out, since, kept = defaultdict(list), [], 0.0
+    for row in metrics:
+        since.append(row)
+        kept += row.get("filter/kept", 0)
+        if "eval/greedy_pass1" not in row:
+            continue
+        means = {name: [r[tag] for r in since if tag in r] for name, tag in (("score", "objective/score"), ("kept_score", "filter/score"))}
+        values = {"update": row["step"], "episodes": counter(row, "episode", "episodes"),
+                  "optimizer_step": counter(row, "optimizer_step"), "kept_rows": kept,
+                  "greedy_pass1": row["eval/greedy_pass1"], "sampled_pass1": row.get("eval/sampled_pass1"), "kl": row.get("eval/kl"),
+                  "sampled_reward": row.get("eval/sampled_reward"), **{k: float(np.mean(v)) if v else None for k, v in means.items()}}  # fmt: skip
+        for name, value in values.items():
+            out[name].append(round(value, 5) if isinstance(value, float) else value)
+        since = []
+    return dict(out)
+
+
+def best_update(metrics: list[dict]) -> int:
+    """Update of policy_best: the first with the highest greedy pass@1 on validation problems."""
+    found = [(row["eval/greedy_pass1"], -row["step"]) for row in metrics if "eval/greedy_pass1" in row]
+    return -max(found)[1]
+
+
+def fingerprint(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+class Workplace:
+    """Where worlds and runs of a study lie; folders are named by what made them, so other settings never meet."""
+
+    def __init__(self, args: Args):
+        self.args, self.root = args, Path(args.work_dir).absolute()
+        self.sizes = dict(num_sft=args.num_sft, num_preference=args.num_preference, num_valid=args.num_valid, num_test=args.num_test)
+
+    def world(self, world: int) -> Path:
+        return self.root / f"world_{world}-{fingerprint([self.sizes, self.args.sft_epochs, pipeline.SFT, pipeline.RM])}"
+
+    def settings(self, unit: Unit) -> tuple[str, dict]:
+        """Script and flags of a method unit, output_dir left out."""
+        folder, changes = self.world(unit.world), dict(unit.changes)
+        if unit.method in BASELINES:
+            return baseline_settings(folder, unit.method, unit.seed, self.args.updates, changes)
+        settings = pipeline.ppo_settings(folder, unit.method, unit.seed, self.args.updates, Path(), save_policy_every=self.args.updates // 2,
+                                         **{"reward": folder / unit.rm / "model", "critic_init": folder / unit.rm / "model",
+                                            **pipeline.METHODS[unit.method], **changes})  # fmt: skip
+        return "pfppo_single.py", settings
+
+    def run(self, unit: Unit) -> tuple[str, dict]:
+        """Script and flags, output_dir among them: a folder named by method and the fingerprint of all flags."""
+        script, settings = self.settings(unit)
+        settings.pop("output_dir", None)
+        name = fingerprint({k: str(v).removeprefix(str(self.root)) for k, v in settings.items()})
+        return script, {**settings, "output_dir": self.world(unit.world) / "runs" / f"{unit.method}-s{unit.seed}-{name}"}
+
+
+def baseline_settings(folder: Path, method: str, seed: int, updates: int, changes: dict) -> tuple[str, dict]:
+    """Script and flags of a baseline: the world's files where it has a field for them, as many responses as PPO generates, and
+    otherwise the defaults of its script, which were chosen on validation problems."""
+    name, settings = BASELINES[method]
+    script = f"-m benchmark.baselines.{name}"
+    files = dict(policy=folder / "sft/model", reward=folder / "rm/model", prompts=folder / "world/rl.jsonl", train_data=folder / "preferences.jsonl",
+                 eval_prompts=folder / "world/valid.jsonl", actual_score="benchmark.minicode:oracle", seed=seed,
+                 total_episodes=updates * pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"])  # fmt: skip
+    fields = module_of(script).Args.__dataclass_fields__
+    return script, {**{name: value for name, value in files.items() if name in fields}, **settings, **changes}
+
+
+def run_stage(unit: Unit, place: Workplace) -> None:
+    """One part of a world; nothing to do when its folder or file is there."""
+    folder, args = place.world(unit.world), place.args
+    if unit.stage == "world":
+        pipeline.world(folder, unit.world, **place.sizes)
+    elif unit.stage == "sft_policy":
+        pipeline.sft(folder, unit.world, epochs=args.sft_epochs)
+    elif unit.stage == "preferences":
+        pipeline.preferences(folder, unit.world)
+    elif unit.stage == "rm":
+        pipeline.rm(folder, unit.world)
+
+
+def stage_done(unit: Unit, place: Workplace) -> bool:
+    folder = place.world(unit.world)
+    left = {"world": folder / "world", "sft_policy": folder / "sft/model", "preferences": folder / "preferences.jsonl", "rm": folder / unit.rm / "model"}
+    return left[unit.stage].exists()
+
+
+def measure(policy: Path, unit: Unit, place: Workplace) -> dict[str, float]:
+    """Results of a policy folder on the test problems."""
+    folder = place.world(unit.world)
+    test = pipeline.read_rows(folder / "world/test.jsonl")
+    return pipeline.result(policy, folder / "sft/model", folder / "rm/model", test, unit.seed)
+
+
+def run_sft(unit: Unit, place: Workplace) -> dict:
+    """The SFT row, with what is known about its world: pairs, reward model, reliability, R² of every filter before any RL."""
+    folder = place.world(unit.world)
+    valid = pipeline.read_rows(folder / "world/valid.jsonl")
+    table = pipeline.r2_table(folder / "sft/model", folder / "rm/model", valid, folder / "r2_sft.json", unit.world, n=10)
+    accuracy = [row["test/accuracy"] for row in pipeline.read_rows(folder / "rm/metrics.jsonl") if "test/accuracy" in row]
+    return {**measure(folder / "sft/model", unit, place), "r2_filters": {"sft": table},
+            "preferences": json.loads((folder / "preferences.json").read_text()), "rm_accuracy": accuracy[-1],
+            "reliability": json.loads((folder / "rm/reliability.json").read_text()),
+            "command": (folder / "sft.sh").read_text().strip()}  # fmt: skip
+
+
+def run_method(unit: Unit, place: Workplace) -> dict:
+    """Train (or go on training), then results of the last and of the best policy."""
+    script, settings = place.run(unit)
+    out, start = Path(settings["output_dir"]), time.time()
+    rows = count_rows() if script == "pfppo_single.py" else {}
+    if not (out / "policy").is_dir():
+        pipeline.launch(script, settings, out.with_name(out.name + ".log"))
+    metrics = pipeline.read_rows(out / "metrics.jsonl")
+    phases = {tag: sum(row.get(tag, 0.0) for row in metrics) for row in metrics for tag in row if tag.startswith("seconds/")}
+    updates = max(1, sum(row["step"] > 0 for row in metrics))
+    last = measure(out / "policy", unit, place)
+    best = {**(last if best_update(metrics) == metrics[-1]["step"] else measure(out / "policy_best", unit, place)), "update": best_update(metrics)}
+    line = {**last, "best": best, "curve": curve(metrics), "updates": metrics[-1]["step"]}
+    line.update({name: line["curve"][key][-1] for name, key in (("episodes", "episodes"), ("optimizer_steps", "optimizer_step"))})
+    line["seconds_per_update"] = {tag.removeprefix("seconds/"): round(value / updates, 4) for tag, value in phases.items()}
+    if rows.get("updates"):
+        line["rows_per_update"] = {name: count / rows["updates"] for name, count in rows.items() if name != "updates"}
+    if unit.method in TABLE1_METHODS:
+        valid = pipeline.read_rows(place.world(unit.world) / "world/valid.jsonl")
+        middle = sorted(out.glob("policy_[0-9]*"), key=lambda path: int(path.name.rpartition("_")[2]))
+        line["r2_filters"] = {}
+        for name, policy in (("middle", middle[0] if middle else None), ("final", out / "policy")):
+            if policy is not None:
+                samples = pipeline.scored_samples(policy, place.world(unit.world) / unit.rm / "model", valid, 10, unit.seed)
+                line["r2_filters"][name] = {f: pipeline.filter_r2(samples, f, unit.seed) for f in TABLE1_FILTERS}
+    line["train_seconds"] = round(phases.get("seconds/update", 0.0), 1)
+    line["seconds"] = round(max(time.time() - start, phases.get("seconds/update", 0.0) + phases.get("seconds/evaluate", 0.0)), 1)
+    line["command"] = pipeline.command_line(script, settings)
+    return line
+
+
+def run_unit(unit: Unit, place: Workplace, result: Path) -> None:
+    """Do the unit and leave its numbers in `result`."""
+    start = time.time()
+    if unit.stage:
+        run_stage(unit, place)
+        line = {}
+    else:
+        line = run_sft(unit, place) if unit.method == "sft" else run_method(unit, place)
+    line.setdefault("seconds", round(time.time() - start, 1))
+    result.parent.mkdir(parents=True, exist_ok=True)
+    pipeline.write_json(result, line)
+
+
+def die_with_parent() -> None:
+    """On Linux a killed parent takes its units along, so that a restart finds nobody at work."""
+    try:
+        import ctypes
+
+        ctypes.CDLL("libc.so.6", use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except OSError:
+        pass  # elsewhere the lock that children inherit refuses the restart until they end
+
+
+def child(unit: Unit, place: Workplace, result: Path, log: Path) -> None:
+    """Body of a forked process: output to the log, environment as `accelerate launch --cpu --num_processes 1` makes it."""
+    die_with_parent()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = log.open("ab", buffering=0)
+    os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="no", TOKENIZERS_PARALLELISM="false",
+                      HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")  # fmt: skip
+    torch.set_num_threads(1)
+    pipeline.launch = run_here
+    try:
+        run_unit(unit, place, result)
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)
+
+
+# ---------------------------------------------------------------- the parent
+
+
+def append_line(path: Path, line: dict) -> None:
+    """One line in one write, on disk before anything else happens."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Lines of a file of append_line; a half line that a killed machine left at the end is cut off."""
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.decode().splitlines()]
+
+
+def key_of(line: dict) -> tuple:
+    return (line["method"], line.get("variant", ""), line["world"], line["seed"])
+
+
+def measured_seconds(lines: list[dict]) -> dict[str, float]:
+    """Mean seconds of finished units by kind."""
+    found = defaultdict(list)
+    for line in lines:
+        found[line["method"] + (f" {line['variant']}" if line.get("variant") else "")].append(line["seconds"])
+    return {kind: float(np.mean(values)) for kind, values in found.items()}
+
+
+def expected_seconds(unit: Unit, measured: dict[str, float]) -> float:
+    return measured.get(unit.kind, measured.get(unit.method, SECONDS.get(unit.stage or unit.method, OTHER_SECONDS)))
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+
+
+def print_budget(units: list[Unit], measured: dict[str, float], parallel: int, done: int) -> float:
+    """Table of what is left and how long it will take; returns seconds."""
+    kinds = defaultdict(list)
+    for unit in units:
+        kinds[unit.kind].append(expected_seconds(unit, measured))
+    print(f"{'unit':<28} {'left':>5} {'each':>8} {'in all':>8}")
+    for kind, values in kinds.items():
+        known = "measured" if kind in measured else "assumed"
+        print(f"{kind:<28} {len(values):>5} {clock(np.mean(values)):>8} {clock(sum(values)):>8}  {known}")
+    left = sum(map(sum, kinds.values())) / parallel
+    print(f"{len(units)} units to do, {done} done; about {clock(left)} with {parallel} at a time", flush=True)
+    return left
+
+
+def lock(output_dir: Path):
+    """Held by this process and by its units (a fork shares it). SystemExit when somebody is at work here."""
+    file = (output_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise SystemExit(f"--output_dir {output_dir}: another run, or a unit it left behind, is at work there; wait for it or end it") from None
+    return file
+
+
+def check_study(args: Args, output_dir: Path) -> None:
+    """A results folder holds one study with one set of sizes; methods, worlds and seeds may be added later."""
+    fixed = ("study", "updates", "num_sft", "sft_epochs", "num_preference", "num_valid", "num_test")
+    now = {name: getattr(args, name) for name in fixed} | {"settings": fingerprint([pipeline.SFT, pipeline.RM, pipeline.PPO])}
+    path = output_dir / "study.json"
+    if path.is_file():
+        old = json.loads(path.read_text())
+        changed = [f"{name} ({old.get(name)} there, {now[name]} here)" for name in now if old.get(name) != now[name]]
+        if changed:
+            raise SystemExit(f"--output_dir {output_dir} holds a study with another {', '.join(changed)}; name a new folder")
+    elif any(path for path in output_dir.iterdir() if path.name != ".lock"):
+        raise SystemExit(f"--output_dir {output_dir} is not empty and holds no study; name a new folder")
+    pipeline.write_json(path, {**now, "flags": {"sft": pipeline.SFT, "rm": pipeline.RM, "ppo": pipeline.PPO, "methods": pipeline.METHODS},
+                               "hardware": hardware()})  # fmt: skip
+
+
+def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str, float]) -> list[Unit]:
+    """Work through the units, `parallel` at a time; returns those that failed or could not start."""
+    place, commit, context = Workplace(args), git_commit(), multiprocessing.get_context("fork")
+    pending, running, failed, start, finished = list(units), {}, [], time.time(), 0
+
+    def blockers(unit: Unit) -> list[Unit]:
+        """The earlier parts of its world that are not there yet."""
+        before = STAGES[: STAGES.index(unit.stage)] if unit.stage else STAGES
+        parts = [Unit(unit.world, unit.world, stage=stage) for stage in before] + list(unit.needs)
+        return [part for part in parts if not stage_done(part, place)]
+
+    while pending or running:
+        for unit in list(pending):
+            if len(running) >= args.parallel:
+                break
+            blocked = blockers(unit)
+            if any(part in failed for part in blocked):
+                pending.remove(unit)
+                failed.append(unit)
+            elif not blocked:
+                pending.remove(unit)
+                name = f"{unit.stage or unit.method}-{unit.variant.replace(' ', '_') or 'plain'}-s{unit.seed}"
+                folder = place.world(unit.world) / "units"
+                result, log = folder / f"{name}.json", folder / f"{name}.log"
+                result.unlink(missing_ok=True)
+                process = context.Process(target=child, args=(unit, place, result, log))
+                process.start()
+                running[process.sentinel] = (unit, process, result, log, time.time())
+        if not running:
+            break
+        for sentinel in wait(list(running), timeout=60):
+            unit, process, result, log, began = running.pop(sentinel)
+            process.join()
+            finished += 1
+            if process.exitcode or not result.is_file():
+                failed.append(unit)
+                end = "\n".join(log.read_text(errors="replace").splitlines()[-4:])
+                print(f"FAILED {unit} (exit status {process.exitcode}); log {log}:\n{end}", flush=True)
+                continue
+            numbers = json.loads(result.read_text())
+            line = {"method": unit.stage or unit.method, "variant": unit.variant, "world": unit.world, "seed": unit.seed, **numbers,
+                    "commit": commit, "version": VERSION}  # fmt: skip
+            if unit.stage:
+                append_line(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "world", "seed", "seconds", "commit")})
+            else:
+                append_line(output_dir / "units.jsonl", line)
+            measured.update(measured_seconds(read_lines(output_dir / "stages.jsonl") + read_lines(output_dir / "units.jsonl")))
+            left = sum(expected_seconds(u, measured) for u in pending)
+            left += sum(max(5.0, expected_seconds(u, measured) - (time.time() - t)) for u, _, _, _, t in running.values())
+            shown = "" if unit.stage else f"  greedy {line['greedy_pass1']:.3f}  sampled {line['sampled_pass1']:.3f}  KL {line['kl']:.2f}"
+            print(f"[{finished}/{len(units)}] {unit}: {numbers['seconds']:.0f} s{shown}  | {clock(time.time() - start)} gone, about "
+                  f"{clock(left / args.parallel)} left", flush=True)  # fmt: skip
+    return failed + pending
+
+
+def main(args: Args) -> int:
+    """Returns the exit status: 1 when a unit failed."""
+    output_dir = Path(args.output_dir or f"benchmark/results/{time.strftime('%Y-%m-%d')}-{args.study}")
+    units = planned_units(args)
+    place = Workplace(args)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    held = lock(output_dir)
+    check_study(args, output_dir)
+    lines = read_lines(output_dir / "units.jsonl")
+    done = {key_of(line) for line in lines}
+    runs = [unit for unit in units if not unit.stage and unit.key not in done]
+    worlds = {unit.world for unit in runs}
+    todo = [unit for unit in units if unit.stage and unit.world in worlds and not stage_done(unit, place)] + runs
+    measured = measured_seconds(read_lines(output_dir / "stages.jsonl") + lines)
+    print_budget(todo, measured, args.parallel, len(units) - len(todo))
+    if args.dry_run:
+        return 0
+    for method in {unit.method for unit in todo if unit.method in BASELINES}:  # imported before the fork
+        baseline_settings(place.root, method, 0, args.updates, {})
+    torch.set_num_threads(1)
+    failed = run_all(todo, args, output_dir, measured)
+    tables.write(output_dir)
+    if failed:
+        print(f"{len(failed)} units are missing: {'; '.join(map(str, failed))}. The same command tries them again.")
+    held.close()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

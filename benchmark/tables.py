@@ -1,0 +1,458 @@
+"""Tables, statistics and pictures of a study, from its units.jsonl alone; the paper's numbers stand beside ours.
+
+    python -m benchmark.tables benchmark/results/DATE-table2
+
+writes `tables.md`, one `NAME.csv` per table and the pictures into that folder. Nothing is filled by hand: a missing unit shows as
+`missing`, `–` marks a cell that does not exist. Below each table stand sentences made from the numbers: what the paper says, what we
+found, and whether it agrees, where "agrees" needs a 95% interval that leaves out 0.
+
+Intervals are Student t over units. Units of one world share mistakes, SFT policy and reward model, so the same is also computed
+over the means of worlds (few of them, hence wide); differences are paired by (world, seed).
+"""
+
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from benchmark import figures
+
+# PAPER, Table 2: pass@1 greedy on HumanEval, MBPP, LeetCode.
+PAPER_TABLE2 = {
+    "sft": (74.2, 70.8, 15.2), "raft": (76.9, 71.3, 17.8), "bond": (80.8, 75.2, 30.0), "dpo": (78.4, 73.7, 23.0), "ipo": (78.2, 72.9, 23.2),
+    "kto": (77.9, 72.5, 22.4), "iterative_dpo": (78.1, 74.8, 23.8), "ppo_s": (78.1, 73.8, 25.2), "ppo_m": (80.2, 75.0, 29.8),
+    "bon": (75.8, 71.7, 16.8), "br": (82.9, 75.9, 33.0), "bw": (82.4, 76.2, 30.4), "random": None, "oracle": None,
+}  # fmt: skip
+# PAPER, Table 1: R² by policy for no filter, BoN, BR, BW.
+PAPER_TABLE1 = {"sft": (0.886, 0.454, 0.922, 0.952), "middle": (0.907, 0.389, 0.935, 0.956), "final": (0.876, 0.431, 0.916, 0.946)}
+# PAPER, sections 4 and 5.4: R² on the SFT policy, HumanEval, MBPP. Its PPO-S figure has no filter over N = 5 and is left out of R².
+PAPER_TABLE3 = {
+    "ppo_s": (0.782, 78.1, 73.8), "ppo_m": (0.886, 80.8, 75.0), "bon": (0.454, 75.8, 71.7), "br": (0.841, 82.9, 75.9), "bw": (0.952, 82.4, 76.2),
+    "top": (0.621, 80.5, 71.2), "top_random": (0.889, 81.9, 75.3), "top_bottom": (0.927, 81.7, 75.4), "pow_1": (0.926, 81.0, 74.2),
+    "pow_2": (0.939, 81.3, 75.4), "pow_3": (0.946, 81.9, 76.5), "random": None,
+}  # fmt: skip
+# PAPER, Table 6: prompts x responses, reward-model forwards, policy and critic forward+backward.
+PAPER_TABLE6 = {"ppo_s": ("5n x 1", 5, 5), "ppo_m": ("n x 5", 5, 5), "bon": ("n x 5", 5, None), "br": ("n x 5", 5, 2), "bw": ("n x 5", 5, 2),
+                "random": ("n x 5", None, None)}  # fmt: skip
+FILTER_OF = {"ppo_m": "none"}  # a method's filter has its own name otherwise
+NOT_THERE = "–"
+
+
+class Table(NamedTuple):
+    """What goes into one section of tables.md; `name` is the csv's."""
+
+    name: str
+    title: str
+    header: list[str]
+    rows: list[list]
+    sentences: list[str]
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def mean_interval(values: list[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of Student's t-interval; low and high are None for fewer than two values."""
+    x = np.asarray(values, dtype=float)
+    if len(x) < 2:
+        return float(x.mean()), None, None
+    half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def t_test(values: list[float]) -> float | None:
+    """Two-sided p-value of Student's t against mean 0; None for fewer than two values. Equal values: 1 when they are 0, else 0."""
+    x = np.asarray(values, dtype=float)
+    if len(x) < 2:
+        return None
+    if np.ptp(x) == 0:
+        return float(x[0] == 0)
+    t = x.mean() / (x.std(ddof=1) / np.sqrt(len(x)))
+    return float(2 * stats.t.sf(abs(t), len(x) - 1))
+
+
+def world_means(values: dict[tuple[int, int], float]) -> list[float]:
+    """{(world, seed): value} -> mean of each world."""
+    worlds = defaultdict(list)
+    for (world, _), value in values.items():
+        worlds[world].append(value)
+    return [float(np.mean(worlds[world])) for world in sorted(worlds)]
+
+
+class Difference(NamedTuple):
+    """A paired difference; `low`, `high`, `p` over units, the same with `world_` over means of worlds."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    world_low: float | None
+    world_high: float | None
+    world_p: float | None
+    pairs: int
+    worlds: int
+
+
+def paired_difference(a: dict[tuple[int, int], float], b: dict[tuple[int, int], float]) -> Difference | None:
+    """Mean of a - b over the (world, seed) that both have; None when there is none."""
+    both = {key: a[key] - b[key] for key in sorted(a.keys() & b.keys())}
+    if not both:
+        return None
+    mean, low, high = mean_interval(list(both.values()))
+    means = world_means(both)
+    _, world_low, world_high = mean_interval(means)
+    return Difference(mean, low, high, t_test(list(both.values())), world_low, world_high, t_test(means), len(both), len(means))
+
+
+def rank_correlation(x: list[float], y: list[float]) -> tuple[float, float] | None:
+    """Spearman's ρ and its p-value; None for fewer than three points."""
+    if len(x) < 3:
+        return None
+    rho, p = stats.spearmanr(x, y)
+    return float(rho), float(p)
+
+
+def value_at(xs: list[float], ys: list[float], x: float) -> float | None:
+    """y where the curve through (xs, ys) first reaches x, linear in between; None when it never does."""
+    for (x0, y0), (x1, y1) in zip(zip(xs, ys), zip(xs[1:], ys[1:])):
+        if x0 <= x <= x1 and x1 > x0:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return ys[0] if xs and xs[0] == x else None
+
+
+# ---------------------------------------------------------------- units
+
+
+class Units:
+    """Lines of units.jsonl; a unit run twice counts as it was found last."""
+
+    def __init__(self, lines: list[dict]):
+        self.lines = list({(u["method"], u.get("variant", ""), u["world"], u["seed"]): u for u in lines}.values())
+
+    def of(self, method: str, variant: str = "") -> dict[tuple[int, int], dict]:
+        """{(world, seed): line} of a method."""
+        return {(u["world"], u["seed"]): u for u in self.lines if u["method"] == method and u.get("variant", "") == variant}
+
+    def values(self, method: str, name: str, variant: str = "") -> dict[tuple[int, int], float]:
+        """{(world, seed): value}; `best.NAME` reads the best checkpoint's. The SFT policy of a world stands for all its seeds elsewhere."""
+        best, _, inner = name.rpartition(".")
+        found = {key: (u.get(best) or {} if best else u).get(inner) for key, u in self.of(method, variant).items()}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(u["method"] for u in self.lines))
+
+
+def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    return NOT_THERE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def with_interval(values) -> str | None:
+    """`0.612 [0.590, 0.634]`, or None (missing) without values."""
+    values = list(values)
+    if not values:
+        return None
+    mean, low, high = mean_interval(values)
+    return number(mean) if low is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def p_value(p: float | None) -> str:
+    return "p unknown" if p is None else "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+
+
+def with_p(difference: Difference | None) -> str | None:
+    """`+0.012 [-0.004, +0.028], p 0.120, worlds p 0.300`, or None (missing)."""
+    if difference is None:
+        return None
+    d = difference
+    interval = "" if d.low is None else f" [{d.low:+.3f}, {d.high:+.3f}]"
+    return f"{d.mean:+.3f}{interval}, {p_value(d.p)}; worlds {p_value(d.world_p)}"
+
+
+def verdict(difference: Difference | None, paper_sign: int) -> str:
+    """`agrees`, `disagrees` or `cannot tell` about a difference that the paper has with this sign; "worlds" must not contradict."""
+    if difference is None or difference.low is None:
+        return "cannot tell (too few units)"
+    if difference.low <= 0 <= difference.high:
+        return "cannot tell"
+    sign = "agrees" if (difference.mean > 0) == (paper_sign > 0) else "disagrees"
+    sure = difference.world_low is not None and not difference.world_low <= 0 <= difference.world_high
+    return sign + (", also over worlds" if sure else ", but not over so few worlds")
+
+
+def compare(units: Units, a: str, b: str, paper: str, paper_sign: int, name: str = "sampled_pass1", variant: str = "") -> str:
+    """One sentence: what the paper says of a against b, and what we find."""
+    d = paired_difference(units.values(a, name, variant), units.values(b, name, variant))
+    shown = {"sampled_pass1": "sampled pass@1", "greedy_pass1": "greedy pass@1"}.get(name, name)
+    found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs, {d.worlds} worlds)"
+    return f"{figures.label(a)} against {figures.label(b)}, {shown}: paper {paper}; here {found}: **{verdict(d, paper_sign)}**."
+
+
+# ---------------------------------------------------------------- tables of study table2
+
+
+def table1(units: Units) -> Table:
+    """R² of filters on the SFT, middle and last policy; mean over the runs that have it, all trained methods together."""
+    names = ("none", "bon", "br", "bw")
+    header = ["policy", "units", *[f"{figures.label(n)} (paper)" for n in names]]
+    rows, found = [], {}
+    for stage in ("sft", "middle", "final"):
+        lines = [u for u in units.lines if stage in (u.get("r2_filters") or {})]
+        cells = []
+        for name, paper in zip(names, PAPER_TABLE1[stage]):
+            got = {(u["world"], f"{u['method']} {u['seed']}"): u["r2_filters"][stage][name] for u in lines}
+            got = {key: value["r2"] if isinstance(value, dict) else value for key, value in got.items()}
+            found[stage, name] = {key: value for key, value in got.items() if np.isfinite(value)}
+            shown = with_interval(found[stage, name].values())
+            cells.append(None if shown is None else f"{shown} ({paper:.3f})")
+        rows.append([stage, len(lines), *cells])
+    sentences = []
+    for stage in ("sft", "middle", "final"):
+        for a, b in (("bon", "none"), ("br", "none"), ("bw", "none")):
+            d = paired_difference(found[stage, a], found[stage, b])
+            paper = PAPER_TABLE1[stage][names.index(a)] - PAPER_TABLE1[stage][0]
+            sentences.append(f"R² of {figures.label(a)} against no filter on the {stage} policy: paper {paper:+.3f}; here "
+                             f"{'missing' if d is None else with_p(d)}: **{verdict(d, 1 if paper > 0 else -1)}**.")  # fmt: skip
+    return Table("table1", "Table 1: R² of each filter by policy (20 groups of equal count, 10 responses per validation problem)",
+                 header, rows, sentences)  # fmt: skip
+
+
+def results_rows(units: Units, names) -> list[list]:
+    """Per method: paper, units, greedy and sampled pass@1 of the last and the best checkpoint, KL."""
+    rows = []
+    for name in names:
+        paper = PAPER_TABLE2.get(name)
+        best = "" if name == "sft" else "best."
+        rows.append([figures.label(name), NOT_THERE if paper is None else " / ".join(map(str, paper)), len(units.of(name)),
+                     *[with_interval(units.values(name, key).values()) for key in
+                       ("greedy_pass1", "sampled_pass1", best + "greedy_pass1", best + "sampled_pass1", "kl")]])  # fmt: skip
+    return rows
+
+
+def table2(units: Units) -> list[Table]:
+    header = ["method", "paper HumanEval / MBPP / LeetCode", "units", "greedy pass@1, last", "sampled pass@1, last", "greedy, best", "sampled, best",
+              "KL"]  # fmt: skip
+    claims = [compare(units, "br", "ppo_m", "+2.7 / +0.9 / +3.2", 1), compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6", 1),
+              compare(units, "bon", "ppo_m", "-4.4 / -3.3 / -13.0", -1), compare(units, "ppo_m", "ppo_s", "+2.1 / +1.2 / +4.6", 1),
+              compare(units, "br", "ppo_m", "+2.7 / +0.9 / +3.2", 1, "greedy_pass1"), compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6", 1, "greedy_pass1"),
+              compare(units, "br", "ppo_m", "+2.7 / +0.9 / +3.2 (best checkpoint, as the paper reports)", 1, "best.greedy_pass1"),
+              compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6 (best checkpoint, as the paper reports)", 1, "best.greedy_pass1"),
+              compare(units, "br", "random", "has no such control", 1), compare(units, "bw", "random", "has no such control", 1)]  # fmt: skip
+    claims += [compare(units, "ppo_m", name, f"{PAPER_TABLE2['ppo_m'][0] - PAPER_TABLE2[name][0]:+.1f} on HumanEval",
+                       1 if PAPER_TABLE2["ppo_m"][0] > PAPER_TABLE2[name][0] else -1)
+               for name in ("raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")]  # fmt: skip
+    return [
+        Table("table2", "Table 2: all methods on the test problems, mean [95% interval over units]; best: chosen on validation problems",
+              header, results_rows(units, PAPER_TABLE2), claims),
+        differences(units, [name for name in PAPER_TABLE2 if name != "sft"], "table2_differences", "Table 2, differences paired by world and seed"),
+        budgets(units),
+    ]  # fmt: skip
+
+
+def differences(units: Units, names, name: str, title: str) -> Table:
+    """Paired differences of every method to PPO-M and to random 2 of 5. The p-values are not corrected for their number."""
+    header = ["method", "sampled, to PPO-M", "sampled, to random 2 of 5", "greedy, to PPO-M", "greedy, to random 2 of 5"]
+    rows = []
+    for method in names:
+        cells = []
+        for key in ("sampled_pass1", "greedy_pass1"):
+            for other in ("ppo_m", "random"):
+                d = paired_difference(units.values(method, key), units.values(other, key))
+                cells.append(NOT_THERE if method == other else with_p(d))
+        rows.append([figures.label(method), *cells])
+    count = 4 * len(rows) - 4
+    return Table(name, title, header, rows, [f"Up to {count} comparisons, p-values uncorrected: about {count / 20:.0f} below 0.05 would come "
+                                             "from chance alone if nothing differed."])  # fmt: skip
+
+
+def at_budget(units: Units, method: str, axis: str, x: float, name: str = "sampled_pass1", variant: str = "") -> dict[tuple[int, int], float]:
+    """{(world, seed): validation pass@1 where the run's `axis` (update, optimizer_step, kl, kept_rows, episodes) first reaches x}."""
+    found = {}
+    for key, unit in units.of(method, variant).items():
+        points = [(a, b) for a, b in zip(unit.get("curve", {}).get(axis, []), unit.get("curve", {}).get(name, [])) if a is not None and b is not None]
+        value = value_at([p[0] for p in points], [p[1] for p in points], x) if points else None
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def budgets(units: Units) -> Table:
+    """Curves compared at equal rollouts, equal optimizer steps and equal KL (of unfiltered samples), on validation problems."""
+    names = [name for name in ("ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle") if units.of(name)]
+    last = [u["curve"]["update"][-1] for name in names for u in units.of(name).values()]
+    steps = [u["curve"]["optimizer_step"][-1] for name in ("br", "bw", "random") for u in units.of(name).values()]
+    columns = [("update", round(max(last, default=30) * f)) for f in (1 / 3, 2 / 3, 1)]
+    columns += [("optimizer_step", round(min(steps, default=180) * f)) for f in (1 / 3, 2 / 3, 1)] + [("kl", x) for x in (0.5, 1, 2, 4, 8)]
+    titles = {"update": "update", "optimizer_step": "step", "kl": "KL"}
+    rows = []
+    for name in names:
+        cells = []
+        for axis, x in columns:
+            got = at_budget(units, name, axis, x)
+            d = paired_difference(got, at_budget(units, "ppo_m", axis, x))
+            text = f"{np.mean(list(got.values())):.3f}" if got else NOT_THERE
+            cells.append(text + (f" ({d.mean:+.3f}, {p_value(d.p)})" if d and name != "ppo_m" else ""))
+        rows.append([figures.label(name), *cells])
+    sentences = []
+    for axis, words in (("update", "equal rollouts"), ("optimizer_step", "equal optimizer steps"), ("kl", "equal KL")):
+        x = [c[1] for c in columns if c[0] == axis][2]
+        for a in ("br", "bw"):
+            for b in ("ppo_m", "random"):
+                d = paired_difference(at_budget(units, a, axis, x), at_budget(units, b, axis, x))
+                found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs)"
+                sentences.append(f"{figures.label(a)} against {figures.label(b)} at {words} ({titles[axis]} {x}): {found}: "
+                                 f"**{'filtering wins' if d and d.low and d.low > 0 else 'filtering loses' if d and d.high and d.high < 0 else 'no difference shown'}**.")  # fmt: skip
+    return Table("table2_budgets", "Sampled pass@1 on validation problems at equal rollouts, optimizer steps and KL (difference to PPO-M); "
+                 "– where no run gets there", ["method", *[f"{titles[a]} {x}" for a, x in columns]], rows, sentences)  # fmt: skip
+
+
+def table3(units: Units) -> Table:
+    """Filters: R² on the SFT policy and results; does R² predict the result?"""
+    header = ["filter", "paper R², HumanEval, MBPP", "R² on SFT samples", "units", "greedy pass@1", "sampled pass@1", "sampled, to PPO-M",
+              "sampled, to random 2 of 5"]  # fmt: skip
+    rows, points = [], []
+    for name, paper in PAPER_TABLE3.items():
+        r2 = [u["r2_filters"]["sft"][FILTER_OF.get(name, name)]["r2"] for u in units.of("sft").values()
+              if FILTER_OF.get(name, name) in u.get("r2_filters", {}).get("sft", {})]  # fmt: skip
+        sampled = units.values(name, "sampled_pass1")
+        if name != "ppo_s" and r2 and sampled:
+            points.append((name, float(np.mean(r2)), float(np.mean(world_means(sampled)))))
+        rows.append([figures.label(name), NOT_THERE if paper is None else f"{paper[0]:.3f}, {paper[1]}, {paper[2]}",
+                     NOT_THERE if name == "ppo_s" else with_interval(r2), len(sampled), with_interval(units.values(name, "greedy_pass1").values()),
+                     with_interval(sampled.values()),
+                     *[NOT_THERE if name == other else with_p(paired_difference(sampled, units.values(other, "sampled_pass1"))) for other in ("ppo_m", "random")]])  # fmt: skip
+    paper_points = [p for name, p in PAPER_TABLE3.items() if p and name != "ppo_s"]
+    sentences = []
+    for benchmark, column in (("HumanEval", 1), ("MBPP", 2)):
+        rho, p = rank_correlation([x[0] for x in paper_points], [x[column] for x in paper_points])
+        sentences.append(f"Does R² predict the result? The paper's own figures, {benchmark}: Spearman ρ {rho:+.2f} ({p_value(p)}) over {len(paper_points)} filters.")
+    sentences.append("Here: " + correlation_sentence(points))
+    sentences.append("Here, without BoN: " + correlation_sentence([x for x in points if x[0] != "bon"]))
+    return Table("table3", "Table 3: filters, their R² on the SFT policy before any RL, and their result", header, rows, sentences)
+
+
+def correlation_sentence(points: list[tuple[str, float, float]]) -> str:
+    """points (name, R², pass@1) -> a sentence with Spearman's ρ and a judgement."""
+    found = rank_correlation([p[1] for p in points], [p[2] for p in points])
+    if found is None or not np.isfinite(found[0]):
+        return f"missing (only {len(points)} filters have both)."
+    judgement = "cannot tell" if found[1] >= 0.05 else "agrees" if found[0] > 0 else "disagrees"
+    return f"Spearman ρ {found[0]:+.2f} ({p_value(found[1])}) over {len(points)} filters: **{judgement}**."
+
+
+def table5(units: Units) -> Table:
+    """Best of 1 (a sample) and best of 5 by the reward model."""
+    names = [name for name in PAPER_TABLE2 if units.of(name)]
+    rows = [[figures.label(n), len(units.of(n)), *[with_interval(units.values(n, k).values()) for k in ("sampled_pass1", "best_of_5")],
+             with_p(paired_difference(units.values(n, "best_of_5"), units.values(n, "sampled_pass1")))] for n in names]  # fmt: skip
+    sentences = [compare(units, name, "ppo_s", "PF-PPO above PPO-S in best of 1 and best of 5", 1, key) for name in ("br", "bw") for key in
+                 ("sampled_pass1", "best_of_5")]  # fmt: skip
+    return Table("table5", "Table 5: best of 1 and best of 5 by the reward model, test problems", ["method", "units", "best of 1", "best of 5", "gain"],
+                 rows, sentences)  # fmt: skip
+
+
+def table6(units: Units) -> Table:
+    """Rows through each model and seconds per update, measured while training; n and m are read off PPO-M's own counts."""
+    def mean(name: str, group: str, key: str) -> float | None:
+        found = [u[group][key] for u in units.of(name).values() if key in u.get(group, {})]
+        return float(np.mean(found)) if found else None
+
+    base, per_update = mean("ppo_m", "rows_per_update", "policy_forward"), mean("ppo_m", "rows_per_update", "policy_forward_backward")
+    n, m = (base / 5, per_update / base) if base else (None, None)
+    header = ["method", "paper: prompts x responses, reward forwards, forward+backward", "reward forwards", "reference forwards",
+              "policy forwards", "policy and critic forward+backward", "forward+backward / nm", "seconds: generate", "score", "logprobs", "train",
+              "update"]  # fmt: skip
+    rows = []
+    for name, (shape, forwards, passes) in PAPER_TABLE6.items():
+        paper = f"{shape}, {forwards}n, {passes}nm" if passes else NOT_THERE
+        counts = [mean(name, "rows_per_update", key) for key in ("reward_forward", "reference_forward", "policy_forward", "policy_forward_backward")]
+        seconds = [mean(name, "seconds_per_update", key) for key in ("generate", "score", "logprobs", "train", "update")]
+        ratio = None if counts[3] is None or not n else counts[3] / (n * m)
+        rows.append([figures.label(name), paper, *[None if c is None else f"{c:.0f}" for c in counts], None if ratio is None else f"{ratio:.2f}",
+                     *[None if s is None else f"{s:.2f}" for s in seconds]])  # fmt: skip
+    sentences = []
+    for name in ("br", "bw"):
+        a, b = mean(name, "rows_per_update", "policy_forward_backward"), per_update
+        s, t = mean(name, "seconds_per_update", "update"), mean("ppo_m", "seconds_per_update", "update")
+        if a is None or not b or not s or not t:
+            sentences.append(f"{figures.label(name)}: missing.")
+            continue
+        agrees = "agrees" if abs(a / b - 0.4) < 0.02 else "disagrees"
+        sentences.append(f"{figures.label(name)} passes {a / b:.2f} of PPO-M's rows forward and backward (paper 2nm / 5nm = 0.40: **{agrees}**) "
+                         f"and takes {s / t:.2f} of its seconds per update, evaluation left out.")  # fmt: skip
+    return Table("table6", f"Table 6: rows and seconds per update, measured (n = {number(n, 0)}, m = {number(m, 0)})", header, rows, sentences)
+
+
+def over_optimisation(units: Units, names) -> Table:
+    """Does reward keep rising while pass@1 falls: highest validation pass@1 along the run against its last."""
+    rows = []
+    for name in names:
+        drops, gains = {}, {}
+        for key, unit in units.of(name).items():
+            points = [v for v in unit["curve"]["sampled_pass1"] if v is not None]
+            rewards = [v for v in unit["curve"]["sampled_reward"] if v is not None]
+            if points and rewards:
+                best = int(np.argmax(points))
+                drops[key], gains[key] = points[-1] - points[best], rewards[-1] - rewards[min(best, len(rewards) - 1)]
+        if drops:
+            rows.append([figures.label(name), len(drops), with_interval(gains.values()), with_interval(drops.values())])
+    return Table("over_optimisation", "Over-optimisation: change from the peak of sampled pass@1 (validation) to the end of the run",
+                 ["method", "units", "reward", "sampled pass@1"], rows, [])  # fmt: skip
+
+
+# ---------------------------------------------------------------- writing
+
+
+def study_tables(units: Units, study: str) -> list[Table]:
+    return [table1(units), *table2(units), table3(units), table5(units), table6(units), over_optimisation(units, units.methods()[1:])]
+
+
+def pictures(units: Units, folder: Path) -> list[tuple[str, str]]:
+    """Figures 1, 2 and 3 -> (file, caption)."""
+    made = []
+    worlds = {u["world"]: u["reliability"]["repeats"] for u in units.of("sft").values() if "reliability" in u}
+    if worlds:
+        first, *others = sorted(worlds)
+        figures.reliability(worlds[first], folder / "figure1.png", f"world {first}")
+        made.append(("figure1.png", "Figure 1: mean actual score of reward groups, ten repeats"))
+        if others:
+            figures.reliability_panels({f"world {w}": worlds[w] for w in others}, folder / "figure3.png")
+            made.append(("figure3.png", "Figure 3: the same in the other worlds"))
+    runs = {name: [u["curve"] for u in units.of(name).values() if u.get("curve")] for name in ("ppo_s", "ppo_m", "br", "bw", "random", "bon", "oracle")}
+    runs = {name: curves for name, curves in runs.items() if curves}
+    if runs:
+        figures.study_curves(runs, folder / "figure2.png")
+        figures.budget_curves(runs, folder / "budgets.png")
+        made += [("figure2.png", "Figure 2: reward and pass@1 over training, mean and 95% interval over units"),
+                 ("budgets.png", "Sampled pass@1 against rollouts, optimizer steps and KL")]  # fmt: skip
+    return made
+
+
+def write(folder: Path) -> None:
+    """tables.md, csv files and pictures of a study's folder, from units.jsonl (study.json says which study)."""
+    folder = Path(folder)
+    path = folder / "units.jsonl"
+    units = Units([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else [])
+    study = json.loads((folder / "study.json").read_text())["study"] if (folder / "study.json").is_file() else "table2"
+    text = [f"# Study {study}: {len(units.lines)} units", "",
+            "Made by `python -m benchmark.tables` from `units.jsonl`; `missing`: no such unit yet, `–`: no such cell. Commands: field `command` of "
+            "each line.", ""]  # fmt: skip
+    for table in study_tables(units, study):
+        with (folder / f"{table.name}.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([table.header, *[["missing" if c is None else c for c in row] for row in table.rows]])
+        text += [f"## {table.title}", "", figures.markdown_table(table.header, table.rows), "", *[f"- {s}" for s in table.sentences], ""]
+    for name, caption in pictures(units, folder):
+        text += [f"## {caption}", "", f"![{caption}]({name})", ""]
+    (folder / "tables.md").write_text("\n".join(text))
+    print(f"tables and pictures: {folder / 'tables.md'}", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m benchmark.tables FOLDER (a folder of benchmark.reproduce)")
+    write(Path(sys.argv[1]))

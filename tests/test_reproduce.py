@@ -1,0 +1,204 @@
+"""The study's statistics against numbers worked by hand, its plan, and what survives a kill."""
+import json
+import math
+
+import pytest
+
+from benchmark import reproduce, tables
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_mean_interval_is_students_t():
+    # 1, 2, 3: mean 2, standard deviation 1, standard error 1/√3, t(0.975, 2) = 4.3026527
+    mean, low, high = tables.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert low == pytest.approx(2 - 4.3026527 / math.sqrt(3), abs=1e-6)
+    assert high == pytest.approx(2 + 4.3026527 / math.sqrt(3), abs=1e-6)
+
+
+def test_one_value_has_no_interval():
+    assert tables.mean_interval([0.4]) == (0.4, None, None)
+
+
+def test_t_test_with_one_degree_of_freedom():
+    # 1 and 3: mean 2, standard error 1, t = 2; for one degree of freedom p = 1 - 2·atan(t)/π
+    assert tables.t_test([1.0, 3.0]) == pytest.approx(1 - 2 * math.atan(2) / math.pi, abs=1e-9)
+
+
+def test_t_test_of_equal_values():
+    assert tables.t_test([0.0, 0.0]) == 1.0 and tables.t_test([0.1, 0.1]) == 0.0 and tables.t_test([0.1]) is None
+
+
+def test_paired_difference_uses_only_pairs_that_both_have():
+    a = {(1, 1): 0.5, (1, 2): 0.7, (2, 1): 0.9, (3, 1): 9.0}
+    b = {(1, 1): 0.4, (1, 2): 0.4, (2, 1): 0.7, (4, 1): 5.0}
+    d = tables.paired_difference(a, b)  # differences .1, .3, .2
+    assert (d.pairs, d.worlds) == (3, 2)
+    assert d.mean == pytest.approx(0.2)
+    # standard deviation .1, standard error .1/√3, t = 2√3; for two degrees of freedom p = 1 - t/√(2 + t²)
+    t = 2 * math.sqrt(3)
+    assert d.p == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-9)
+    assert d.high - d.mean == pytest.approx(4.3026527 * 0.1 / math.sqrt(3), abs=1e-6)
+
+
+def test_worlds_count_once_whatever_their_seeds():
+    # world means of the differences: world 1 (.1 + .3) / 2 = .2, world 2 .6; t = .4 / .2 = 2, one degree of freedom
+    d = tables.paired_difference({(1, 1): 0.1, (1, 2): 0.3, (2, 1): 0.6}, {(1, 1): 0.0, (1, 2): 0.0, (2, 1): 0.0})
+    assert d.worlds == 2
+    assert d.world_p == pytest.approx(1 - 2 * math.atan(2) / math.pi, abs=1e-9)
+
+
+def test_no_common_unit_is_no_difference():
+    assert tables.paired_difference({(1, 1): 0.1}, {(2, 1): 0.1}) is None
+
+
+def test_rank_correlation_sees_order_alone():
+    # ranks 1 2 3 4 against 2 1 4 3: ρ = 1 - 6·4 / (4·15) = 0.6
+    rho, _ = tables.rank_correlation([0.1, 0.2, 0.9, 5.0], [2.0, 1.0, 40.0, 3.0])
+    assert rho == pytest.approx(0.6)
+    assert tables.rank_correlation([1.0, 2.0], [1.0, 2.0]) is None
+
+
+def test_value_at_interpolates_and_stops_where_the_curve_ends():
+    assert tables.value_at([0, 10, 20], [0.4, 0.6, 0.5], 15) == pytest.approx(0.55)
+    assert tables.value_at([0, 10, 20], [0.4, 0.6, 0.5], 21) is None
+
+
+def test_value_at_takes_the_first_crossing():
+    assert tables.value_at([0.0, 2.0, 1.0, 3.0], [0.0, 2.0, 7.0, 8.0], 1.5) == pytest.approx(1.5)  # KL can fall again
+
+
+@pytest.mark.parametrize("a, sign, expected", [((0.1, 0.3), 1, "agrees"), ((0.1, 0.3), -1, "disagrees"), ((-0.1, 0.3), 1, "cannot tell")])
+def test_verdict_needs_an_interval_without_zero(a, sign, expected):
+    low, high = a
+    d = tables.Difference((low + high) / 2, low, high, 0.01, low, high, 0.01, 4, 3)
+    assert tables.verdict(d, sign).startswith(expected)
+
+
+def test_verdict_without_units_is_no_verdict():
+    assert tables.verdict(None, 1).startswith("cannot tell")
+
+
+# ---------------------------------------------------------------- units and tables
+
+
+def unit(method, world, seed, sampled, **more):
+    curve = {"update": [0, 5], "episodes": [0, 1600], "optimizer_step": [0, 75], "kept_rows": [0, 1600], "greedy_pass1": [0.4, sampled],
+             "sampled_pass1": [0.3, sampled], "kl": [0.0, 2.0], "sampled_reward": [0.0, 1.0], "score": [None, 0.5], "kept_score": [None, 0.5]}  # fmt: skip
+    return {"method": method, "variant": "", "world": world, "seed": seed, "greedy_pass1": sampled + 0.1, "sampled_pass1": sampled,
+            "best": {"greedy_pass1": sampled, "sampled_pass1": sampled}, "kl": 2.0, "best_of_5": sampled + 0.2, "curve": curve, **more}  # fmt: skip
+
+
+def write_study(folder, units):
+    folder.mkdir(exist_ok=True)
+    (folder / "units.jsonl").write_text("".join(json.dumps(u) + "\n" for u in units))
+    (folder / "study.json").write_text(json.dumps({"study": "table2"}))
+    tables.write(folder)
+    return (folder / "tables.md").read_text()
+
+
+def test_missing_units_show_as_missing(tmp_path):
+    text = write_study(tmp_path / "study", [unit("ppo_m", w, s, 0.5 + 0.01 * s) for w in (1, 2) for s in (1, 2)])
+    raft = next(line for line in text.splitlines() if line.startswith("| RAFT"))
+    assert raft.count("missing") == 5
+    row = next(line for line in text.splitlines() if line.startswith("| PPO-M"))
+    assert "0.515 [" in row and "missing" not in row
+
+
+def test_tables_can_be_made_before_any_unit_is_done(tmp_path):
+    assert "missing" in write_study(tmp_path / "study", [])
+
+
+def test_a_unit_run_twice_counts_once():
+    units = tables.Units([unit("br", 1, 1, 0.5), unit("br", 1, 1, 0.6)])
+    assert units.values("br", "sampled_pass1") == {(1, 1): 0.6}
+
+
+def test_comparison_at_equal_optimizer_steps_reads_the_curve():
+    units = tables.Units([unit("br", 1, 1, 0.5)])
+    assert tables.at_budget(units, "br", "optimizer_step", 30) == {(1, 1): pytest.approx(0.38)}  # 30/75 of the way from .3 to .5
+
+
+def test_every_method_of_the_issue_has_a_row():
+    names = "sft raft bond dpo ipo kto iterative_dpo ppo_s ppo_m bon br bw random top top_random top_bottom pow_1 pow_2 pow_3 oracle"
+    assert set(reproduce.ORDER) == set(names.split())
+    assert set(tables.PAPER_TABLE2) | set(tables.PAPER_TABLE3) == set(names.split())
+
+
+# ---------------------------------------------------------------- runner
+
+
+def test_plan_goes_seed_by_seed_and_round_the_worlds():
+    runs = [u for u in reproduce.planned_units(reproduce.Args(methods=("ppo_m", "br"), worlds=(1, 2), seeds=(1, 2))) if not u.stage]
+    assert [(u.method, u.world, u.seed) for u in runs][:4] == [("ppo_m", 1, 1), ("ppo_m", 2, 1), ("br", 1, 1), ("br", 2, 1)]
+    assert len(runs) == 8 and {u.seed for u in runs[4:]} == {2}
+
+
+def test_full_plan_has_twelve_units_of_every_rl_row_and_six_of_the_others():
+    runs = [u for u in reproduce.planned_units(reproduce.Args(full=True)) if not u.stage]
+    count = {name: sum(u.method == name for u in runs) for name in reproduce.ORDER}
+    assert count.pop("sft") == 3
+    assert {name for name, n in count.items() if n == 6} == set(reproduce.BASELINES)
+    assert {name for name, n in count.items() if n == 12} == set(count) - set(reproduce.BASELINES)
+
+
+def test_default_plan_is_assumed_to_fit_in_an_hour():
+    units = reproduce.planned_units(reproduce.Args())
+    assert sum(reproduce.expected_seconds(u, {}) for u in units) / 2 < 3600
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(SystemExit, match="nonsense"):
+        reproduce.planned_units(reproduce.Args(methods=("nonsense",)))
+
+
+def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
+    path = tmp_path / "units.jsonl"
+    reproduce.append_line(path, {"method": "br", "seed": 1})
+    with path.open("a") as file:
+        file.write('{"method": "b')
+    assert reproduce.read_lines(path) == [{"method": "br", "seed": 1}]
+    reproduce.append_line(path, {"method": "bw", "seed": 1})
+    assert [line["method"] for line in reproduce.read_lines(path)] == ["br", "bw"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    held = reproduce.lock(tmp_path)
+    with pytest.raises(SystemExit, match="another run"):
+        reproduce.lock(tmp_path)
+    held.close()
+    reproduce.lock(tmp_path).close()
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    reproduce.check_study(reproduce.Args(updates=30), tmp_path)
+    reproduce.check_study(reproduce.Args(updates=30, worlds=(1,)), tmp_path)
+    with pytest.raises(SystemExit, match="updates"):
+        reproduce.check_study(reproduce.Args(updates=20), tmp_path)
+
+
+def test_curve_sums_kept_rows_and_averages_scores_since_the_last_evaluation():
+    metrics = [{"step": 0, "eval/greedy_pass1": 0.4, "eval/kl": 0.0},
+               {"step": 1, "filter/kept": 128, "objective/score": 1.0, "ppo/optimizer_step": 6, "ppo/episode": 320},
+               {"step": 2, "filter/kept": 128, "objective/score": 2.0, "ppo/optimizer_step": 12, "ppo/episode": 640, "eval/greedy_pass1": 0.5}]  # fmt: skip
+    curve = reproduce.curve(metrics)
+    assert curve["kept_rows"] == [0, 256] and curve["score"] == [None, 1.5] and curve["optimizer_step"] == [0, 12]
+
+
+def test_best_checkpoint_is_the_first_of_equals():
+    assert reproduce.best_update([{"step": s, "eval/greedy_pass1": p} for s, p in ((0, 0.4), (5, 0.6), (10, 0.6))]) == 5
+
+
+def test_reported_command_holds_every_flag():
+    place = reproduce.Workplace(reproduce.Args(updates=4))
+    script, settings = place.run(reproduce.Unit(1, 7, "bw"))
+    command = reproduce.pipeline.command_line(script, settings)
+    assert command.startswith("accelerate launch --cpu --num_processes 1 pfppo_single.py ") and "--filter bw" in command and "--seed 7" in command
+    assert "--total_episodes 1280" in command
+
+
+def test_runs_with_other_flags_get_other_folders():
+    place = reproduce.Workplace(reproduce.Args())
+    folders = {place.run(reproduce.Unit(1, 1, "br", changes=changes))[1]["output_dir"] for changes in ((), (("kl_coef", 0.2),))}
+    assert len(folders) == 2
