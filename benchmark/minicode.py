@@ -85,9 +85,11 @@ LIST_OPERATIONS = [Operation(*fields) for fields in (
      ("[v for v in x if v % {k} == 0]", "[v for v in x if not v % {k}]"),
      ("[v for v in x if v % {k}]", "[v for v in x if v // {k} == 0]")),
     ("positive", NONE, ("keep positive", "drop zero and below"),
-     ("[v for v in x if v > 0]", "list(filter(lambda v: v > 0, x))"), ("[v for v in x if v >= 0]", "[abs(v) for v in x]")),
+     ("[v for v in x if v > 0]", "list(filter(lambda v: v > 0, x))"),
+     ("[v for v in x if v >= 0]", "[abs(v) for v in x]")),
     ("negative", NONE, ("keep negative", "drop zero and above"),
-     ("[v for v in x if v < 0]", "list(filter(lambda v: v < 0, x))"), ("[v for v in x if v <= 0]", "[-v for v in x]")),
+     ("[v for v in x if v < 0]", "list(filter(lambda v: v < 0, x))"),
+     ("[v for v in x if v <= 0]", "[-v for v in x]")),
     ("add", (1, 2, 3, 4, 5), ("add {k} to each", "increase each by {k}", "each plus {k}"),
      ("[v + {k} for v in x]", "[{k} + v for v in x]", "list(map(lambda v: v + {k}, x))"),
      ("[v - {k} for v in x]", "[v * {k} for v in x]")),
@@ -109,7 +111,8 @@ LIST_OPERATIONS = [Operation(*fields) for fields in (
      ("[min(v, {k}) for v in x]", "[v if v < {k} else {k} for v in x]"),
      ("[max(v, {k}) for v in x]", "[v for v in x if v <= {k}]")),
     ("modulo", FACTOR, ("each modulo {k}", "remainder of each by {k}"),
-     ("[v % {k} for v in x]", "list(map(lambda v: v % {k}, x))"), ("[v // {k} for v in x]", "[v for v in x if v % {k}]")),
+     ("[v % {k} for v in x]", "list(map(lambda v: v % {k}, x))"),
+     ("[v // {k} for v in x]", "[v for v in x if v % {k}]")),
     ("divide", FACTOR, ("floor divide each by {k}", "divide each by {k} rounding down"),
      ("[v // {k} for v in x]", "list(map(lambda v: v // {k}, x))"), ("[v / {k} for v in x]", "[v % {k} for v in x]")),
     ("ascending", NONE, ("sort ascending", "sort up"),
@@ -123,11 +126,11 @@ LIST_OPERATIONS = [Operation(*fields) for fields in (
     ("first", SMALL, ("keep first {k}", "take {k} at the front"),
      ("x[:{k}]", "[v for i, v in enumerate(x) if i < {k}]"), ("x[{k}:]", "x[:{k} + 1]", "x[-{k}:]")),
     ("last", SMALL, ("keep last {k}", "take {k} at the back"),
-     ("x[-{k}:]", "x[::-1][:{k}][::-1]"), ("x[:{k}]", "x[{k}:]", "x[-{k} - 1:]")),
+     ("x[-{k}:]", "[*x[-{k}:]]"), ("x[:{k}]", "x[{k}:]", "x[-{k} - 1:]")),
     ("skip_first", SMALL, ("drop first {k}", "skip {k} at the front"),
      ("x[{k}:]", "[v for i, v in enumerate(x) if i >= {k}]"), ("x[:{k}]", "x[{k} + 1:]", "x[:-{k}]")),
     ("skip_last", SMALL, ("drop last {k}", "skip {k} at the back"),
-     ("x[:-{k}]", "x[::-1][{k}:][::-1]"), ("x[{k}:]", "x[-{k}:]")),
+     ("x[:-{k}]", "[*x[:-{k}]]"), ("x[{k}:]", "x[-{k}:]")),
     ("even_places", NONE, ("keep even places", "every second from the first"),
      ("x[::2]", "[v for i, v in enumerate(x) if i % 2 == 0]"), ("x[1::2]", "[v for v in x if v % 2 == 0]")),
     ("odd_places", NONE, ("keep odd places", "every second from the second"),
@@ -139,7 +142,7 @@ LIST_OPERATIONS = [Operation(*fields) for fields in (
      ("[sum(x[:i + 1]) for i in range(len(x))]", "[sum(x[:i]) for i in range(1, len(x) + 1)]"),
      ("[sum(x[:i]) for i in range(len(x))]", "[sum(x[i:]) for i in range(len(x))]")),
     ("differences", NONE, ("differences of neighbours", "each minus the one before"),
-     ("[b - a for a, b in zip(x, x[1:])]", "[x[i + 1] - x[i] for i in range(len(x) - 1)]"),
+     ("[b - a for a, b in zip(x, x[1:])]", "[b - a for a, b in zip(x[:-1], x[1:])]"),
      ("[a - b for a, b in zip(x, x[1:])]", "[b + a for a, b in zip(x, x[1:])]")),
     ("pair_sums", NONE, ("sums of neighbours", "each plus the one before"),
      ("[a + b for a, b in zip(x, x[1:])]", "[b + a for a, b in zip(x, x[1:])]"),
@@ -155,9 +158,11 @@ SCALAR_OPERATIONS = [Operation(*fields) for fields in (
     ("sum", NONE, ("return the sum", "return the total"),
      ("sum(x)", "sum(v for v in x)"), ("len(x)", "sum(x[1:])")),
     ("largest", NONE, ("return the largest or 0", "return the maximum or 0"),
-     ("max(x, default=0)", "max(x) if x else 0", "sorted(x)[-1] if x else 0"), ("min(x, default=0)", "x[-1] if x else 0")),
+     ("max(x, default=0)", "max(x) if x else 0", "sorted(x)[-1] if x else 0"),
+     ("min(x, default=0)", "x[-1] if x else 0")),
     ("smallest", NONE, ("return the smallest or 0", "return the minimum or 0"),
-     ("min(x, default=0)", "min(x) if x else 0", "sorted(x)[0] if x else 0"), ("max(x, default=0)", "x[0] if x else 0")),
+     ("min(x, default=0)", "min(x) if x else 0", "sorted(x)[0] if x else 0"),
+     ("max(x, default=0)", "x[0] if x else 0")),
     ("length", NONE, ("return the length", "count all"),
      ("len(x)", "sum(1 for v in x)"), ("len(x) - 1", "sum(x)")),
     ("count_above", ANY, ("count above {k}", "count over {k}"),
@@ -207,7 +212,9 @@ class World:
 
     def __post_init__(self):
         if not 2 <= self.min_operations <= self.max_operations:
-            raise ValueError(f"need 2 <= min_operations <= max_operations, got {self.min_operations}, {self.max_operations}")
+            raise ValueError(
+                f"need 2 <= min_operations <= max_operations, got {self.min_operations} and {self.max_operations}"
+            )
         if self.num_tests < 2:
             raise ValueError(f"num_tests must be at least 2, got {self.num_tests}")
         for name in ("faulty_share", "faulty_rate", "background_rate"):
@@ -284,7 +291,7 @@ def _draw_problem(rng, world, split):
     """Operations, constants, inputs and outputs of one problem in whose tests every planted mistake shows."""
     while True:
         shortest = 1 if split == "sft" else world.min_operations
-        lengths = range(shortest, world.max_operations + 1)
+        lengths = range(shortest, world.max_operations + 1)  # demonstrations: more of the longer, harder ones
         length = rng.choices(lengths, weights=lengths if split == "sft" else None)[0]
         last = rng.choice(LIST_OPERATIONS + SCALAR_OPERATIONS)
         operations = rng.sample([op for op in LIST_OPERATIONS if op is not last], length - 1) + [last]
@@ -318,7 +325,8 @@ def make_rows(world, split, demonstrations=None):
             raise ValueError(f"num_{split}={size}: no more than {len(rows)} distinct prompts found; ask for fewer")
         operations, constants, inputs, outputs = _draw_problem(rng, world, "sft" if demonstrated else split)
         phrases = [rng.choice(op.phrasings).format(k=k) for op, k in zip(operations, constants)]
-        instruction = "; ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])
+        # The semicolon announces the last operation: two layers then find the phrase that belongs to each line.
+        instruction = "; ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
         prompt = f"# {instruction}\ndef f(x):\n"
         if prompt in seen:
             continue
@@ -335,7 +343,8 @@ def make_rows(world, split, demonstrations=None):
             "canonical_solution": _body([rng.choice(op.correct).format(k=k) for op, k in zip(operations, constants)]),
         }
         if demonstrated:
-            slips = [rng.random() < (world.faulty_rate if op.name in faulty else world.background_rate) for op in operations]
+            rates = [world.faulty_rate if op.name in faulty else world.background_rate for op in operations]
+            slips = [rng.random() < rate for rate in rates]
             drawn = [rng.choice(op.wrong if slip else op.correct) for op, slip in zip(operations, slips)]
             row["response"] = _body([text.format(k=k) for text, k in zip(drawn, constants)])
             row["mistakes"] = sum(slips)
@@ -357,8 +366,9 @@ def make_tokenizer(texts, vocab_size):
     table = [text for op in OPERATIONS.values() for text in op.phrasings + op.correct + op.wrong]
     alphabet = sorted(set("".join(table) + "# \ndef f(x):\n    x = return;,0123456789") - set("{}"))
     specials = ["<pad>", "<eos>", "<unk>"]
-    if vocab_size < len(alphabet) + len(specials):
-        raise ValueError(f"vocab_size must be at least {len(alphabet) + len(specials)} (one per character), got {vocab_size}")
+    smallest = len(alphabet) + len(specials)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest} (one per character), got {vocab_size}")
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\n;,0-9]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -406,7 +416,8 @@ def write_world(output_dir, seed=1, **settings):
             max_position_embeddings=256, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         ).save_pretrained(partial / "model_config")
-        record = {"settings": asdict(world), "sizes": sizes, "faulty_operations": faulty_operations(world), "shares": SHARES}
+        record = {"settings": asdict(world), "shares": SHARES, "faulty_operations": faulty_operations(world)}
+        record["sizes"] = sizes
         (partial / "world.json").write_text(json.dumps(record, indent=2) + "\n")
         os.rename(partial, output_dir)
     finally:
@@ -424,14 +435,14 @@ SAFE_BUILTINS = frozenset(
     "set sorted sum tuple zip".split()
 )
 SAFE_METHODS = frozenset(
-    "add append clear copy count difference discard extend fromkeys get index insert intersection items keys pop remove "
-    "reverse setdefault sort union update values".split()
+    "add append clear copy count difference discard extend fromkeys get index insert intersection items keys pop "
+    "remove reverse setdefault sort union update values".split()
 )
 SAFE_NODES = frozenset(getattr(ast, name) for name in (
-    "arguments arg Return Assign AugAssign Delete For While If Expr Pass Break Continue BoolOp BinOp UnaryOp "
-    "Lambda IfExp Dict Set ListComp SetComp DictComp GeneratorExp Compare Call keyword Subscript Starred List Tuple Slice "
-    "comprehension Load Store Del And Or Add Sub Mult Div FloorDiv Mod Pow LShift RShift BitOr BitXor BitAnd Invert Not "
-    "UAdd USub Eq NotEq Lt LtE Gt GtE Is IsNot In NotIn").split())
+    "arguments arg Return Assign AugAssign Delete For While If Expr Pass Break Continue BoolOp BinOp UnaryOp Lambda "
+    "IfExp Dict Set ListComp SetComp DictComp GeneratorExp Compare Call keyword Subscript Starred List Tuple Slice "
+    "comprehension Load Store Del And Or Add Sub Mult Div FloorDiv Mod Pow LShift RShift BitOr BitXor BitAnd Invert "
+    "Not UAdd USub Eq NotEq Lt LtE Gt GtE Is IsNot In NotIn").split())
 BUILTIN_NAMES = frozenset(dir(builtins))
 CPU_SECONDS = 0.5  # per program, for all its tests; programs of the world take microseconds
 WALL_SECONDS = 60  # per chunk, only for a worker that waits without computing
@@ -526,8 +537,8 @@ def _start_worker():
     """A fresh interpreter with an empty environment that holds only `_serve`."""
     environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
     worker = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-W", "ignore", "-c", WORKER_SOURCE], cwd="/",
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", WORKER_SOURCE], cwd="/", env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
     )
     limits = {"memory": MEMORY_BYTES, "cpu": CPU_SECONDS, "builtins": sorted(SAFE_BUILTINS)}
     try:
