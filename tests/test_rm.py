@@ -38,6 +38,13 @@ def train(world, tmp_path):
     return start
 
 
+def sampled(folder: Path) -> dict:
+    """Settings in which everything that samples is on, with an actual score in a module of that folder."""
+    (folder / "rm_two_graders.py").write_text("def longer(prompts, responses, rows):\n    return [float(len(r) > 3) for r in responses]\n")
+    return dict(epochs=1, kl_samples=9, reliability_prompts=str(folder / "held_out_pairs.jsonl"), actual_score="rm_two_graders:longer",
+                reliability_samples=3, reliability_groups=3, normalize_samples=64)  # fmt: skip
+
+
 def id_row(query=(FILE_PAD, FILE_PAD, 5, 6), best=1, **changes) -> dict:
     """A label of K = 3 as token ids: query padded left, responses right, with an id of the file."""
     return {"query": list(query), "sample0": [7, 8, 9], "sample1": [7, FILE_PAD, FILE_PAD], "sample2": [7, 8, FILE_PAD], "best": best, **changes}
@@ -358,3 +365,15 @@ def test_two_processes_train_and_evaluate_as_one(train, world):
     for one, two in zip(metrics, read_metrics(folder), strict=True):
         for name in set(one) - {"seconds/step"}:
             assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
+
+
+def test_two_processes_sample_once_and_agree_on_one_normalisation(world):
+    # PITFALLS SYS-4, LP-10: 11 prompts x 3 responses in all, one gain for both ranks, other samples on each
+    folder = two_processes(world) / "rm_sampled"
+    lines = [json.loads(line) for line in (folder / "samples_scored.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [i for i in range(11) for _ in range(3)]
+    metrics, model = read_metrics(folder), rm.RewardModel.from_pretrained(folder / "model")
+    assert metrics[-1]["normalize_after/gain"] == pytest.approx(model.reward_gain.item()) and metrics[-2]["train/kl"] > 0
+    assert metrics[-1]["normalize_after/check_std"] == pytest.approx(1, abs=0.3)  # fails where a rank keeps its own statistics
+    ranks = [[line["response"] for line in lines if line["prompt"] % 2 == parity][:15] for parity in (0, 1)]
+    assert ranks[0] != ranks[1]

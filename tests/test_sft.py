@@ -329,7 +329,7 @@ def test_dry_run_reads_the_data_and_writes_nothing(world, tmp_path, capsys, monk
 
 TWO = """
 import json, sys
-sys.path[:0] = [sys.argv[1]]
+sys.path[:0] = [sys.argv[1], str(__file__).rsplit("/", 1)[0]]
 import sft_single, rm_single
 for name, settings in json.load(open(sys.argv[2])):
     module = {"sft": sft_single, "rm": rm_single}[name]
@@ -344,6 +344,7 @@ def two_processes(world: Path) -> Path:
 
     folder = Path(tempfile.mkdtemp(dir=world))
     runs = [("sft", settings(world, folder, "sft", **SMOOTH)), ("rm", test_rm.settings(world, folder, "rm", normalize_before=False, normalize_after=False))]
+    runs.append(("rm", test_rm.settings(world, folder, "rm_sampled", **test_rm.sampled(folder))))
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
