@@ -28,9 +28,10 @@ def reward_names(causal_lm: nn.Module) -> dict[str, str | None]:
 
 
 def load_recorded(model: nn.Module, recorded: dict[str, torch.Tensor], names: dict[str, str | None]) -> None:
-    """Copy recorded tensors (by recorded name) into `model`. Raises KeyError for a missing or an unknown name."""
-    if set(recorded) != set(names):
-        raise KeyError(f"recorded weights lack {sorted(set(names) - set(recorded))} and have unknown {sorted(set(recorded) - set(names))}")
+    """Copy recorded tensors (by recorded name) into `model`. Raises KeyError for a missing name that we use, or an unknown one."""
+    missing, unknown = {name for name, ours in names.items() if ours is not None} - set(recorded), set(recorded) - set(names)
+    if missing or unknown:
+        raise KeyError(f"recorded weights lack {sorted(missing)} and have unknown {sorted(unknown)}")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in recorded.items():
