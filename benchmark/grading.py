@@ -6,8 +6,8 @@
 1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither (`benchmark/sandbox.py`). Plain data crosses.
 2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the program does not have.
    A judge is trusted and serves job after job; a program's process is used once, then killed and waited for, with all that it started.
-3. Limits are on CPU time for the whole program. Wall time is generous: three times as long for a program that computes as for one that waits, and a program
-   that runs out of it beside others is tried once more alone.
+3. Limits are on CPU time for the whole program. The wall limit ends programs that wait; one that computes, and only lacks a core on a busy machine, goes on until its CPU
+   time is used up. A program that runs out of wall time beside others is tried once more alone.
 4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests are at fault, not the program.
 
 Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on standard error.
@@ -35,7 +35,8 @@ START_SECONDS = 60  # for a template to start; more means that something is wron
 
 END_SECONDS = 30  # for killed processes to be gone
 WALL_SECONDS = 10.0
-CPU_SECONDS = 10
+CPU_SECONDS = 12
+MOST_WALLS = 20  # times the wall limit that a program may take which computes all the time and waits for cores
 MEMORY_BYTES = 2 << 30
 JUDGE_BYTES = 4 << 30
 
@@ -54,7 +55,7 @@ class Run:
         self.verdict = None
         self.programs = 2 if job["helper_names"] else 1  # processes
         self.exits = {}  # number of the process -> report of the template
-        self.expired = self.extended = self.judge_lost = False
+        self.expired = self.judge_lost = False
         self.crowded = False  # others ran at the same time
         self.error = None
 
@@ -170,11 +171,9 @@ class Grader:
                 elif time.monotonic() > run.deadline:
                     if run.expired or run.verdict:
                         raise GradingError("a process does not end although it was killed")
-                    if run.extended:
-                        self.expire(run)
-                    else:  # a program that computes may have waited for a core; one that sleeps has not
-                        run.extended, run.deadline = True, run.deadline + 2 * run.job["wall"]
-                        self.templates["program"].send({"clock": f"{name}:0"})
+                    # A program that computes may have waited for a core, one that sleeps has not: ask how far it has come, decide in `hear`.
+                    run.deadline += run.job["wall"]
+                    self.templates["program"].send({"clock": f"{name}:0"})
 
     def start(self, index, job, active, again):
         name, self.next_id = self.next_id, self.next_id + 1
@@ -272,7 +271,9 @@ class Grader:
         if "error" in message:
             run.error = message["error"]
         elif "clock" in message:
-            if message["clock"] < 0.1 * (time.monotonic() - run.started):
+            seconds, elapsed = message["clock"], time.monotonic() - run.started
+            fair = min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1))  # of a core, for each who wants one
+            if seconds < 0.5 * fair * elapsed or elapsed > MOST_WALLS * run.job["wall"]:
                 self.expire(run)
         else:
             run.exits[int(who)] = message
@@ -326,7 +327,7 @@ def as_job(
     # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a process that holds that part of the program
     # alone, so that what follows cannot change them.
     prefix = re.split(rf"^(?:def|class) {re.escape(entry_point)}\b", program, maxsplit=1, flags=re.M)[0]
-    above = [name for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if re.search(rf"\b{name}\b", tests)]
+    above = [] if helpers else [name for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if re.search(rf"\b{name}\b", tests)]
     return {
         "program": program, "tests": tests, "entry_point": entry_point, "helpers": helpers or "",
         "wall": wall_seconds, "cpu": cpu_seconds, "memory": memory_bytes,
