@@ -1,7 +1,7 @@
 """BOND: distil the best-of-N policy into the policy, then the best-of-N of that, four times.
 
-The best of N responses of an anchor policy has log π_BoN(y) = log π_anchor(y) + (N-1) log p_≤(y) + constant, with p_≤(y) the share of
-the anchor's responses to the same prompt whose reward is not above y's. One update:
+The best of N responses of an anchor policy has log π_BoN(y) = log π_anchor(y) + (N-1) log p_≤(y) + constant, with p_≤(y)
+the share of the anchor's responses to the same prompt whose reward is not above y's. One update:
   1. take B prompts, draw N responses of the anchor and M of the policy for each, score all
   2. forward KL(π_BoN ‖ π): likelihood of the anchor's best response
   3. backward KL(π ‖ π_BoN): policy gradient on the policy's responses with log p_≤ estimated from the anchor's
@@ -12,9 +12,9 @@ Run:  python -m benchmark.baselines.bond --policy sft/model --reward rm/model --
           --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
 Out:  policy, policy_best, metrics.jsonl, checkpoints (with the anchor); the same command continues.
 
-Sources: BOND arXiv 2407.14622; PAPER arXiv 2409.06957 for β = 1 and four iterations. Defaults: benchmark/baselines/README.md.
-DEPARTS BOND: it weighs forward by 1-β and backward by β; PAPER combines both with β = 1, which we read as equal weights (BOND's 1/2 up
-to a factor of 2). The factor of the exact π_BoN that ties would change is left out, as there.
+Sources: BOND arXiv 2407.14622; PAPER = arXiv 2409.06957 for β = 1 and four iterations. Defaults: README.md beside this file.
+DEPARTS BOND: it weighs forward by 1-β and backward by β; PAPER combines both with β = 1, which we read as equal weights
+(BOND's β = 1/2 up to a factor of 2). The factor of the exact π_BoN that comes from ties is left out, as there.
 """
 from dataclasses import dataclass
 
@@ -64,14 +64,16 @@ def forward_kl_loss(best_logprobs: torch.Tensor) -> torch.Tensor:
     return -best_logprobs.mean()
 
 
-def backward_kl_costs(logprobs: torch.Tensor, anchor_logprobs: torch.Tensor, log_quantile: torch.Tensor, num_responses: int) -> torch.Tensor:
-    """All (B, M) -> log π_θ - log π_BoN of the policy's own responses, up to a constant; its mean estimates KL(π_θ ‖ π_BoN)."""
+def backward_kl_costs(
+    logprobs: torch.Tensor, anchor_logprobs: torch.Tensor, log_quantile: torch.Tensor, num_responses: int
+) -> torch.Tensor:
+    """All (B, M) -> log π_θ - log π_BoN of the policy's responses, up to a constant: the mean estimates KL(π_θ ‖ π_BoN)."""
     return logprobs - anchor_logprobs - (num_responses - 1) * log_quantile
 
 
 def backward_kl_loss(logprobs: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
-    """log π_θ with gradient and costs, (B, M) -> loss () with the gradient of KL(π_θ ‖ π_BoN); the baseline of a response is the
-    mean cost of the prompt's other responses, 0 when there is none."""
+    """log π_θ with gradient and costs, (B, M) -> loss () with the gradient of KL(π_θ ‖ π_BoN); the baseline of a response is
+    the mean cost of the prompt's other responses, 0 when there is none."""
     others = costs.shape[1] - 1
     baseline = (costs.sum(1, keepdim=True) - costs) / max(1, others)
     return (logprobs * (costs - (baseline if others else 0.0)).detach()).mean()
@@ -79,14 +81,17 @@ def backward_kl_loss(logprobs: torch.Tensor, costs: torch.Tensor) -> torch.Tenso
 
 def main(args: Args) -> None:
     common.check_args(args, ("policy", "reward", "prompts", "output_dir"))
-    n, m, per_update = args.num_responses, args.policy_responses, args.batch_size * (args.num_responses + args.policy_responses)
+    n, m = args.num_responses, args.policy_responses
+    per_update = args.batch_size * (n + m)
     updates = args.total_episodes // per_update
-    if n < 2 or updates < args.iterations:
-        raise ValueError(f"--num_responses must be at least 2 and --total_episodes at least {args.iterations} updates of {per_update}")
+    if n < 2:
+        raise ValueError("--num_responses must be at least 2: the best of one response is any response")
+    if updates < args.iterations:
+        raise ValueError(f"--total_episodes must be at least {args.iterations} updates of {per_update}")
     run = common.Run(args)
     rows = pfppo.load_rows(args.prompts, "prompts", (args.prompt_field,))
     rows = pfppo.encode_queries(run.tokenizer, rows, args, "prompts")
-    print(f"{updates} updates of {args.batch_size} prompts x ({n} anchor + {m} policy responses), {args.iterations} iterations")
+    print(f"{args.iterations} iterations, {updates} updates of {args.batch_size} prompts x ({n} anchor + {m} policy responses)")
     if args.dry_run:
         return
     run.start(updates, with_anchor=True)
@@ -97,7 +102,8 @@ def main(args: Args) -> None:
             run.anchor.load_state_dict(run.policy.state_dict())
 
         # ---------------- 1. responses of anchor and policy
-        batch_rows = [rows[i] for i in pfppo.prompt_order(len(rows), step * args.batch_size, args.batch_size, args.seed)]
+        picks = pfppo.prompt_order(len(rows), step * args.batch_size, args.batch_size, args.seed)
+        batch_rows = [rows[i] for i in picks]
         anchor_rollout = run.sample(batch_rows, n, args.temperature, 3, step, model=run.anchor)  # (B*N, ...)
         rollout = run.sample(batch_rows, m, args.temperature, 6, step)  # (B*M, ...)
         run.state["episodes"] += per_update
@@ -128,7 +134,8 @@ def main(args: Args) -> None:
         run.end_step({
             "bond/iteration": iteration, "bond/forward": forward, "bond/backward": costs.mean().item(),
             "bond/anchor_score": raw_anchor_scores.mean().item(), "objective/score": raw_scores.mean().item(),
-            "bond/log_quantile": quantile.mean().item(), "objective/length": rollout["response_mask"].sum(1).float().mean().item(),
+            "bond/log_quantile": quantile.mean().item(),
+            "objective/length": rollout["response_mask"].sum(1).float().mean().item(),
             "objective/truncated": (~rollout["has_stop"]).float().mean().item(),
         })  # fmt: skip
     run.finish()

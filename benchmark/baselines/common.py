@@ -1,8 +1,8 @@
 """What the baselines share: settings, models, sampling, scores, evaluation, counters, checkpoints.
 
-Everything that pfppo_single.py does as a function is taken from there, so a response is tokenised, generated, scored and evaluated
-here exactly as under PPO: same prompts, same stop token, same reward, same eval/* tags, same seeds of the evaluation's samples.
-One process (CPU or one GPU), float32, no dropout; π_SFT is the start, the reference of every loss and of eval/kl.
+Everything that pfppo_single.py does as a function is taken from there, so a response is tokenised, generated, scored and
+evaluated here exactly as under PPO: same prompts, same stop token, same reward, same eval/* tags and seeds. One process (CPU
+or one GPU), float32, no dropout; π_SFT is the start, the reference of every loss and of eval/kl.
 """
 import dataclasses
 import time
@@ -25,7 +25,7 @@ from rm_single import encode_response
 class Args:
     # run
     output_dir: str = "output/baseline"
-    """folder for everything this run writes; a folder that holds another run is refused, the same command continues its own"""
+    """folder for everything this run writes; one that holds another run is refused, the same command continues its own"""
     seed: int = 1
     """data order, sampling and ties get their own generators from (seed, step)"""
     dry_run: bool = False
@@ -34,7 +34,7 @@ class Args:
     policy: str = ""
     """π_SFT, the start of π_θ and the reference: folder or hub id of a causal language model"""
     reward: str = ""
-    """R_φ: a folder written by rm_single.py, or `module:function`; where the method does not train on it, only for eval/*_reward"""
+    """R_φ: a folder written by rm_single.py, or `module:function`; DPO, IPO and KTO need it for eval/*_reward only"""
     pad_token: str = ""
     """pad token for a tokenizer that has none"""
     # data
@@ -86,15 +86,18 @@ def check_args(args: Args, needed: tuple[str, ...]) -> None:
         if Path(path).suffix in (".jsonl", ".json", ".parquet") and not Path(path).is_file():
             raise FileNotFoundError(f"--{field} {path}: no such file")
     if args.reward and ":" not in args.reward and not (Path(args.reward) / "reward_head.safetensors").is_file():
-        raise ValueError(f"--reward {args.reward}: no reward_head.safetensors there; give a folder of rm_single.py or module:function")
+        raise ValueError(f"--reward {args.reward}: no reward_head.safetensors there; give a folder of rm_single.py "
+                         "or module:function")  # fmt: skip
 
 
 # ---------------------------------------------------------------- token functions
 
 
-def sequence_logprobs(model: nn.Module, rollout: dict[str, torch.Tensor], rows: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log π(y|c) of the given rows (rows,), with gradient: the sum over response tokens, stop token included; the prompt and
-    the padding do not count."""
+def sequence_logprobs(
+    model: nn.Module, rollout: dict[str, torch.Tensor], rows: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """log π(y|c) of the given rows (rows,), with gradient: the sum over response tokens, stop token included; the prompt
+    and the padding do not count."""
     batch = pfppo.trim(rollout, rows)
     width = batch["responses"].shape[1]
     inputs = pfppo.model_inputs(batch["query_responses"], batch["mask"])
@@ -102,9 +105,11 @@ def sequence_logprobs(model: nn.Module, rollout: dict[str, torch.Tensor], rows: 
     return pfppo.token_logprobs(logits, batch["responses"], batch["response_mask"], temperature).sum(1)
 
 
-def make_rollout(query_ids: list[list[int]], response_ids: list[list[int]], pad_token_id: int, device="cpu") -> dict[str, torch.Tensor]:
-    """Lists of ids -> the tensors of a rollout as pfppo_single.py has them: queries padded left, responses padded right. A row's
-    ids are the prompt's followed by the response's, tokenised apart: the boundary is where sampling and scoring have it."""
+def make_rollout(
+    query_ids: list[list[int]], response_ids: list[list[int]], pad_token_id: int, device="cpu"
+) -> dict[str, torch.Tensor]:
+    """Lists of ids -> the tensors of a rollout as pfppo_single.py has them: queries padded left, responses padded right. A
+    row's ids are the prompt's, then the response's, tokenised apart: the boundary is where sampling and scoring have it."""
     queries, query_mask = pfppo.pad_rows(query_ids, pad_token_id, "left")
     responses, response_mask = pfppo.pad_rows(response_ids, pad_token_id, "right")
     tensors = {"queries": queries, "query_mask": query_mask, "responses": responses, "response_mask": response_mask}
@@ -112,8 +117,8 @@ def make_rollout(query_ids: list[list[int]], response_ids: list[list[int]], pad_
 
 
 def load_pairs(args, tokenizer, stop_id: int) -> list[dict]:
-    """Rows of `train_data` with query_ids, chosen_ids and rejected_ids; rows with a longer query or response are dropped, and
-    counted on the console. Raises ValueError that names file and row."""
+    """Rows of `train_data` with query_ids, chosen_ids and rejected_ids; rows with a longer query or response are dropped,
+    and counted on the console. Raises ValueError that names file and row."""
     names = (args.chosen_field, args.rejected_field)
     rows = pfppo.load_rows(args.train_data, "train_data", (args.prompt_field, *names))
     for number, row in enumerate(rows, 1):
@@ -122,7 +127,8 @@ def load_pairs(args, tokenizer, stop_id: int) -> list[dict]:
     pairs = pfppo.encode_queries(tokenizer, rows, args, "train_data")
     for pair in pairs:
         pair["chosen_ids"], pair["rejected_ids"] = (encode_response(tokenizer, pair[name], stop_id) for name in names)
-    pairs = [p for p in pairs if all(0 < len(p[name]) <= args.response_length for name in ("chosen_ids", "rejected_ids"))]
+    pairs = [p for p in pairs if 0 < min(len(p["chosen_ids"]), len(p["rejected_ids"]))]
+    pairs = [p for p in pairs if max(len(p["chosen_ids"]), len(p["rejected_ids"])) <= args.response_length]
     if not pairs:
         raise ValueError(f"--train_data {args.train_data}: every pair has a response longer than --response_length "
                          f"{args.response_length}; raise it")  # fmt: skip
@@ -134,14 +140,14 @@ def load_pairs(args, tokenizer, stop_id: int) -> list[dict]:
 
 
 class Run:
-    """Models, folder and counters of one run. `state` is what a checkpoint keeps beside the weights: step, episodes (responses
-    generated), optimizer_step, and the best evaluation so far."""
+    """Models, folder and counters of one run. `state` is what a checkpoint keeps beside the weights: step, episodes
+    (responses generated), optimizer_step, and the best evaluation so far."""
 
     def __init__(self, args: Args):
         """Everything that can be refused without a model: processes, tokenizer, evaluation prompts, functions."""
         self.args, self.accelerator = args, Accelerator(mixed_precision="no")
         if self.accelerator.num_processes > 1:
-            raise ValueError(f"the baselines run on one process, not {self.accelerator.num_processes}; use --num_processes 1")
+            raise ValueError(f"a baseline runs on one process, not {self.accelerator.num_processes}; use --num_processes 1")
         self.device, self.output_dir = self.accelerator.device, Path(args.output_dir)
         set_seed(args.seed)
         rows = pfppo.load_rows(args.eval_prompts, "eval_prompts", (args.prompt_field,)) if args.eval_prompts else []
@@ -160,7 +166,8 @@ class Run:
         self.ref_policy = pfppo.load_causal_lm(args.policy).to(self.device).eval().requires_grad_(False)
         self.reward_model = None
         if args.reward and self.reward_function is None:
-            self.reward_model = pfppo.RewardModel.from_pretrained(args.reward).to(self.device).eval().requires_grad_(False)
+            self.reward_model = pfppo.RewardModel.from_pretrained(args.reward).to(self.device).eval()
+            self.reward_model.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), eps=args.eps, weight_decay=0.0)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
         if with_anchor:  # prepared, so that checkpoints hold it
@@ -177,20 +184,22 @@ class Run:
             self.keep_best(results)
         self.bar = tqdm(total=num_steps, initial=self.state["step"], desc=self.output_dir.name, mininterval=5)
 
-    def sample(self, rows: list[dict], n: int, temperature: float, *key: int, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-        """n responses to each row -> rollout whose first axis is the response, those of a row adjacent. `key` seeds the draw."""
-        generator = pfppo.random_generator(self.device, self.args.seed, *key)
-        queries, query_mask = (x.to(self.device) for x in pfppo.pad_rows([r["query_ids"] for r in rows], self.pad_id, "left"))
-        responses = []
+    def sample(
+        self, rows: list[dict], n: int, temperature: float, *key: int, model: nn.Module | None = None
+    ) -> dict[str, torch.Tensor]:
+        """n responses to each row -> rollout whose first axis is the response, those of a row adjacent; `key` seeds it."""
+        generator, responses = pfppo.random_generator(self.device, self.args.seed, *key), []
+        padded = pfppo.pad_rows([row["query_ids"] for row in rows], self.pad_id, "left")
+        queries, query_mask = (x.to(self.device) for x in padded)
         for part in torch.arange(len(rows), device=self.device).split(max(1, self.args.forward_batch_size // n)):
             q = int(query_mask[part].sum(1).max())
             responses.append(pfppo.generate(
-                model or self.policy, queries[part, -q:], query_mask[part, -q:], n, self.args.response_length, temperature,
-                self.stop_id, 0, self.pad_id, generator))  # fmt: skip
+                model or self.policy, queries[part, -q:], query_mask[part, -q:], n, self.args.response_length,
+                temperature, self.stop_id, 0, self.pad_id, generator))  # fmt: skip
         responses = torch.cat(responses)
         mask, has_stop = pfppo.stop_masks(responses, self.stop_id, 0)
-        return {"queries": queries.repeat_interleave(n, 0), "query_mask": query_mask.repeat_interleave(n, 0), "responses": responses,
-                "response_mask": mask, "score_mask": mask, "has_stop": has_stop,
+        return {"queries": queries.repeat_interleave(n, 0), "query_mask": query_mask.repeat_interleave(n, 0),
+                "responses": responses, "response_mask": mask, "score_mask": mask, "has_stop": has_stop,
                 "prompt_ids": torch.arange(len(rows), device=self.device).repeat_interleave(n)}  # fmt: skip
 
     def decode(self, rollout: dict[str, torch.Tensor]) -> list[str]:
@@ -213,14 +222,14 @@ class Run:
         return pfppo.reward_model_scores(self.reward_model, rollout, self.args.forward_batch_size)
 
     def rank_scores(self, scores: torch.Tensor, rollout: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Scores for ranking (rows,): a response that never stops is worse than every other (-inf), as the replaced score of
-        `--missing_stop replace` makes it under PPO. Raises ValueError when a score is not finite."""
+        """Scores for ranking (rows,): a response that never stops is worse than every other (-inf), as the score that
+        `--missing_stop replace` pays under PPO. Raises ValueError when a score is not finite."""
         if not torch.isfinite(scores).all():
             raise ValueError("the reward is not finite for some responses; look at the reward model or function")
         return torch.where(rollout["has_stop"], scores, -torch.inf) if self.stop_id >= 0 else scores
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Greedy and sampled responses to the evaluation prompts, under the tags and with the seeds of pfppo_single.py."""
+        """Greedy and sampled responses to the evaluation prompts, with pfppo_single.py's tags and seeds."""
         found = {}
         for name, temperature in (("greedy", 0.0), ("sampled", self.args.temperature)):
             rollout = self.sample(self.eval_rows, 1, temperature, 9, step, 0)
@@ -236,14 +245,15 @@ class Run:
 
     def logprobs(self, model: nn.Module, rollout: dict[str, torch.Tensor]) -> torch.Tensor:
         """log π(y|c) of every row (rows,), without gradient."""
-        return pfppo.response_logprobs_and_values(model, rollout, self.args.temperature, self.args.forward_batch_size)[0].sum(1)
+        temperature, size = self.args.temperature, self.args.forward_batch_size
+        return pfppo.response_logprobs_and_values(model, rollout, temperature, size)[0].sum(1)
 
     def optimizer_step(self, loss: float, num_optimizer_steps: int) -> None:
-        """Clip, step and count. Raises FloatingPointError when the loss is not finite; the last good checkpoint is kept."""
+        """Clip, step, count. Raises FloatingPointError when the loss is not finite; the last good checkpoint is kept."""
         args, done = self.args, self.state["optimizer_step"]
         if not np.isfinite(loss):
-            raise FloatingPointError(f"step {self.state['step'] + 1}: the loss is {loss}; the last good checkpoint is kept in "
-                                     f"{self.output_dir / 'checkpoints'}. Lower --lr")  # fmt: skip
+            raise FloatingPointError(f"step {self.state['step'] + 1}: the loss is {loss}; the last good checkpoint is kept "
+                                     f"in {self.output_dir / 'checkpoints'}. Lower --lr")  # fmt: skip
         if args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         for group in self.optimizer.param_groups:
@@ -263,7 +273,8 @@ class Run:
             self.keep_best(results)
             metrics.update(results, **{"seconds/evaluate": time.time() - began})
             shown = ("eval/greedy_pass1", "eval/sampled_pass1", "eval/sampled_reward", "eval/kl")
-            self.bar.write(f"step {step}/{self.num_steps}  " + "  ".join(f"{t[5:]} {metrics[t]:.3f}" for t in shown if t in metrics))
+            text = "  ".join(f"{tag[5:]} {metrics[tag]:.3f}" for tag in shown if tag in metrics)
+            self.bar.write(f"step {step}/{self.num_steps}  {text}")
         pfppo.log_metrics(self.writer, self.output_dir, step, metrics)
         self.bar.update()
         if checkpoint or last or step % self.args.checkpoint_every == 0:
@@ -271,7 +282,7 @@ class Run:
         self.clock = time.time()
 
     def keep_best(self, results: dict[str, float]) -> None:
-        """policy_best: the highest greedy pass@1 on the evaluation prompts (without actual score: the highest reward)."""
+        """policy_best: the highest greedy pass@1 on the evaluation prompts (without actual score: highest reward)."""
         key = next((k for k in ("eval/greedy_pass1", "eval/sampled_reward") if k in results), None)
         if key and (self.state["best"] is None or results[key] > self.state["best"]):
             self.state["best"], self.state["best_step"] = results[key], self.state["step"]
@@ -279,12 +290,13 @@ class Run:
 
     def save_policy(self, name: str) -> None:
         policy = self.accelerator.unwrap_model(self.policy)
-        pfppo.write_folder(self.output_dir / name, lambda f: (policy.save_pretrained(f), self.tokenizer.save_pretrained(f)))
+        write = lambda folder: (policy.save_pretrained(folder), self.tokenizer.save_pretrained(folder))  # noqa: E731
+        pfppo.write_folder(self.output_dir / name, write)
 
     def finish(self) -> None:
         """Write the last policy and say where it is."""
         self.bar.close()
         self.writer.close()
         self.save_policy("policy")
-        print(f"done: {self.num_steps} steps, {self.state['episodes']} responses generated, {self.state['optimizer_step']} optimizer "
-              f"steps; policy in {self.output_dir / 'policy'}")  # fmt: skip
+        print(f"done: {self.num_steps} steps, {self.state['episodes']} responses generated, {self.state['optimizer_step']} "
+              f"optimizer steps; policy in {self.output_dir / 'policy'}")  # fmt: skip

@@ -6,9 +6,10 @@
 
 Run:  python -m benchmark.baselines.dpo --policy sft/model --train_data preferences.jsonl --output_dir dpo/ \\
           --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle          (IPO: --loss_type ipo)
-In:   JSONL rows prompt, chosen, rejected.  Out: policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
+In:   JSONL rows prompt, chosen, rejected.
+Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
 
-Sources: DPO arXiv 2305.18290 Eq. 7; IPO arXiv 2310.12036 Eq. 17. Defaults were chosen as benchmark/baselines/README.md says.
+Sources: DPO arXiv 2305.18290 Eq. 7; IPO arXiv 2310.12036 Eq. 17. Defaults: README.md beside this file.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -48,21 +49,23 @@ class Args(common.Args):
 
 
 def preference_loss(
-    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, chosen_lengths: torch.Tensor, rejected_lengths: torch.Tensor,
-    beta: float, loss_type: str,
+    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor, beta: float, loss_type: str,
 ) -> torch.Tensor:  # fmt: skip
     """All (pairs,): Σ_t log π_θ - log π_SFT of a response, and its tokens -> loss per pair (pairs,)."""
     if loss_type == "dpo":
         return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
-    # DEPARTS IPO's Eq. 17: means over tokens in place of sums, without which the squared loss follows the length; its authors
-    # confirmed that their numbers were made so (huggingface/trl#1265)
+    # DEPARTS IPO's Eq. 17: means over tokens in place of sums, without which the squared loss follows the length; its
+    # authors confirmed that their numbers were made so (huggingface/trl#1265)
     margin = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
     return (margin - 1 / (2 * beta)).square()
 
 
-def train_on_pairs(run: common.Run, rollout: dict[str, torch.Tensor], ref_logprobs: torch.Tensor, pairs: list[int], beta: float,
-                   loss_type: str, num_optimizer_steps: int) -> dict[str, float]:  # fmt: skip
-    """One optimizer step. rollout: 2P rows, all chosen before all rejected; ref_logprobs (2P,); `pairs` indexes 0 .. P-1."""
+def train_on_pairs(
+    run: common.Run, rollout: dict[str, torch.Tensor], ref_logprobs: torch.Tensor, pairs: list[int], beta: float,
+    loss_type: str, num_optimizer_steps: int,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step -> its metrics. rollout: 2P rows, all chosen before all rejected; `pairs`: some of 0 .. P-1."""
     num_pairs, lengths = len(ref_logprobs) // 2, rollout["response_mask"].sum(1)
     totals = {"loss": 0.0, "accuracy": 0.0, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
     for part in torch.tensor(pairs, device=run.device).split(run.args.micro_batch_size):
@@ -90,7 +93,8 @@ def main(args: Args) -> None:
 
     # ---------------- 1. log π_SFT of both responses of every pair
     responses = [pair[name] for name in ("chosen_ids", "rejected_ids") for pair in pairs]
-    rollout = common.make_rollout([pair["query_ids"] for pair in pairs] * 2, responses, run.pad_id, run.device)  # (2P, ...)
+    queries = [pair["query_ids"] for pair in pairs] * 2
+    rollout = common.make_rollout(queries, responses, run.pad_id, run.device)  # (2P, ...)
     ref_logprobs = run.logprobs(run.ref_policy, rollout)  # (2P,)
 
     order = pfppo.prompt_order(len(pairs), 0, num_steps * args.batch_size, args.seed)

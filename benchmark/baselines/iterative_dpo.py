@@ -5,11 +5,11 @@ One iteration:
   2. pair each prompt's best response with its worst
   3. DPO on these pairs; the reference stays π_SFT
 
-Run:  python -m benchmark.baselines.iterative_dpo --policy sft/model --reward rm/model --prompts rl.jsonl --output_dir idpo/ \\
-          --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
+Run:  python -m benchmark.baselines.iterative_dpo --policy sft/model --reward rm/model --prompts rl.jsonl \\
+          --output_dir idpo/ --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
 Out:  policy, policy_best, metrics.jsonl, pairs_1.jsonl .. pairs_3.jsonl, checkpoints; the same command continues.
 
-Sources: DPO arXiv 2305.18290; PAPER arXiv 2409.06957 for three iterations. Defaults: benchmark/baselines/README.md.
+Sources: DPO arXiv 2305.18290; PAPER = arXiv 2409.06957 for three iterations. Defaults: README.md beside this file.
 """
 import json
 from dataclasses import dataclass
@@ -51,7 +51,9 @@ class Args(common.Args):
     """optimizer steps between checkpoints; the end of an iteration always writes one"""
 
 
-def best_and_worst(scores: torch.Tensor, prompt_ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def best_and_worst(
+    scores: torch.Tensor, prompt_ids: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """scores, prompt_ids (rows,) on CPU -> rows of each prompt's best and worst response, ties at random; prompts whose
     responses all score the same have none."""
     ranked = pfppo.rank_rows(scores, prompt_ids, generator)  # (B, N)
@@ -61,7 +63,7 @@ def best_and_worst(scores: torch.Tensor, prompt_ids: torch.Tensor, generator: to
 
 
 def make_pairs(run: common.Run, rows: list[dict], num_responses: int, iteration: int) -> list[dict]:
-    """Steps 1 and 2 of an iteration. Texts, token ids and rewards; kept in pairs_I.jsonl, where a restarted run reads them."""
+    """Steps 1 and 2 of an iteration: texts, token ids, rewards; kept in pairs_I.jsonl, where a restarted run reads them."""
     path = run.output_dir / f"pairs_{iteration + 1}.jsonl"
     if not path.is_file():
         rollout = run.sample(rows, num_responses, run.args.temperature, 3, iteration)
@@ -72,32 +74,35 @@ def make_pairs(run: common.Run, rows: list[dict], num_responses: int, iteration:
         lines = []
         for i, j in zip(best, worst):
             row = rows[i // num_responses]
-            lines.append({"prompt": row[run.args.prompt_field], "chosen": texts[i], "rejected": texts[j], "query_ids": row["query_ids"]})
+            line = {"prompt": row[run.args.prompt_field], "query_ids": row["query_ids"]}
             for name, k in (("chosen", i), ("rejected", j)):
-                lines[-1][f"{name}_ids"] = rollout["responses"][k][rollout["response_mask"][k]].tolist()
-                lines[-1][f"{name}_reward"] = scores[k].item()
+                line[name], line[f"{name}_reward"] = texts[k], scores[k].item()
+                line[f"{name}_ids"] = rollout["responses"][k][rollout["response_mask"][k]].tolist()
+            lines.append(line)
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         aside.rename(path)
-        run.bar.write(f"iteration {iteration + 1}: {len(lines)} pairs of {len(rows)} prompts x {num_responses} responses, mean reward "
-                      f"{scores.mean().item():.3f}")  # fmt: skip
+        run.bar.write(f"iteration {iteration + 1}: {len(lines)} pairs of {len(rows)} prompts x {num_responses} responses, "
+                      f"mean reward {scores.mean().item():.3f}")  # fmt: skip
     pairs = [json.loads(line) for line in path.read_text().splitlines()]
     if not pairs:
-        raise ValueError(f"iteration {iteration + 1}: every prompt's responses have one and the same reward; look at --reward")
+        raise ValueError(f"iteration {iteration + 1}: the responses of every prompt have one reward; look at --reward")
     return pairs
 
 
 def main(args: Args) -> None:
     common.check_args(args, ("policy", "reward", "prompts", "output_dir"))
     num_prompts = args.total_episodes // (args.iterations * args.num_responses)  # per iteration
-    if args.num_responses < 2 or num_prompts < 1:
-        raise ValueError(f"--num_responses must be at least 2 and --total_episodes at least {args.iterations * args.num_responses}")
+    if args.num_responses < 2:
+        raise ValueError("--num_responses must be at least 2: a pair has two responses")
+    if num_prompts < 1:
+        raise ValueError(f"--total_episodes must be at least {args.iterations * args.num_responses}")
     run = common.Run(args)
     rows = pfppo.load_rows(args.prompts, "prompts", (args.prompt_field,))
     rows = pfppo.encode_queries(run.tokenizer, rows, args, "prompts")
-    per_iteration = max(1, args.epochs * num_prompts // args.batch_size)  # optimizer steps, however many prompts gave no pair
+    per_iteration = max(1, args.epochs * num_prompts // args.batch_size)  # steps, however many prompts gave no pair
     num_steps = args.iterations * per_iteration
-    print(f"{args.iterations} iterations of {num_prompts} prompts x {args.num_responses} responses and {per_iteration} optimizer steps")
+    print(f"{args.iterations} iterations of {num_prompts} prompts x {args.num_responses} responses, {per_iteration} steps")
     if args.dry_run:
         return
     run.start(num_steps)
@@ -110,7 +115,8 @@ def main(args: Args) -> None:
 
         # ---------------- 3. DPO
         responses = [pair[name] for name in ("chosen_ids", "rejected_ids") for pair in pairs]
-        rollout = common.make_rollout([pair["query_ids"] for pair in pairs] * 2, responses, run.pad_id, run.device)  # (2P, ...)
+        queries = [pair["query_ids"] for pair in pairs] * 2
+        rollout = common.make_rollout(queries, responses, run.pad_id, run.device)  # (2P, ...)
         ref_logprobs = run.logprobs(run.ref_policy, rollout)  # (2P,)
         order = pfppo.prompt_order(len(pairs), 0, per_iteration * args.batch_size, args.seed + 1000 * (iteration + 1))
         margin = sum(pair["chosen_reward"] - pair["rejected_reward"] for pair in pairs) / len(pairs)

@@ -2,14 +2,14 @@
 
   1. take the next batch of responses, chosen and rejected ones mixed
   2. KL estimate z: mean log-ratio of the batch's responses to other prompts of the batch, without gradient, at least 0
-  3. one optimizer step on 1 - σ(β(r - z)) for the chosen, 1 - σ(β(z - r)) for the rejected, r = log π_θ(y|c) - log π_SFT(y|c)
+  3. one optimizer step on 1 - σ(β(r - z)) for the chosen and 1 - σ(β(z - r)) for the rejected, r = log π_θ - log π_SFT
 
 Run:  python -m benchmark.baselines.kto --policy sft/model --train_data preferences.jsonl --output_dir kto/ \\
           --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
-In:   JSONL rows prompt, chosen, rejected, the file of DPO; each row gives two responses that are never compared with each other.
+In:   JSONL rows prompt, chosen, rejected, the file of DPO; its two responses are never compared with each other.
 Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
 
-Source: KTO arXiv 2402.01306 Eq. 8. Defaults were chosen as benchmark/baselines/README.md says.
+Source: KTO arXiv 2402.01306 Eq. 8. Defaults: README.md beside this file.
 """
 from dataclasses import dataclass
 
@@ -51,10 +51,11 @@ class Args(common.Args):
 def mismatched_rows(prompt_ids: torch.Tensor) -> torch.Tensor:
     """prompt_ids (rows,) -> a permutation (rows,): row i gets the response of row [i], which belongs to another prompt.
     Raises ValueError when one prompt has more than half of the rows."""
-    order = prompt_ids.argsort(stable=True)  # rows of a prompt are adjacent, so a shift by the longest run leaves every prompt
+    order = prompt_ids.argsort(stable=True)  # rows of a prompt are adjacent: a shift by the longest run leaves every prompt
     shift = int(prompt_ids.unique(return_counts=True)[1].max())
     if 2 * shift > len(order):
-        raise ValueError(f"one prompt has {shift} of a batch's {len(order)} responses, so they cannot be mismatched; raise --batch_size")
+        raise ValueError(f"one prompt has {shift} of a batch's {len(order)} responses, which cannot all be mismatched; "
+                         "raise --batch_size")  # fmt: skip
     other = torch.empty_like(order)
     other[order] = order.roll(shift)
     return other
@@ -66,7 +67,8 @@ def shifted_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tens
 
 
 def kto_loss(
-    logratios: torch.Tensor, is_chosen: torch.Tensor, kl: torch.Tensor, beta: float, desirable_weight: float, undesirable_weight: float
+    logratios: torch.Tensor, is_chosen: torch.Tensor, kl: torch.Tensor, beta: float, desirable_weight: float,
+    undesirable_weight: float,
 ) -> torch.Tensor:  # fmt: skip
     """logratios, is_chosen (rows,), kl () -> λ - λσ(± β(r - z)) per response (rows,)."""
     sign = torch.where(is_chosen, 1.0, -1.0)
@@ -81,13 +83,14 @@ def main(args: Args) -> None:
     num_steps = max(1, args.epochs * 2 * len(pairs) // args.batch_size)
     print(f"{num_steps} optimizer steps of {args.batch_size} responses")
     responses = [pair[name] for name in ("chosen_ids", "rejected_ids") for pair in pairs]
-    rollout = common.make_rollout([pair["query_ids"] for pair in pairs] * 2, responses, run.pad_id, run.device)  # (2P, ...)
-    is_chosen = torch.arange(2 * len(pairs), device=run.device) < len(pairs)
-    numbers = {}  # a prompt may have several pairs
-    prompt_ids = torch.tensor([numbers.setdefault(tuple(pair["query_ids"]), len(numbers)) for pair in pairs] * 2, device=run.device)
+    queries = [tuple(pair["query_ids"]) for pair in pairs] * 2
+    rollout = common.make_rollout(queries, responses, run.pad_id, run.device)  # (2P, ...)
+    is_chosen = torch.arange(len(queries), device=run.device) < len(pairs)
+    numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}  # a prompt may have several pairs
+    prompt_ids = torch.tensor([numbers[query] for query in queries], device=run.device)
     order = pfppo.prompt_order(2 * len(pairs), 0, num_steps * args.batch_size, args.seed)
     batches = torch.tensor(order, device=run.device).split(args.batch_size)
-    others = [mismatched_rows(prompt_ids[batch]) for batch in batches]  # refused before training where it cannot be done
+    others = [mismatched_rows(prompt_ids[batch]) for batch in batches]  # refused here, before training
     if args.dry_run:
         return
     run.start(num_steps)

@@ -9,7 +9,7 @@ Run:  python -m benchmark.baselines.raft --policy sft/model --reward rm/model --
           --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
 Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
 
-Source: RAFT arXiv 2304.06767. Defaults were chosen as benchmark/baselines/README.md says.
+Source: RAFT arXiv 2304.06767. Defaults: README.md beside this file.
 """
 from dataclasses import dataclass
 
@@ -45,8 +45,8 @@ class Args(common.Args):
 
 
 def best_rows(scores: torch.Tensor, prompt_ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """scores, prompt_ids (rows,) on CPU -> row of each prompt's best response, ties at random; prompts without any finite score
-    have none."""
+    """scores, prompt_ids (rows,) on CPU -> row of each prompt's best response, ties at random; prompts without any finite
+    score have none."""
     best = pfppo.rank_rows(scores, prompt_ids, generator)[:, 0]
     return best[scores[best].isfinite()]
 
@@ -60,14 +60,16 @@ def main(args: Args) -> None:
     common.check_args(args, ("policy", "reward", "prompts", "output_dir"))
     per_round = args.batch_size * args.num_responses
     rounds = args.total_episodes // per_round
-    if args.num_responses < 2 or rounds < 1:
-        raise ValueError(f"--num_responses must be at least 2 and --total_episodes at least one round of {per_round}")
+    if args.num_responses < 2:
+        raise ValueError("--num_responses must be at least 2: the best of one response is any response")
+    if rounds < 1:
+        raise ValueError(f"--total_episodes must be at least one round of {per_round}")
     run = common.Run(args)
     rows = pfppo.load_rows(args.prompts, "prompts", (args.prompt_field,))
     rows = pfppo.encode_queries(run.tokenizer, rows, args, "prompts")
     minibatches = -(-args.batch_size // args.minibatch_size)
     num_optimizer_steps = rounds * args.noptepochs * minibatches
-    print(f"{rounds} rounds of {args.batch_size} prompts x {args.num_responses} responses, {num_optimizer_steps} optimizer steps")
+    print(f"{rounds} rounds of {args.batch_size} prompts x {args.num_responses} responses, {num_optimizer_steps} steps")
     if args.dry_run:
         return
     run.start(rounds)
@@ -82,13 +84,15 @@ def main(args: Args) -> None:
         # ---------------- 2. keep the best of each prompt
         scores = run.score(batch_rows, rollout)  # (B*N,)
         ranked = run.rank_scores(scores, rollout).cpu()
-        best = best_rows(ranked, rollout["prompt_ids"].cpu(), pfppo.random_generator("cpu", args.seed, 4, step)).to(run.device)
+        generator = pfppo.random_generator("cpu", args.seed, 4, step)
+        best = best_rows(ranked, rollout["prompt_ids"].cpu(), generator).to(run.device)
         kept = {name: tensor[best] for name, tensor in rollout.items()}
         lengths, losses = kept["response_mask"].sum(1), []
 
         # ---------------- 3. supervised epochs on the kept responses
         for epoch in range(args.noptepochs if len(best) else 0):
-            order = torch.randperm(len(best), generator=pfppo.random_generator("cpu", args.seed, 5, step, epoch)).to(run.device)
+            generator = pfppo.random_generator("cpu", args.seed, 5, step, epoch)
+            order = torch.randperm(len(best), generator=generator).to(run.device)
             for minibatch in order.tensor_split(min(minibatches, len(best))):
                 tokens, total = int(lengths[minibatch].sum()), 0.0
                 for part in minibatch.split(args.micro_batch_size):
@@ -100,9 +104,11 @@ def main(args: Args) -> None:
 
         # ---------------- 4. next round
         run.end_step({
-            "objective/score": scores.mean().item(), "filter/score": scores[best].mean().item() if len(best) else 0.0,
-            "filter/kept": len(best), "objective/length": rollout["response_mask"].sum(1).float().mean().item(),
-            "objective/truncated": (~rollout["has_stop"]).float().mean().item(), "train/loss": sum(losses) / max(1, len(losses)),
+            "objective/score": scores.mean().item(), "filter/kept": len(best),
+            "filter/score": scores[best].mean().item() if len(best) else 0.0,
+            "objective/length": rollout["response_mask"].sum(1).float().mean().item(),
+            "objective/truncated": (~rollout["has_stop"]).float().mean().item(),
+            "train/loss": sum(losses) / max(1, len(losses)),
         })  # fmt: skip
     run.finish()
 
