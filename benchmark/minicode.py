@@ -12,6 +12,7 @@ Every operation has two or three phrasings, two or three equivalent correct impl
 mistakes. The demonstrations hold systematic mistakes as real corpora do: some operations are mostly shown wrong.
 Compositions are split by a hash of the operations' names, the same in every world, so no composition that
 demonstrates, ranks or trains is ever tested. Every choice is made on `valid`; `test` is looked at once per result.
+With the world's tokenizer a prompt has about 23 tokens (at most 50), a response with its end 21 (1 in 2000 over 48).
 
     python -m benchmark.minicode write --output_dir DIR --seed 1      # every field of World is a flag
 
@@ -388,8 +389,6 @@ def write_world(output_dir, seed=1, **settings):
     The folder appears complete or not at all: files are written to `output_dir`.partial, which is then renamed. A
     folder that already holds this very world is left as it is; one that holds anything else raises FileExistsError.
     """
-    from transformers import LlamaConfig
-
     world = World(seed=seed, **settings)
     output_dir = Path(output_dir).absolute()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -408,6 +407,8 @@ def write_world(output_dir, seed=1, **settings):
             if split == "sft":
                 sizes[split]["wrong_demonstrations"] = sum(row["mistakes"] > 0 for row in rows) / len(rows)
             (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        from transformers import LlamaConfig  # seconds to import
+
         tokenizer = make_tokenizer([row["prompt"] + row["response"] for row in demonstrations], world.vocab_size)
         tokenizer.save_pretrained(partial / "tokenizer")
         LlamaConfig(
