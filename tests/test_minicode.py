@@ -4,11 +4,9 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +18,6 @@ from benchmark.minicode import (
 
 SPLITS = ("sft", "preference", "rl", "valid", "test")
 SMALL = dict(num_sft=400, num_sft_valid=30, num_preference=150, num_rl=150, num_valid=60, num_test=60)
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -495,12 +492,16 @@ def test_too_small_a_vocabulary_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     flags = [word for name, size in SMALL.items() for word in (f"--{name}", str(min(size, 20)))]
-    command = [sys.executable, "-m", "benchmark.minicode", "write", "--output_dir", str(tmp_path / "w"), "--seed", "9"]
-    done = subprocess.run(command + flags, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["benchmark.minicode", "write", "--output_dir", str(tmp_path / "w"), "--seed", "9"]
+    monkeypatch.setattr(sys, "argv", command + flags)
+    minicode.main()
     assert json.loads((tmp_path / "w" / "world.json").read_text())["settings"]["seed"] == 9
+    assert "preference     20 rows" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark.minicode", "read"])
+    with pytest.raises(SystemExit, match="usage: python -m benchmark.minicode write"):
+        minicode.main()
 
 
 # ----------------------------------------------------------------------------------------------------------- the pairs
