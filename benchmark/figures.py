@@ -13,7 +13,7 @@ COLOURS = {"sft": "#7f7f7f", "ppo_m": "#1f77b4", "br": "#d62728", "bw": "#2ca02c
 LABELS = {"sft": "SFT", "ppo_s": "PPO-S", "ppo_m": "PPO-M", "bon": "PF-PPO BoN", "br": "PF-PPO BR", "bw": "PF-PPO BW", "random": "random 2 of 5",
           "oracle": "PPO-M, oracle reward", "none": "no filter", "top": "top", "top_random": "top-random", "top_bottom": "top-bottom",
           "pow_1": "pow-1", "pow_2": "pow-2", "pow_3": "pow-3", "raft": "RAFT", "bond": "BOND", "dpo": "DPO", "ipo": "IPO", "kto": "KTO",
-          "iterative_dpo": "Iterative-DPO"}  # fmt: skip
+          "iterative_dpo": "Iterative-DPO", "w_r2": "w chosen by R²"}  # fmt: skip
 
 
 def label(name: str) -> str:
@@ -111,17 +111,60 @@ def budget_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
     for method, curves in runs.items():
         colour = COLOURS.get(method)
         for axes, x in zip(panels, ("episodes", "optimizer_step")):
-            band(axes, [c for c in curves if None not in c[x]], x, "sampled_pass1", colour, label=label(method)) if curves else None
-        points = [[(k, p) for k, p in zip(c["kl"], c["sampled_pass1"])] for c in curves if None not in c["kl"] and None not in c["sampled_pass1"]]
-        if points:
-            shortest = min(map(len, points))
-            mean = np.mean([p[:shortest] for p in points], axis=0)  # (evaluations, 2)
-            panels[2].plot(mean[:, 0], mean[:, 1], color=colour, marker="o", markersize=3, label=label(method))
+            band(axes, curves, x, "sampled_pass1", colour, label=label(method))
+        points = mean_points(curves, "kl", "sampled_pass1")
+        panels[2].plot(points[:, 0], points[:, 1], color=colour, marker="o", markersize=3, label=label(method))
     for axes, title in zip(panels, ("responses generated", "optimizer steps", "KL to π_SFT, nats per response")):
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("sampled pass@1, validation problems")
     panels[0].legend(fontsize=8)
+    return save(figure, path)
+
+
+def mean_points(curves: list[dict[str, list]], *names: str) -> np.ndarray:
+    """Curves of several runs -> (evaluations, len(names)): means over runs, as far as the shortest run goes, without empty points."""
+    lists = [[point for point in zip(*(c[n] for n in names)) if None not in point] for c in curves]
+    shortest = min(map(len, lists))
+    return np.mean([points[:shortest] for points in lists], axis=0).reshape(shortest, len(names))
+
+
+def over_optimisation(panels: dict[str, dict[str, list[dict[str, list]]]], path: Path) -> Path:
+    """One panel a title: for every method the mean sampled pass@1 (line) and reward (dotted, right axis) against KL."""
+    columns = min(3, len(panels))
+    figure, grid = plt.subplots(-(-len(panels) // columns), columns, figsize=(5 * columns, 3.4 * -(-len(panels) // columns)), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, runs) in zip(grid.flat, panels.items()):
+        right = axes.twinx()
+        for method, curves in runs.items():
+            points = mean_points(curves, "kl", "sampled_pass1", "sampled_reward")
+            axes.plot(points[:, 0], points[:, 1], color=COLOURS.get(method), marker="o", markersize=3, label=label(method))
+            right.plot(points[:, 0], points[:, 2], color=COLOURS.get(method), linestyle=":")
+        axes.set(title=title, xlabel="KL to π_SFT, nats", ylabel="sampled pass@1")
+        axes.title.set_fontsize(9)
+        axes.grid(alpha=0.3)
+    grid[0][0].legend(fontsize=7)
+    return save(figure, path)
+
+
+def alarm_curves(runs: dict[str, list[tuple[dict, dict]]], path: Path) -> Path:
+    """method -> [(curve, alarm)]: R² of the probe (left) and sampled pass@1 (right) of every run over updates, a circle at the alarm."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for method, pairs in runs.items():
+        for i, (curve, alarm) in enumerate(pairs):
+            name, colour = (label(method) if i == 0 else None), COLOURS.get(method)
+            r2 = [float("nan") if v is None else v for v in alarm["probe_r2"]]
+            left.plot(alarm["updates"], r2, color=colour, alpha=0.6, label=name)
+            right.plot(curve["update"], curve["sampled_pass1"], color=colour, alpha=0.6, label=name)
+            if alarm["update"] in curve["update"]:
+                at = curve["update"].index(alarm["update"])
+                right.plot(alarm["update"], curve["sampled_pass1"][at], "o", color=colour, markerfacecolor="none")
+    left.set(xlabel="update", ylabel="R² of the reward model on a probe")
+    right.set(xlabel="update", ylabel="sampled pass@1, validation problems")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
     return save(figure, path)
 
 

@@ -31,7 +31,7 @@ import sys  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
 from collections import defaultdict  # noqa: E402
-from dataclasses import asdict, dataclass, field  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from multiprocessing.connection import wait  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Literal  # noqa: E402
@@ -61,9 +61,13 @@ OTHER_SEEDS = (1, 4)
 
 # Seconds on one core where nothing has been measured yet.
 SECONDS = {"world": 10, "sft_policy": 75, "preferences": 40, "rm": 45, "sft": 60, "ppo_m": 70, "oracle": 70, "ppo_s": 70, "raft": 60, "bond": 120,
-           "dpo": 60, "ipo": 60, "kto": 60, "iterative_dpo": 120}  # fmt: skip
+           "dpo": 60, "ipo": 60, "kto": 60, "iterative_dpo": 120,
+           "weights": 90}  # fmt: skip
 OTHER_SECONDS = 45
 STAGES = ("world", "sft_policy", "preferences", "rm")
+
+ALARM_PAIRS = 1000  # a reward model that is over-optimised
+ALARM_PROMPTS, ALARM_GROUPS = 40, 10  # a probe: 5 responses to each prompt, 200 executions
 
 
 @dataclass
@@ -104,7 +108,9 @@ class Args:
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work. `changes`: flags over the method's own; `rm`: name of the reward model; `stage`: a part of a world."""
+    """One piece of work. `variant` names what differs from the method's own flags, `changes` are those flags (`{world}` in a value is
+    the world's folder), `pairs` trains the reward model on that many pairs (0: all), `updates` 0 is the study's; `stage` is set for a
+    part of a world instead of a method."""
 
     world: int
     seed: int
@@ -112,9 +118,13 @@ class Unit:
     stage: str = ""
     variant: str = ""
     changes: tuple = ()
-    rm: str = "rm"
     pairs: int = 0
-    needs: tuple = field(default=(), compare=False)
+    updates: int = 0
+
+    @property
+    def rm(self) -> str:
+        """Folder of its reward model in the world's folder."""
+        return f"rm_{self.pairs}" if self.pairs else "rm"
 
     @property
     def key(self) -> tuple:
@@ -123,7 +133,7 @@ class Unit:
     @property
     def kind(self) -> str:
         """Units of one kind take about the same time."""
-        return self.stage or self.method + (f" {self.variant}" if self.variant else "")
+        return (self.stage or self.method) + (f" {self.variant}" if self.variant else "")
 
     def __str__(self) -> str:
         return f"{self.kind}, world {self.world}" + ("" if self.stage else f", seed {self.seed}")
@@ -132,26 +142,104 @@ class Unit:
 # ---------------------------------------------------------------- which units a study has
 
 
+def world_stage(stage: str, world: int, pairs: int = 0) -> Unit:
+    return Unit(world, world, stage=stage, variant=f"{pairs} pairs" if pairs else "", pairs=pairs)
+
+
+def parts_needed(unit: Unit) -> list[Unit]:
+    """The parts of its world that a unit needs, in order."""
+    before = STAGES[: STAGES.index(unit.stage)] if unit.stage in STAGES else STAGES
+    before = before if not unit.pairs or unit.stage else STAGES[:-1]  # the reward model from all pairs is another one's business
+    parts = [world_stage(stage, unit.world) for stage in before]
+    if not unit.stage and unit.pairs:
+        parts.append(world_stage("rm", unit.world, unit.pairs))
+    if unit.method == "w_r2":
+        parts.append(world_stage("weights", unit.world))
+    return parts
+
+
 def planned_units(args: Args) -> list[Unit]:
-    """All units of the study in the order of work: worlds first, then seed by seed, method by method, world by world."""
+    """All units of the study in the order of work: what worlds need first, then seed by seed, method by method, world by world."""
     chosen = (args.only,) if args.only else args.methods
-    plan = {"table2": plan_table2}[args.study]
-    runs = plan(args, chosen)
-    worlds = list(dict.fromkeys(unit.world for unit in runs))
-    stages = [Unit(world, world, stage=stage) for stage in STAGES for world in worlds]
-    return stages + runs
-
-
-def plan_table2(args: Args, chosen: tuple[str, ...]) -> list[Unit]:
-    """One unit per method, world and seed; the default subset has fewer seeds for what is not in the main comparison."""
-    unknown = [name for name in chosen if name not in ORDER]
+    runs = {"table2": plan_table2, "table4": plan_table4, "map": plan_map, "beyond": plan_beyond}[args.study](args)
+    unknown = set(chosen) - {unit.method for unit in runs} - set(ORDER)
     if unknown:
-        raise SystemExit(f"--methods: {', '.join(unknown)} unknown; choose from {' '.join(ORDER)}")
-    units = []
+        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} unknown; choose from {' '.join(dict.fromkeys(unit.method for unit in runs))}")
+    runs = [unit for unit in runs if not chosen or unit.method in chosen]
+    parts = dict.fromkeys(part for unit in runs for part in parts_needed(unit))
+    return sorted(parts, key=lambda part: (STAGES + ("weights",)).index(part.stage)) + runs
+
+
+def plan_table2(args: Args) -> list[Unit]:
+    """One unit per method, world and seed; the default subset has fewer seeds for what is not in the main comparison."""
+    chosen, units = (args.only,) if args.only else args.methods, []
     for i, seed in enumerate(args.seeds):
-        for method in (name for name in ORDER if name in (chosen or ORDER)):
-            count = len(args.seeds) if chosen and method != "sft" else NUM_SEEDS.get(method, OTHER_SEEDS)[args.full]
+        for method in ORDER:
+            count = len(args.seeds) if method in chosen and method != "sft" else NUM_SEEDS.get(method, OTHER_SEEDS)[args.full]
             units += [Unit(world, seed, method) for world in args.worlds if i < count]
+    return units
+
+
+REWARDS = {"orm": (), "oracle": (("reward", "benchmark.minicode:oracle"),), "crm": (("reward", "benchmark.rewards:crm@{world}/rm/model"),)}
+
+
+def plan_table4(args: Args) -> list[Unit]:
+    """PPO-S and BR under the learned reward, the oracle, and both combined; two seeds a world, with --full all."""
+    seeds = args.seeds if args.full else args.seeds[:2]
+    return [Unit(world, args.seeds[0], "sft") for world in args.worlds] + [
+        Unit(world, seed, method, variant=name, changes=changes)
+        for seed in seeds for name, changes in REWARDS.items() for method in ("ppo_s", "br") for world in args.worlds]  # fmt: skip
+
+
+MAP_QUALITY = ((300, 0.0), (1000, 0.0), (0, 0.0), (0, 0.5), (0, 1.0))  # preference pairs (0: all), noise in the middle of the range
+MAP_KL = (0.01, 0.05, 0.2)
+MAP_N = (2, 5, 10, 16)
+
+
+def map_cells(full: bool) -> list[tuple[int, float, float, int]]:
+    """(pairs, noise, kl_coef, N): a cross through the middle, or every combination."""
+    if full:
+        return [(*quality, kl, n) for quality in MAP_QUALITY for kl in MAP_KL for n in MAP_N]
+    cross = [(*quality, 0.05, 5) for quality in MAP_QUALITY]
+    return cross + [(1000, 0.0, kl, 5) for kl in (0.01, 0.2)] + [(0, 0.0, 0.05, n) for n in (2, 10, 16)]
+
+
+def map_changes(noise: float, kl: float, n: int, rm: str) -> tuple:
+    """Flags of a cell: always 320 responses per update; two rows of each prompt are kept, so the share falls with N."""
+    batch = pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"] // n
+    changes = (("kl_coef", kl), ("num_responses", n), ("batch_size", batch))
+    return changes + ((("reward", f"benchmark.study_rewards:noisy@{{world}}/{rm}/model,{noise}"),) if noise else ())
+
+
+def plan_map(args: Args) -> list[Unit]:
+    """When does filtering help: reward-model quality x KL coefficient x N; one seed a world, with --full two and every combination.
+    At N = 2 all two-row filters keep both rows and are PPO-M."""
+    units = []
+    for pairs, noise in MAP_QUALITY:
+        changes = (("reward", f"benchmark.study_rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),)
+        units += [Unit(world, args.seeds[0], "sft", variant=f"pairs={pairs or 'all'} noise={noise}", changes=changes, pairs=pairs) for world in args.worlds]
+    for seed in args.seeds[: 2 if args.full else 1]:
+        for pairs, noise, kl, n in map_cells(args.full):
+            for method in ("ppo_m", "br", "bw", "random") if n > 2 else ("ppo_m",):
+                changes = map_changes(noise, kl, n, Unit(0, 0, pairs=pairs).rm)
+                kept = dict(changes)["batch_size"] * (2 if method != "ppo_m" else n)
+                changes += (("minibatch_size", kept),) if kept < 64 else ()
+                units += [Unit(world, seed, method, "", f"pairs={pairs or 'all'} noise={noise} kl={kl} n={n}", changes, pairs) for world in args.worlds]
+    return units
+
+
+def plan_beyond(args: Args) -> list[Unit]:
+    """Weights chosen by R², rewards centred per prompt, R² as an alarm; two seeds a world, with --full all."""
+    centred, units = (("reward", "benchmark.study_rewards:centred@{world}/rm/model"),), [Unit(w, args.seeds[0], "sft") for w in args.worlds]
+    for seed in args.seeds if args.full else args.seeds[:2]:
+        for method, variant, changes in (
+            ("ppo_m", "", ()), ("br", "", ()), ("bw", "", ()), ("random", "", ()), ("pow_2", "", ()), ("w_r2", "", ()),
+            ("ppo_m", "centred", centred), ("bw", "centred", centred), ("pow_2", "centred", centred),
+        ):  # fmt: skip
+            units += [Unit(world, seed, method, variant=variant, changes=changes) for world in args.worlds]
+        for method in ("ppo_m", "br", "bw", "random"):
+            units += [Unit(world, seed, method, variant="alarm", changes=(("save_policy_every", 5),), pairs=ALARM_PAIRS, updates=2 * args.updates)
+                      for world in args.worlds]  # fmt: skip
     return units
 
 
@@ -250,13 +338,16 @@ class Workplace:
 
     def settings(self, unit: Unit) -> tuple[str, dict]:
         """Script and flags of a method unit, output_dir left out."""
-        folder, changes = self.world(unit.world), dict(unit.changes)
+        folder, updates = self.world(unit.world), unit.updates or self.args.updates
+        changes = {name: value.replace("{world}", str(folder)) if isinstance(value, str) else value for name, value in unit.changes}
         if unit.method in BASELINES:
-            return baseline_settings(folder, unit.method, unit.seed, self.args.updates, changes)
-        settings = pipeline.ppo_settings(folder, unit.method, unit.seed, self.args.updates, Path(), save_policy_every=self.args.updates // 2,
-                                         **{"reward": folder / unit.rm / "model", "critic_init": folder / unit.rm / "model",
-                                            **pipeline.METHODS[unit.method], **changes})  # fmt: skip
-        return "pfppo_single.py", settings
+            return baseline_settings(folder, unit.method, unit.seed, updates, changes)
+        if unit.method == "w_r2":
+            weights = json.loads((folder / "weights.json").read_text())["weights"]
+            changes = {"filter": "none", "rank_weights": weights, "num_kept": 2, **changes}
+        rm = folder / unit.rm / "model"
+        own = {"save_policy_every": updates // 2, "reward": rm, "critic_init": rm, **pipeline.METHODS.get(unit.method, {}), **changes}
+        return "pfppo_single.py", pipeline.ppo_settings(folder, unit.method, unit.seed, updates, Path(), **own)
 
     def run(self, unit: Unit) -> tuple[str, dict]:
         """Script and flags, output_dir among them: a folder named by method and the fingerprint of all flags."""
@@ -288,32 +379,126 @@ def run_stage(unit: Unit, place: Workplace) -> None:
     elif unit.stage == "preferences":
         pipeline.preferences(folder, unit.world)
     elif unit.stage == "rm":
-        pipeline.rm(folder, unit.world)
+        name = f"preferences_{unit.pairs}" if unit.pairs else "preferences"
+        if unit.pairs:  # the first pairs, judged on the same held-out ones
+            lines = (folder / "preferences.jsonl").read_text().splitlines(keepends=True)
+            (folder / f"{name}.jsonl").write_text("".join(lines[: unit.pairs]))
+            (folder / f"{name}_valid.jsonl").write_text((folder / "preferences_valid.jsonl").read_text())
+        pipeline.rm(folder, unit.world, name=unit.rm, data=name)
+    elif unit.stage == "weights":
+        choose_weights(folder, unit.world)
 
 
 def stage_done(unit: Unit, place: Workplace) -> bool:
     folder = place.world(unit.world)
-    left = {"world": folder / "world", "sft_policy": folder / "sft/model", "preferences": folder / "preferences.jsonl", "rm": folder / unit.rm / "model"}
+    left = {"world": folder / "world", "sft_policy": folder / "sft/model", "preferences": folder / "preferences.jsonl",
+            "rm": folder / unit.rm / "model", "weights": folder / "weights.json"}  # fmt: skip
     return left[unit.stage].exists()
 
 
+def simplex(n: int, steps: int, largest: float) -> list[list[float]]:
+    """All w over n ranks in steps of 1/steps that sum to 1 with no weight above `largest`."""
+    def compositions(left: int, slots: int):
+        if slots == 1:
+            yield (left,)
+            return
+        for first in range(left + 1):
+            yield from ((first, *rest) for rest in compositions(left - first, slots - 1))
+
+    return [[part / steps for part in parts] for parts in compositions(steps, n) if max(parts) <= largest * steps]
+
+
+def weights_r2(samples: dict[str, np.ndarray], weights: list[float], draws: int, seed: int) -> float:
+    """R² of μ_θ for weights over the ranks that keep two rows a prompt: mean over draws."""
+    scores, ids = torch.from_numpy(samples["reward"]).float(), torch.from_numpy(samples["prompt_ids"])
+    generator = pfppo.random_generator("cpu", seed, 5)
+    picks = [pfppo.filter_responses(scores, ids, "own", weights, 2, "exact", generator).numpy() for _ in range(draws)]
+    return float(np.mean([pfppo.reward_r2(samples["reward"][z], samples["actual"][z]) for z in picks]))
+
+
+def choose_weights(folder: Path, seed: int, prompts: int = 1200) -> None:
+    """weights.json: the w of highest R² on SFT samples of half of the prompts (RL prompts, all N = 5 ranks, no weight above 1/2, so
+    that the two kept rows are different ones), and its R² on the other half beside those of the named filters."""
+    rows = pipeline.read_rows(folder / "world/rl.jsonl", prompts)
+    halves = []
+    for i, part in enumerate((rows[::2], rows[1::2])):
+        halves.append(pipeline.scored_samples(folder / "sft/model", folder / "rm/model", part, 5, seed + 1000 * i))
+    candidates = simplex(5, 10, 0.5)
+    coarse = [weights_r2(halves[0], w, 2, seed) for w in candidates]
+    finalists = [candidates[i] for i in np.argsort(coarse)[-30:]]
+    fine = [weights_r2(halves[0], w, 30, seed) for w in finalists]
+    weights = finalists[int(np.argmax(fine))]
+    named = {name: pfppo.rank_weight_vector(name, 5) for name in ("random", "br", "bw")} | {"chosen": weights}
+    table = {name: {"search": weights_r2(halves[0], w, 30, seed), "held_out": weights_r2(halves[1], w, 30, seed)} for name, w in named.items()}
+    pipeline.write_json(folder / "weights.json", {"weights": weights, "r2": table, "candidates": len(candidates), "prompts": len(rows)})
+
+
 def measure(policy: Path, unit: Unit, place: Workplace) -> dict[str, float]:
-    """Results of a policy folder on the test problems."""
+    """Results of a policy folder on the test problems; `reward` is the learned one's (without noise or centring)."""
     folder = place.world(unit.world)
     test = pipeline.read_rows(folder / "world/test.jsonl")
-    return pipeline.result(policy, folder / "sft/model", folder / "rm/model", test, unit.seed)
+    return pipeline.result(policy, folder / "sft/model", folder / unit.rm / "model", test, unit.seed)
+
+
+def function_samples(policy_dir: Path, reward: str, rows: list[dict], n: int, seed: int) -> dict[str, np.ndarray]:
+    """pipeline.scored_samples for a `module:function` reward."""
+    policy, tokenizer = pipeline.load(policy_dir)
+    rollout = pipeline.sample(policy, tokenizer, rows, n, 1.0, seed)
+    texts, repeated = pipeline.decode(tokenizer, rollout), [row for row in rows for _ in range(n)]
+    scores = pfppo.load_function(reward, "reward")([row["prompt"] for row in repeated], texts, repeated)
+    return {"prompt_ids": rollout["prompt_ids"].numpy(), "reward": np.array(scores), "actual": pipeline.actual_scores(rows, texts)}
+
+
+def pair_accuracy(reward: str, pairs: list[dict]) -> float:
+    """Share of held-out pairs that a `module:function` reward orders rightly; a tie counts one half."""
+    score, prompts = pfppo.load_function(reward, "reward"), [pair["prompt"] for pair in pairs]
+    better = np.array(score(prompts, [p["chosen"] for p in pairs], pairs)) - np.array(score(prompts, [p["rejected"] for p in pairs], pairs))
+    return float(np.mean((better > 0) + 0.5 * (better == 0)))
 
 
 def run_sft(unit: Unit, place: Workplace) -> dict:
     """The SFT row, with what is known about its world: pairs, reward model, reliability, R² of every filter before any RL."""
     folder = place.world(unit.world)
-    valid = pipeline.read_rows(folder / "world/valid.jsonl")
-    table = pipeline.r2_table(folder / "sft/model", folder / "rm/model", valid, folder / "r2_sft.json", unit.world, n=10)
-    accuracy = [row["test/accuracy"] for row in pipeline.read_rows(folder / "rm/metrics.jsonl") if "test/accuracy" in row]
-    return {**measure(folder / "sft/model", unit, place), "r2_filters": {"sft": table},
-            "preferences": json.loads((folder / "preferences.json").read_text()), "rm_accuracy": accuracy[-1],
-            "reliability": json.loads((folder / "rm/reliability.json").read_text()),
+    valid, changes = pipeline.read_rows(folder / "world/valid.jsonl"), dict(unit.changes)
+    if "reward" in changes:
+        reward = changes["reward"].replace("{world}", str(folder))
+        samples = function_samples(folder / "sft/model", reward, valid, 10, unit.world)
+        table = {name: {"r2": pipeline.filter_r2(samples, name, unit.world)} for name in TABLE1_FILTERS}
+        accuracy = pair_accuracy(reward, pipeline.read_rows(folder / "preferences_valid.jsonl"))
+    else:
+        table = pipeline.r2_table(folder / "sft/model", folder / "rm/model", valid, folder / "r2_sft.json", unit.world, n=10)
+        accuracy = [row["test/accuracy"] for row in pipeline.read_rows(folder / "rm/metrics.jsonl") if "test/accuracy" in row][-1]
+    return {**measure(folder / "sft/model", unit, place), "r2_filters": {"sft": table}, "rm_accuracy": accuracy,
+            "preferences": json.loads((folder / "preferences.json").read_text()),
+            "reliability": json.loads((folder / unit.rm / "reliability.json").read_text()),
             "command": (folder / "sft.sh").read_text().strip()}  # fmt: skip
+
+
+def alarm_update(updates: list[int], r2: list[float], fraction: float = 0.5, window: int = 2) -> int | None:
+    """The first update where the mean of the last `window` probes is below `fraction` of the mean of the first `window`; None: never.
+    A probe without R² (constant reward or score) counts as 0: the reward says nothing there."""
+    values = [0.0 if np.isnan(value) else value for value in r2]
+    level = fraction * float(np.mean(values[:window]))
+    for i in range(window, len(values)):
+        if np.mean(values[i - window + 1 : i + 1]) < level:
+            return updates[i]
+    return None
+
+
+def probe_alarm(unit: Unit, place: Workplace, out: Path) -> dict:
+    """R² of the reward on the current policy from a small graded probe at every kept policy of a finished run, and results of the
+    policy at which the alarm would have stopped it. Training is deterministic, so stopping later changes nothing before."""
+    folder = place.world(unit.world)
+    rows = pipeline.read_rows(folder / "world/rl.jsonl")[-ALARM_PROMPTS:]
+    policies = {0: folder / "sft/model"} | {int(path.name.rpartition("_")[2]): path for path in out.glob("policy_[0-9]*")}
+    updates, r2 = sorted(policies), []
+    for update in updates:
+        samples = pipeline.scored_samples(policies[update], folder / unit.rm / "model", rows, 5, 1000 * unit.seed + update)
+        r2.append(pfppo.reward_r2(samples["reward"], samples["actual"], ALARM_GROUPS))
+    stop = alarm_update(updates, r2)
+    results = measure(policies[stop], unit, place) if stop is not None else {}
+    return {"updates": updates, "probe_r2": [None if np.isnan(v) else round(v, 4) for v in r2], "update": stop,
+            "executions_per_probe": 5 * len(rows), **results}  # fmt: skip
 
 
 def run_method(unit: Unit, place: Workplace) -> dict:
@@ -333,7 +518,7 @@ def run_method(unit: Unit, place: Workplace) -> dict:
     line["seconds_per_update"] = {tag.removeprefix("seconds/"): round(value / updates, 4) for tag, value in phases.items()}
     if rows.get("updates"):
         line["rows_per_update"] = {name: count / rows["updates"] for name, count in rows.items() if name != "updates"}
-    if unit.method in TABLE1_METHODS:
+    if unit.method in TABLE1_METHODS and not unit.variant:
         valid = pipeline.read_rows(place.world(unit.world) / "world/valid.jsonl")
         middle = sorted(out.glob("policy_[0-9]*"), key=lambda path: int(path.name.rpartition("_")[2]))
         line["r2_filters"] = {}
@@ -341,6 +526,10 @@ def run_method(unit: Unit, place: Workplace) -> dict:
             if policy is not None:
                 samples = pipeline.scored_samples(policy, place.world(unit.world) / unit.rm / "model", valid, 10, unit.seed)
                 line["r2_filters"][name] = {f: pipeline.filter_r2(samples, f, unit.seed) for f in TABLE1_FILTERS}
+    if unit.method == "w_r2":
+        line["weights"] = json.loads((place.world(unit.world) / "weights.json").read_text())
+    if unit.variant == "alarm":
+        line["alarm"] = probe_alarm(unit, place, out)
     line["train_seconds"] = round(phases.get("seconds/update", 0.0), 1)
     line["seconds"] = round(max(time.time() - start, phases.get("seconds/update", 0.0) + phases.get("seconds/evaluate", 0.0)), 1)
     line["command"] = pipeline.command_line(script, settings)
@@ -479,9 +668,7 @@ def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str,
 
     def blockers(unit: Unit) -> list[Unit]:
         """The earlier parts of its world that are not there yet."""
-        before = STAGES[: STAGES.index(unit.stage)] if unit.stage else STAGES
-        parts = [Unit(unit.world, unit.world, stage=stage) for stage in before] + list(unit.needs)
-        return [part for part in parts if not stage_done(part, place)]
+        return [part for part in parts_needed(unit) if not stage_done(part, place)]
 
     while pending or running:
         for unit in list(pending):
@@ -538,8 +725,8 @@ def main(args: Args) -> int:
     lines = read_lines(output_dir / "units.jsonl")
     done = {key_of(line) for line in lines}
     runs = [unit for unit in units if not unit.stage and unit.key not in done]
-    worlds = {unit.world for unit in runs}
-    todo = [unit for unit in units if unit.stage and unit.world in worlds and not stage_done(unit, place)] + runs
+    needed = {part for unit in runs for part in parts_needed(unit)}
+    todo = [unit for unit in units if unit in needed and not stage_done(unit, place)] + runs
     measured = measured_seconds(read_lines(output_dir / "stages.jsonl") + lines)
     print_budget(todo, measured, args.parallel, len(units) - len(todo))
     if args.dry_run:

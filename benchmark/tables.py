@@ -388,34 +388,158 @@ def table6(units: Units) -> Table:
     return Table("table6", f"Table 6: rows and seconds per update, measured (n = {number(n, 0)}, m = {number(m, 0)})", header, rows, sentences)
 
 
-def over_optimisation(units: Units, names) -> Table:
-    """Does reward keep rising while pass@1 falls: highest validation pass@1 along the run against its last."""
+def over_optimisation(units: Units, names: list[str] | None) -> Table:
+    """Does reward keep rising while pass@1 falls: the highest validation pass@1 along a run against its last. Without names: every
+    method and variant."""
+    groups = [(name, "") for name in names] if names is not None else list(dict.fromkeys((u["method"], u["variant"]) for u in units.lines))
     rows = []
-    for name in names:
+    for name, variant in groups:
         drops, gains = {}, {}
-        for key, unit in units.of(name).items():
-            points = [v for v in unit["curve"]["sampled_pass1"] if v is not None]
-            rewards = [v for v in unit["curve"]["sampled_reward"] if v is not None]
-            if points and rewards:
-                best = int(np.argmax(points))
-                drops[key], gains[key] = points[-1] - points[best], rewards[-1] - rewards[min(best, len(rewards) - 1)]
+        for key, unit in units.of(name, variant).items():
+            points = list(zip(unit.get("curve", {}).get("sampled_pass1", []), unit.get("curve", {}).get("sampled_reward", [])))
+            points = [p for p in points if None not in p]
+            if points:
+                best = max(range(len(points)), key=lambda i: points[i][0])
+                drops[key], gains[key] = points[-1][0] - points[best][0], points[-1][1] - points[best][1]
         if drops:
-            rows.append([figures.label(name), len(drops), with_interval(gains.values()), with_interval(drops.values())])
-    return Table("over_optimisation", "Over-optimisation: change from the peak of sampled pass@1 (validation) to the end of the run",
-                 ["method", "units", "reward", "sampled pass@1"], rows, [])  # fmt: skip
+            rows.append([figures.label(name), variant or NOT_THERE, len(drops), with_interval(gains.values()), with_interval(drops.values())])
+    return Table("over_optimisation", "Over-optimisation: change from the peak of sampled pass@1 (validation) to the end of the run (the peak is the "
+                 "highest of noisy points, so a small fall means nothing)", ["method", "variant", "units", "reward", "sampled pass@1"], rows, [])  # fmt: skip
+
+
+# ---------------------------------------------------------------- tables of the other studies
+
+
+# PAPER, Table 4: Ape210K / CMATH with PPO-S and with PF-PPO (BR).
+PAPER_TABLE4 = {"orm": ("84.1 / 92.3", "86.2 / 95.1", 2.1), "oracle": ("82.1 / 90.8", "83.8 / 91.2", 1.7), "crm": ("83.9 / 93.1", "84.3 / 94.2", 0.4)}
+
+
+def table4(units: Units) -> Table:
+    """Three rewards, PPO-S against BR."""
+    rows, sentences = [], []
+    for name, (paper_s, paper_br, gain) in PAPER_TABLE4.items():
+        for method, paper in (("ppo_s", paper_s), ("br", paper_br)):
+            rows.append([name, figures.label(method), paper, len(units.of(method, name)),
+                         *[with_interval(units.values(method, key, name).values()) for key in
+                           ("greedy_pass1", "sampled_pass1", "best.greedy_pass1", "kl")]])  # fmt: skip
+        sentences += [f"{name}: " + compare(units, "br", "ppo_s", f"{gain:+.1f} on Ape210K", 1, key, name) for key in ("sampled_pass1", "greedy_pass1")]
+    for method in ("ppo_s", "br"):
+        for a, b, sign in (("orm", "oracle", 1), ("crm", "orm", -1)):
+            d = paired_difference(units.values(method, "sampled_pass1", a), units.values(method, "sampled_pass1", b))
+            sentences.append(f"{figures.label(method)}, {a} against {b} (the paper has {a} {'above' if sign > 0 else 'below'}): "
+                             f"{'missing' if d is None else with_p(d)}: **{verdict(d, sign)}**.")  # fmt: skip
+    return Table("table4", "Table 4: learned reward (orm), executed tests (oracle), both combined (crm)",
+                 ["reward", "method", "paper Ape210K / CMATH", "units", "greedy pass@1", "sampled pass@1", "greedy, best", "KL"], rows, sentences)  # fmt: skip
+
+
+def map_cells(units: Units) -> list[dict[str, str]]:
+    """The cells of study map that have PPO-M, as {"pairs": ..., "noise": ..., "kl": ..., "n": ...} and the variant's name."""
+    names = dict.fromkeys(u["variant"] for u in units.lines if u["method"] == "ppo_m" and "kl=" in u.get("variant", ""))
+    return [dict(part.split("=") for part in name.split()) | {"variant": name} for name in names]
+
+
+def map_tables(units: Units) -> list[Table]:
+    """When does filtering help: each cell's differences at equal rollouts (test) and at equal training passes (validation)."""
+    header = ["pairs", "noise", "KL coefficient", "N", "pair accuracy", "R² none / BR / BW", "PPO-M, sampled pass@1", "BR to PPO-M", "BW to PPO-M",
+              "BR to random", "BW to random"]  # fmt: skip
+    rows, passes, wins = [], [], defaultdict(list)
+    for cell in map_cells(units):
+        name = cell["variant"]
+        sft = units.of("sft", f"pairs={cell['pairs']} noise={cell['noise']}")
+        accuracy = [u["rm_accuracy"] for u in sft.values()]
+        r2 = [np.nanmean([u["r2_filters"]["sft"][f]["r2"] for u in sft.values()]) if sft else None for f in ("none", "br", "bw")]
+        start = [cell["pairs"], cell["noise"], cell["kl"], cell["n"], with_interval(accuracy)]
+        base = units.values("ppo_m", "sampled_pass1", name)
+        cells, even = [], []
+        ends = [u["curve"]["kept_rows"][-1] for f in ("br", "bw", "random") for u in units.of(f, name).values()]
+        for a, b in (("br", "ppo_m"), ("bw", "ppo_m"), ("br", "random"), ("bw", "random")):
+            if cell["n"] == "2":
+                cells.append(NOT_THERE), even.append(NOT_THERE)
+                continue
+            d = paired_difference(units.values(a, "sampled_pass1", name), units.values(b, "sampled_pass1", name))
+            cells.append(with_p(d))
+            wins[a, b].append((d, cell))
+            d = paired_difference(*(at_budget(units, m, "kept_rows", min(ends, default=0), variant=name) for m in (a, b)))
+            even.append(with_p(d))
+            wins[a, b, "passes"].append((d, cell))
+        rows.append([*start, None if None in r2 else " / ".join(f"{v:.2f}" for v in r2), with_interval(base.values()), *cells])
+        passes.append([*start[:4], *even])
+    sentences = []
+    for (a, b, *rest), found in wins.items():
+        known = [(d, cell) for d, cell in found if d is not None and d.low is not None]
+        better = [cell["variant"] for d, cell in known if d.low > 0]
+        worse = [cell["variant"] for d, cell in known if d.high < 0]
+        where = "equal training passes" if rest else "equal rollouts"
+        sentences.append(f"{figures.label(a)} against {figures.label(b)} at {where}: better in {len(better)}, worse in {len(worse)} of {len(known)} cells with "
+                         f"enough units (95%, uncorrected; {0.05 * len(known):.1f} expected by chance)"
+                         + (f"; better: {'; '.join(better)}" if better else "") + (f"; worse: {'; '.join(worse)}" if worse else "") + ".")  # fmt: skip
+    trend = [(f"{c['variant']}", float(np.mean([u["rm_accuracy"] for u in units.of("sft", f"pairs={c['pairs']} noise={c['noise']}").values()])), d.mean)
+             for d, c in wins.get(("bw", "random"), []) if d is not None and units.of("sft", f"pairs={c['pairs']} noise={c['noise']}")]  # fmt: skip
+    found = rank_correlation([t[1] for t in trend], [t[2] for t in trend])
+    sentences.append("Does BW gain more over random where the reward model is worse? Spearman ρ of pair accuracy and BW - random over cells: "
+                     + ("missing." if found is None else f"{found[0]:+.2f} ({p_value(found[1])}, {len(trend)} cells)."))  # fmt: skip
+    return [Table("map", "Map: sampled pass@1 on test problems at equal rollouts; – where N = 2 makes all filters one", header, rows, sentences),
+            Table("map_passes", "Map: the same differences at equal training passes (rows trained on), validation problems",
+                  [*header[:4], *header[-4:]], passes, []), over_optimisation(units, None)]  # fmt: skip
+
+
+def beyond_tables(units: Units) -> list[Table]:
+    """Beyond the paper: does each of the three ideas win?"""
+    def won(d: Difference | None) -> str:
+        return "cannot tell" if d is None or d.low is None or d.low <= 0 <= d.high else "wins" if d.low > 0 else "loses"
+
+    def against(title: str, a: dict, b: dict) -> str:
+        d = paired_difference(a, b)
+        return f"{title}: {'missing' if d is None else with_p(d) + f' ({d.pairs} pairs)'}: **{won(d)}**."
+
+    chosen = {u["world"]: u["weights"] for u in units.of("w_r2").values()}
+    rows = [[w, " ".join(f"{x:.1f}" for x in found["weights"]), *[f"{found['r2'][name]['search']:.3f} / {found['r2'][name]['held_out']:.3f}" for name in
+             ("random", "br", "bw", "chosen")]] for w, found in sorted(chosen.items())]  # fmt: skip
+    gap = {(w, 0): found["r2"]["chosen"]["held_out"] - max(found["r2"][n]["held_out"] for n in ("random", "br", "bw")) for w, found in chosen.items()}
+    weights = Table("weights", "w chosen by R²: R² of two kept rows on the half searched / on held-out prompts",
+                    ["world", "w, best rank first", "random", "BR", "BW", "chosen"], rows,
+                    [against("R² of the chosen w against the best named filter, held-out prompts", gap, dict.fromkeys(gap, 0.0)),
+                     *[against(f"Trained with the chosen w against {figures.label(b)}, {words}", units.values("w_r2", key), units.values(b, key))
+                       for b in ("ppo_m", "br", "bw", "random") for key, words in (("sampled_pass1", "sampled pass@1"), ("greedy_pass1", "greedy pass@1"))]])  # fmt: skip
+    plain = [(name, variant) for name in ("ppo_m", "br", "bw", "random", "pow_2", "w_r2") for variant in ("", "centred") if units.of(name, variant)]
+    results = Table("beyond", "Beyond the paper: results on test problems", ["method", "reward", "units", "greedy pass@1", "sampled pass@1", "KL"],
+                    [[figures.label(n), v or "as it is", len(units.of(n, v)), *[with_interval(units.values(n, k, v).values()) for k in
+                      ("greedy_pass1", "sampled_pass1", "kl")]] for n, v in plain],
+                    [against(f"Reward centred per prompt, {figures.label(n)}, {words}", units.values(n, key, "centred"), units.values(n, key))
+                     for n in ("ppo_m", "bw", "pow_2") for key, words in (("sampled_pass1", "sampled pass@1"), ("greedy_pass1", "greedy pass@1"))])  # fmt: skip
+    rows, sentences = [], []
+    for method in ("ppo_m", "br", "bw", "random"):
+        runs = units.of(method, "alarm")
+        last, best = units.values(method, "sampled_pass1", "alarm"), units.values(method, "best.sampled_pass1", "alarm")
+        stopped = {key: u["alarm"].get("sampled_pass1", u["sampled_pass1"]) for key, u in runs.items()}  # no alarm: it runs to the end
+        at = [u["alarm"]["update"] for u in runs.values()]
+        rang = [x for x in at if x is not None]
+        rows.append([figures.label(method), len(runs), f"{len(rang)} of {len(at)}" + (f", update {np.mean(rang):.0f}" if rang else "") if at else None,
+                     *[with_interval(x.values()) for x in (last, stopped, best)]])  # fmt: skip
+        sentences += [against(f"{figures.label(method)}, stopped by the alarm against fixed length", stopped, last),
+                      against(f"{figures.label(method)}, stopped by the alarm against the best of validation problems", stopped, best)]  # fmt: skip
+    alarm = Table("alarm", "R² as an alarm: a reward model that is over-optimised, twice the updates; sampled pass@1 on test problems",
+                  ["method", "units", "alarm rang", "fixed length", "stopped by the alarm", "best on validation problems"], rows, sentences)  # fmt: skip
+    return [weights, results, alarm]
 
 
 # ---------------------------------------------------------------- writing
 
 
 def study_tables(units: Units, study: str) -> list[Table]:
-    return [table1(units), *table2(units), table3(units), table5(units), table6(units), over_optimisation(units, units.methods()[1:])]
+    if study == "table4":
+        return [table4(units)]
+    if study == "map":
+        return map_tables(units)
+    if study == "beyond":
+        return beyond_tables(units)
+    return [table1(units), *table2(units), table3(units), table5(units), table6(units), over_optimisation(units, [m for m in units.methods() if m != "sft"])]
 
 
-def pictures(units: Units, folder: Path) -> list[tuple[str, str]]:
+def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str]]:
     """Figures 1, 2 and 3 -> (file, caption)."""
     made = []
-    worlds = {u["world"]: u["reliability"]["repeats"] for u in units.of("sft").values() if "reliability" in u}
+    worlds = {} if study != "table2" else {u["world"]: u["reliability"]["repeats"] for u in units.of("sft").values() if "reliability" in u}
     if worlds:
         first, *others = sorted(worlds)
         figures.reliability(worlds[first], folder / "figure1.png", f"world {first}")
@@ -423,6 +547,23 @@ def pictures(units: Units, folder: Path) -> list[tuple[str, str]]:
         if others:
             figures.reliability_panels({f"world {w}": worlds[w] for w in others}, folder / "figure3.png")
             made.append(("figure3.png", "Figure 3: the same in the other worlds"))
+    if study == "map":
+        panels = {}
+        for cell in map_cells(units):
+            found = {m: [u["curve"] for u in units.of(m, cell["variant"]).values()] for m in ("ppo_m", "br", "bw", "random")}
+            panels[cell["variant"]] = {m: curves for m, curves in found.items() if curves}
+        if panels:
+            figures.over_optimisation(panels, folder / "over_optimisation.png")
+            made.append(("over_optimisation.png", "Over-optimisation: reward (dotted, right axis) and sampled pass@1 (line) as KL grows"))
+        return made
+    if study == "beyond":
+        found = {m: [(u["curve"], u["alarm"]) for u in units.of(m, "alarm").values()] for m in ("ppo_m", "br", "bw", "random")}
+        if any(found.values()):
+            figures.alarm_curves({m: runs for m, runs in found.items() if runs}, folder / "alarm.png")
+            made.append(("alarm.png", "R² as an alarm: probe and pass@1 over training; a circle where it rings"))
+        return made
+    if study == "table4":
+        return made
     runs = {name: [u["curve"] for u in units.of(name).values() if u.get("curve")] for name in ("ppo_s", "ppo_m", "br", "bw", "random", "bon", "oracle")}
     runs = {name: curves for name, curves in runs.items() if curves}
     if runs:
@@ -446,7 +587,7 @@ def write(folder: Path) -> None:
         with (folder / f"{table.name}.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([table.header, *[["missing" if c is None else c for c in row] for row in table.rows]])
         text += [f"## {table.title}", "", figures.markdown_table(table.header, table.rows), "", *[f"- {s}" for s in table.sentences], ""]
-    for name, caption in pictures(units, folder):
+    for name, caption in pictures(units, study, folder):
         text += [f"## {caption}", "", f"![{caption}]({name})", ""]
     (folder / "tables.md").write_text("\n".join(text))
     print(f"tables and pictures: {folder / 'tables.md'}", flush=True)

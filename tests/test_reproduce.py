@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmark import reproduce, tables
+from benchmark import reproduce, study_rewards, tables
 
 # ---------------------------------------------------------------- statistics
 
@@ -202,3 +202,60 @@ def test_runs_with_other_flags_get_other_folders():
     place = reproduce.Workplace(reproduce.Args())
     folders = {place.run(reproduce.Unit(1, 1, "br", changes=changes))[1]["output_dir"] for changes in ((), (("kl_coef", 0.2),))}
     assert len(folders) == 2
+
+
+@pytest.mark.parametrize("study", ["table2", "table4", "map", "beyond"])
+def test_every_unit_has_a_key_and_a_folder_of_its_own(study):
+    args = reproduce.Args(study=study, full=True)
+    units = reproduce.planned_units(args)
+    assert len({u.key for u in units}) == len(units)
+    place = reproduce.Workplace(args)
+    runs = [u for u in units if u.method not in ("", "sft", "w_r2") and u.method not in reproduce.BASELINES]
+    assert len({place.run(u)[1]["output_dir"] for u in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("study", ["table2", "table4", "map", "beyond"])
+def test_what_a_unit_needs_comes_before_it(study):
+    units = reproduce.planned_units(reproduce.Args(study=study))
+    place = {unit: i for i, unit in enumerate(units)}
+    assert all(place[part] < place[unit] for unit in units for part in reproduce.parts_needed(unit))
+
+
+def test_every_cell_of_the_map_generates_as_many_responses_per_update():
+    for unit in reproduce.planned_units(reproduce.Args(study="map", full=True)):
+        changes = dict(unit.changes)
+        if unit.method not in ("", "sft"):
+            assert changes["batch_size"] * changes["num_responses"] == 320
+            kept = changes["batch_size"] * (2 if unit.method != "ppo_m" else changes["num_responses"])
+            assert kept % changes.get("minibatch_size", 64) == 0
+
+
+# ---------------------------------------------------------------- beyond the paper
+
+
+def test_alarm_waits_for_two_low_probes():
+    # the first two probes average .8; half of it is .4; (.6 + .3) / 2 = .45 does not ring, (.3 + .3) / 2 does
+    assert reproduce.alarm_update([0, 5, 10, 15, 20], [0.9, 0.7, 0.6, 0.3, 0.3]) == 20
+    assert reproduce.alarm_update([0, 5, 10, 15], [0.9, 0.7, 0.6, 0.3]) is None
+    assert reproduce.alarm_update([0, 5, 10, 15], [0.9, 0.7, 0.6, math.nan]) == 15  # (.6 + 0) / 2 = .3
+
+
+def test_simplex_holds_every_weight_vector_once():
+    found = reproduce.simplex(3, 4, 0.5)  # quarters, none above a half: the orders of (½, ½, 0) and of (½, ¼, ¼)
+    assert sorted(found) == sorted([[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
+
+
+def test_centred_reward_has_mean_zero_per_prompt_and_leaves_single_responses():
+    assert study_rewards.centre([1.0, 3.0, 5.0, 2.0, 4.0], [2, 1, 2]) == [-1.0, 1.0, 5.0, -1.0, 1.0]
+
+
+def test_noise_acts_in_the_middle_of_the_range_only():
+    assert study_rewards.middle_noise(1.0, 2.0, 0.5) == 1.0 and study_rewards.middle_noise(-1.0, 2.0, 0.5) == -1.0
+    assert study_rewards.middle_noise(0.0, 2.0, 0.5) == 1.0 and study_rewards.middle_noise(0.5, 2.0, 0.5) == 1.25
+
+
+def test_noise_belongs_to_the_text():
+    values = [study_rewards.text_noise("p", f"response {i}") for i in range(2000)]
+    assert study_rewards.text_noise("p", "response 0") == values[0] != study_rewards.text_noise("q", "response 0")
+    mean = sum(values) / len(values)
+    assert abs(mean) < 0.1 and abs(sum((v - mean) ** 2 for v in values) / len(values) - 1) < 0.15  # 4 standard errors
