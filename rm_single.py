@@ -745,7 +745,7 @@ def main(args: Args) -> None:
     check_args(args, world)
     tokenizer = load_tokenizer(args.model, args.pad_token)
     pad_id, stop_id = tokenizer.pad_token_id, stop_token_id(tokenizer, args.stop_token)
-    vocab_size = AutoConfig.from_pretrained(args.model).vocab_size
+    vocab_size = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
 
     # ------------------------------------------------ 1. read labels
@@ -845,15 +845,15 @@ def main(args: Args) -> None:
     writer = open_metrics(output_dir, state["step"] if state else -1) if accelerator.is_main_process else None
     run_start, clock = time.time(), time.time()
     if state is None:
-        state = {"step": 0, "losses": [], "accuracies": []}
+        state = {"step": 0, "losses": [], "accuracies": [], "grad_norms": []}
         if args.normalize_before:
             log_metrics(writer, output_dir, 0, normalize(0, "normalize_before"))
     bar = tqdm(total=num_steps, initial=state["step"], disable=not accelerator.is_main_process, desc="RM steps", mininterval=5)
     for step in range(state["step"] + 1, num_steps + 1):
         # ---------------- 3. the next batch of a shuffled pass over the labels
         epoch, index = divmod(step - 1, steps_per_epoch)
-        order = torch.randperm(len(labels), generator=random_generator("cpu", args.seed, 0, epoch)).tolist()
-        picks = order[index * args.batch_size : (index + 1) * args.batch_size]  # the last batch of a pass may be smaller
+        order = torch.randperm(len(labels), generator=random_generator("cpu", args.seed, 0, epoch))
+        picks = order.split(args.batch_size)[index].tolist()  # the last batch of a pass may be smaller
         mine = [labels[i] for i in picks[rank::world]]
         batch, best = label_batch(mine or labels[:1], pad_id, device)
 
@@ -870,11 +870,12 @@ def main(args: Args) -> None:
                 accelerator.backward(loss * weight)
             local_stats += torch.stack([loss.detach(), accuracy]) * weight
         loss, accuracy = accelerator.reduce(local_stats, "mean").tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the loss is {loss}; the last good checkpoint is kept in {output_dir / 'checkpoints'}. Lower --lr")
-        state["losses"].append(loss), state["accuracies"].append(accuracy)
-        if args.max_grad_norm > 0:
-            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf")))
+        if not math.isfinite(loss if accelerator.scaler else loss + norm):  # under fp16 a gradient may overflow: its step is skipped
+            raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; the last good checkpoint is kept in "
+                                     f"{output_dir / 'checkpoints'}. Lower --lr")  # fmt: skip
+        for name, value in (("losses", loss), ("accuracies", accuracy), ("grad_norms", norm)):
+            state[name].append(value)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -882,10 +883,11 @@ def main(args: Args) -> None:
         metrics, last = {}, step == num_steps
         if step % args.log_every == 0 or last:
             metrics = {"train/loss": float(np.mean(state["losses"])), "train/accuracy": float(np.mean(state["accuracies"])),
-                       "train/lr": optimizer.param_groups[0]["lr"], "train/epoch": step / steps_per_epoch,
+                       "train/grad_norm": float(np.mean(state["grad_norms"])), "train/lr": optimizer.param_groups[0]["lr"],
+                       "train/epoch": step / steps_per_epoch,
                        "train/gain": bare.reward_gain.item(), "train/bias": bare.reward_bias.item(),
                        "seconds/step": (time.time() - clock) / len(state["losses"])}  # fmt: skip
-            state["losses"], state["accuracies"] = [], []
+            state["losses"], state["accuracies"], state["grad_norms"] = [], [], []
         if last or (args.eval_every and step % args.eval_every == 0):
             metrics.update(evaluate(step))
         bar.update()

@@ -2,8 +2,8 @@
 
 Maximum likelihood of the response tokens (the numbers are those of the chapters in `main`):
   1. tokenise prompt and response apart and close the response with the stop token: the boundary is where sampling has it
-  2. take the next batch of rows; its ranks and micro-batches share one loss
-  3. log-probabilities of the response tokens, averaged over the tokens of the whole batch; AdamW
+  2. take the next batch of a shuffled pass over the rows
+  3. log-probabilities of the response tokens, averaged over the tokens of the whole batch, of all ranks; AdamW
   4. held-out loss (every row once), sampled responses, greedy pass@1
 The trained model is π_SFT: the start of the reward model, of the policy, and the reference of the KL penalty.
 
@@ -495,13 +495,17 @@ def open_run(args, num_processes: int) -> None:
 
 def encode_examples(tokenizer, rows: list[dict], args: Args, field: str, stop_id: int) -> list[dict]:
     """Rows with query_ids and response_ids. Over-long rows are dropped or cut here, before padding, so no loss mask is empty.
-    Raises ValueError that names field and row for chat messages that do not end with the assistant's, or when no row is left."""
+    Raises ValueError that names field and row for a response that is no text, chat messages that do not end with the assistant's,
+    or when no row is left."""
     if args.messages_field:
         for number, row in enumerate(rows, 1):
             if not row[args.messages_field] or row[args.messages_field][-1].get("role") != "assistant":
                 raise ValueError(f"--{field}, row {number}: {args.messages_field} must end with a message of role assistant")
         rows = [{**row, args.prompt_field: row[args.messages_field][:-1],
                  args.response_field: row[args.messages_field][-1]["content"]} for row in rows]  # fmt: skip
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row[args.response_field], str):
+            raise ValueError(f"--{field}, row {number}: {args.response_field} must be a text")
     rows = encode_queries(tokenizer, rows, args, field)
     rows = [{**row, "response_ids": encode_response(tokenizer, row[args.response_field], stop_id)} for row in rows]
     if args.long_responses == "cut":
@@ -555,9 +559,9 @@ def main(args: Args) -> None:
     eval_rows = encode_examples(tokenizer, eval_rows, args, "eval_data", stop_id) if eval_rows else []
     answer_rows = encode_queries(tokenizer, answer_rows, args, "eval_prompts") if answer_rows else eval_rows
     answer_rows = answer_rows if actual_score else answer_rows[: args.print_samples * world]
-    largest = max(max(row["query_ids"] + row["response_ids"]) for row in rows)
-    if largest >= config.vocab_size:
-        raise ValueError(f"--tokenizer: token id {largest} in --train_data, but the model has {config.vocab_size} tokens; they must belong together")
+    vocab_size, largest = config.get_text_config().vocab_size, max(max(row["query_ids"] + row["response_ids"]) for row in rows)
+    if largest >= vocab_size:
+        raise ValueError(f"--tokenizer: token id {largest} in --train_data, but the model has {vocab_size} tokens; they must belong together")
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     num_steps = steps_per_epoch * args.epochs
     sizes = {"processes": world, "rows": len(rows), "rows left out as too long": found - len(rows), "held-out rows": len(eval_rows),
@@ -636,8 +640,8 @@ def main(args: Args) -> None:
     for step in range(first_step + 1, num_steps + 1):
         # ---------------- 2. the next batch of a shuffled pass over the rows
         epoch, index = divmod(step - 1, steps_per_epoch)
-        order = torch.randperm(len(rows), generator=random_generator("cpu", args.seed, 0, epoch)).tolist()
-        picks = order[index * args.batch_size : (index + 1) * args.batch_size]  # the last batch of a pass may be smaller
+        order = torch.randperm(len(rows), generator=random_generator("cpu", args.seed, 0, epoch))
+        picks = order.split(args.batch_size)[index].tolist()  # the last batch of a pass may be smaller
         mine = [rows[i] for i in picks[rank::world]]
         batch = batch_of(mine or rows[:1])
         if not mine:  # a rank without rows goes along with one fully masked row
@@ -654,12 +658,12 @@ def main(args: Args) -> None:
                 loss = -(response_logprobs(model, micro_batch) * micro_batch["loss_weights"]).sum()
                 accelerator.backward(loss)
             local_loss += loss.detach()
-        state["losses"].append(accelerator.reduce(local_loss, "mean").item())  # nats per token of the whole batch
-        if not math.isfinite(state["losses"][-1]):
-            raise FloatingPointError(f"step {step}: the loss is {state['losses'][-1]}; the last good checkpoint is kept in "
+        loss = accelerator.reduce(local_loss, "mean").item()  # nats per token of the whole batch
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf")))
+        if not math.isfinite(loss if accelerator.scaler else loss + norm):  # under fp16 a gradient may overflow: its step is skipped
+            raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; the last good checkpoint is kept in "
                                      f"{output_dir / 'checkpoints'}. Lower --lr")  # fmt: skip
-        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-        state["grad_norms"].append(float(norm))
+        state["losses"].append(loss), state["grad_norms"].append(norm)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -682,6 +686,7 @@ def main(args: Args) -> None:
         if step % args.checkpoint_every == 0 or last:
             save_checkpoint(accelerator, output_dir / "checkpoints", step, state)
 
+    bar.close()
     if accelerator.is_main_process:
         write_folder(output_dir / "model", lambda folder: (bare.save_pretrained(folder), tokenizer.save_pretrained(folder)))
     accelerator.wait_for_everyone()
