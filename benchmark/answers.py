@@ -114,10 +114,10 @@ def complete(prompt, completion, entry_point, imports="", whole_prefix=None):
             shift = " " * (open_indent - indent)
             lines = [shift + line if line.strip() and (i == first or whole) else line for i, line in enumerate(lines)]
     elif first is not None and not lines[first][0].isspace():
-        following = next((line for line in lines[first + 1 :] if line.strip()), "        ")
-        indent = len(following) - len(following.lstrip())
+        indents = [len(line) - len(line.lstrip()) for line in lines[first + 1 :] if line.strip()] or [8]
         block = re.match(r"(?:if|for|while|with|try|def|class|else)\b.*:\s*(?:#.*)?$", lines[first])
-        whole = indent < (8 if block else 1)  # what follows tells whether the first line alone was stripped, or the whole body moved left
+        # What follows tells whether the first line alone was stripped, or the whole body moved left.
+        whole = not (indents[0] >= 8 or indents[0] > min(indents) >= 4) if block else indents[0] == 0
         lines = ["    " + line if line.strip() and (i == first or whole) else line for i, line in enumerate(lines)]
     return f"{imports}\n{prompt}" + "\n".join(lines) if imports else prompt + "\n".join(lines)
 

@@ -58,6 +58,8 @@ class Args:
     """folder or hub id of a causal language model that writes the completions; exactly one of `samples` and `model` is given"""
     prompt_style: Literal["completion", "chat"] = "completion"
     """`completion` hands the model the bare prompt, `chat` an instruction through its chat template"""
+    reference: bool = False
+    """instead of `samples` or `model`: grade the data's own solutions, and a broken form of each, which should fail (WEAK_TESTS lists what does not)"""
     num_samples: int = 1
     """completions per problem (n); above 1 pass@k is estimated from them without bias"""
     temperature: float = 0.0
@@ -100,8 +102,40 @@ LEETCODE_IMPORTS = "\n".join(
 ) + "\nimport typing, collections, itertools, functools, heapq, bisect, math, string, operator, datetime, random, copy, re, sys\n"
 STOP_STRINGS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nassert ", "\n@", "\nfrom ", "\nimport ", "\n```")
 
-# Problems whose published tests pass even a reference solution with its returned values broken (see tests/test_evaluate.py): what they say about a pass is little.
-WEAK_TESTS = {"humaneval": (), "mbpp": ()}
+# Problems whose published tests pass a broken reference solution (one whose every answer is off, or the first answer given again and again): a pass says little there.
+# Mbpp/82 and /85 allow a relative error of .001, more than 1 in their answers; HumanEval/34 has a single test.
+WEAK_TESTS = {"humaneval": ("HumanEval/34",), "mbpp": ("82", "85")}
+BROKEN = """
+
+def _off(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float, complex)):
+        return value + 1
+    if isinstance(value, (str, list, tuple)):
+        return value + type(value)("x")
+    if isinstance(value, (set, frozenset)):
+        return value | {"x"}
+    return {**value, "x": "x"} if isinstance(value, dict) else "x"
+
+
+def _broken(function):
+    return lambda *arguments, **keywords: _off(function(*arguments, **keywords))
+
+
+"""
+CONSTANT = """
+
+def _broken(function):
+    kept = []
+    def constant(*arguments, **keywords):
+        if not kept:
+            kept.append(function(*arguments, **keywords))
+        return kept[0]
+    return constant
+
+
+"""
 
 
 class InputError(ValueError):
@@ -121,6 +155,7 @@ class Problem:
     imports: str = ""
     whole_prefix: str | None = None
     gold: str = ""
+    reference: str = ""
     tags: dict = field(default_factory=dict)
 
 
@@ -186,6 +221,7 @@ def humaneval_problem(record, place, _):
         str(need(record, place, "task_id")), prompt,
         f"Complete the following Python function. Answer with the whole program in one code block.\n```python\n{prompt.strip()}\n```",
         tests=need(record, place, "test"), entry_point=entry_point, helpers=prompt, whole_prefix=prompt,
+        reference=record.get("canonical_solution") or "",
     )  # fmt: skip
 
 
@@ -204,6 +240,7 @@ def mbpp_problem(record, place, _):
         str(need(record, place, "task_id")), f'"""\n{description}\n{tests[0]}\n"""\n',
         f"{description}\nYour code should pass these tests:\n{shown}\nAnswer with the whole program in one code block.",
         tests="\n".join([*filter(None, setup), *tests]), entry_point=entry_point, whole_prefix="",
+        reference=record.get("code") or "",
     )  # fmt: skip
 
 
@@ -222,6 +259,7 @@ def minicode_problem(record, place, _):
     return Problem(
         str(need(record, place, "task_id")), need(record, place, "prompt"), need(record, place, "prompt"),
         tests=tests if isinstance(tests, str) else "\n".join(tests), entry_point=need(record, place, "entry_point"),
+        reference=record.get("canonical_solution") or "",
     )  # fmt: skip
 
 
@@ -497,6 +535,18 @@ def grade_all(args, problems, completions, store):
         raise GradingError(f"{current} ({done} of {len(problems)} problems are graded and kept in {store.path}; the same command continues)")
 
 
+def weak_tests(args, problems):
+    """Ids of the problems whose tests pass a broken form of the reference solution (PITFALLS EX-7)."""
+    found = set()
+    for source in (BROKEN, CONSTANT):
+        items = [item_of(problem, problem.reference, args) for problem in problems]
+        for item, problem in zip(items, problems):
+            item["program"] += f"{source}{problem.entry_point} = _broken({problem.entry_point})\n"
+        verdicts = grade_many(items, workers=args.workers or None, progress=args.progress)
+        found |= {problem.task_id for problem, verdict in zip(problems, verdicts) if verdict["passed"]}
+    return [problem.task_id for problem in problems if problem.task_id in found]
+
+
 # ---------------------------------------------------------------- best of n
 
 
@@ -522,8 +572,10 @@ def best_of(problems, store, completions, scores):
 
 
 def check(args):
-    if bool(args.samples) == bool(args.model):
-        raise InputError("give either --samples FILE.jsonl or --model DIR_OR_HUB_ID")
+    if bool(args.samples) + bool(args.model) + args.reference != 1:
+        raise InputError("give exactly one of --samples FILE.jsonl, --model DIR_OR_HUB_ID and --reference")
+    if args.reference and args.num_samples != 1:
+        raise InputError("--reference grades one solution per problem: leave --num_samples at 1")
     if args.num_samples < 1:
         raise InputError(f"--num_samples {args.num_samples}: must be at least 1")
     if args.model and args.num_samples > 1 and args.temperature == 0:
@@ -542,6 +594,11 @@ def main(args):
     problems = load_problems(args)
     # 2. completions
     completions = read_samples(args.samples, problems, args.num_samples, args.allow_missing) if args.samples else None
+    if args.reference:
+        without = [problem.task_id for problem in problems if not problem.reference]
+        if without or args.task in MATH_TASKS:
+            raise InputError(f"--reference: {args.data or args.task} has no reference solution for {without[:3] or 'its problems'}")
+        completions = {problem.task_id: [problem.reference] for problem in problems}
     store = Store(args, problems)
     if completions is None:
         path, kept = store.folder / "samples.jsonl", {}
@@ -576,6 +633,8 @@ def main(args):
         for problem, rate in zip(problems, rates):
             groups.setdefault(problem.tags["difficulty"], []).append(rate)
         summary["by_difficulty"] = {name: {"pass1": sum(some) / len(some), "total": len(some)} for name, some in sorted(groups.items())}
+    if args.reference:
+        summary["weak_tests"] = weak_tests(args, problems)
     # 4. best of n
     if args.reward_model:
         pairs = [(problem, text) for problem in problems for text in completions[problem.task_id]]
@@ -593,6 +652,7 @@ def table(summary):
     rows = [(f"pass@1 ({summary['passed']}/{summary['total']})", f"{100 * summary['pass1']:.1f} ± {100 * summary['pass1_se']:.1f}")]
     rows += [(f"pass@{k}", f"{100 * value:.1f}") for k, value in summary["pass_at_k"].items() if k != "1"]
     rows += [(f"pass@1 {name or 'unnamed'} ({group['total']})", f"{100 * group['pass1']:.1f}") for name, group in summary.get("by_difficulty", {}).items()]
+    rows += [("tests too weak", ", ".join(summary["weak_tests"]) or "none")] if "weak_tests" in summary else []
     rows += [(f"best of {n} by reward", f"{100 * value:.1f}") for n, value in summary.get("best_of", {}).items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join([f"{summary['task']}, percent", *(f"  {name:<{width}}  {value:>12}" for name, value in rows)])
