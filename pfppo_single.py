@@ -1100,11 +1100,10 @@ def main(args: Args) -> None:
                     local_stats += part_stats.detach()
                     max_ratio = torch.maximum(max_ratio, micro_batch["ratio"].max()) if not stats else max_ratio
                 stats.append(accelerator.reduce(local_stats, "mean"))
-                if not torch.isfinite(stats[-1][2]):
-                    raise FloatingPointError(f"update {update}, epoch {epoch}: the loss is {stats[-1][2].item()}; the last good checkpoint "
-                                             f"is kept in {output_dir / 'checkpoints'}. Lower --lr or --critic_lr")  # fmt: skip
-                if args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                loss, norm = stats[-1][2].item(), float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+                if not math.isfinite(loss if accelerator.scaler else loss + norm):  # fp16: a gradient may overflow, its step is skipped
+                    raise FloatingPointError(f"update {update}, epoch {epoch}: the loss is {loss}, the gradient norm {norm}; the last good "
+                                             f"checkpoint is kept in {output_dir / 'checkpoints'}. Lower --lr or --critic_lr")  # fmt: skip
                 state["optimizer_step"] += 1
                 for group in optimizer.param_groups:
                     group["eps"] = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"])

@@ -619,21 +619,33 @@ def test_a_finished_run_stays_as_it_is(uninterrupted):
 # ---------------------------------------------------------------- refusals
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run, make_args, monkeypatch):
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("what", ["loss is nan", "gradient norm nan"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(run, make_args, monkeypatch, what, max_grad_norm):
     # the message says where; the checkpoint of the update before is kept and whole
     original, calls = pf.value_loss, []
 
     def broken(*args):
         calls.append(1)
         losses, clipped = original(*args)
-        return losses * (float("nan") if len(calls) > 8 else 1), clipped  # 8 micro-batches in update 1
+        if len(calls) > 8:  # 8 micro-batches in update 1
+            losses = losses * float("nan") if what == "loss is nan" else losses + (losses * 0).sqrt()  # √0 has an infinite slope
+        return losses, clipped
 
     monkeypatch.setattr(pf, "value_loss", broken)
-    with pytest.raises(FloatingPointError, match=r"update 2, epoch 0.*loss is nan.*checkpoints"):
-        run()
+    with pytest.raises(FloatingPointError, match=f"update 2, epoch 0.*{what}.*checkpoints"):
+        run(max_grad_norm=max_grad_norm)
     folder = Path(make_args().output_dir)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000001"]
-    assert all(torch.isfinite(x).all() for x in torch.load(folder / "checkpoints/step_000001/pytorch_model.bin").values())
+    saved = torch.load(folder / "checkpoints/step_000001/pytorch_model.bin")
+    assert all(torch.isfinite(x).all() for x in saved.values())
+
+
+def test_copies_of_the_policy_along_the_way(run):
+    # the last copy is the last policy, the earlier one is not
+    _, folder = run(save_policy_every=1)
+    assert same(weights(folder / "policy_2"), weights(folder / "policy"))
+    assert not same(weights(folder / "policy_1"), weights(folder / "policy"))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
