@@ -26,6 +26,7 @@ import hashlib  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
 import multiprocessing  # noqa: E402
+import resource  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -217,14 +218,16 @@ def plan_map(args: Args) -> list[Unit]:
     units = []
     for pairs, noise in MAP_QUALITY:
         changes = (("reward", f"benchmark.study_rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),)
-        units += [Unit(world, args.seeds[0], "sft", variant=f"pairs={pairs or 'all'} noise={noise}", changes=changes, pairs=pairs) for world in args.worlds]
+        variant = f"pairs={pairs or 'all'} noise={noise}"
+        units += [Unit(world, args.seeds[0], "sft", variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
     for seed in args.seeds[: 2 if args.full else 1]:
         for pairs, noise, kl, n in map_cells(args.full):
             for method in ("ppo_m", "br", "bw", "random") if n > 2 else ("ppo_m",):
                 changes = map_changes(noise, kl, n, Unit(0, 0, pairs=pairs).rm)
                 kept = dict(changes)["batch_size"] * (2 if method != "ppo_m" else n)
                 changes += (("minibatch_size", kept),) if kept < 64 else ()
-                units += [Unit(world, seed, method, "", f"pairs={pairs or 'all'} noise={noise} kl={kl} n={n}", changes, pairs) for world in args.worlds]
+                variant = f"pairs={pairs or 'all'} noise={noise} kl={kl} n={n}"
+                units += [Unit(world, seed, method, variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
     return units
 
 
@@ -545,6 +548,8 @@ def run_unit(unit: Unit, place: Workplace, result: Path) -> None:
     else:
         line = run_sft(unit, place) if unit.method == "sft" else run_method(unit, place)
     line.setdefault("seconds", round(time.time() - start, 1))
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # children: graders
+    line["cpu_seconds"] = round(sum(u.ru_utime + u.ru_stime for u in used), 1)
     result.parent.mkdir(parents=True, exist_ok=True)
     pipeline.write_json(result, line)
 
@@ -702,7 +707,7 @@ def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str,
             line = {"method": unit.stage or unit.method, "variant": unit.variant, "world": unit.world, "seed": unit.seed, **numbers,
                     "commit": commit, "version": VERSION}  # fmt: skip
             if unit.stage:
-                append_line(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "world", "seed", "seconds", "commit")})
+                append_line(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "world", "seed", "seconds", "cpu_seconds", "commit")})
             else:
                 append_line(output_dir / "units.jsonl", line)
             measured.update(measured_seconds(read_lines(output_dir / "stages.jsonl") + read_lines(output_dir / "units.jsonl")))

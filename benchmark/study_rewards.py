@@ -3,33 +3,16 @@
 Called as pfppo_single.py calls a reward: (prompts, responses, rows) -> one float per response, the responses of a prompt adjacent.
 """
 
-import functools
 import hashlib
 import itertools
 
 import numpy as np
-import torch
 
-import pfppo_single as pfppo
-from rm_single import encode_response
-
-BATCH = 640
-
-
-@functools.lru_cache(maxsize=4)
-def load_reward_model(folder: str):
-    """Folder of rm_single.py -> (reward model in eval mode, tokenizer)."""
-    return pfppo.RewardModel.from_pretrained(folder).eval().requires_grad_(False), pfppo.load_tokenizer(folder, "")
-
+from benchmark.rewards import orm
 
 def learned(prompts: list[str], responses: list[str], rows: list[dict], source: str) -> list[float]:
-    """R_φ of texts, each response closed by the stop token. `source`: folder of rm_single.py."""
-    model, tokenizer = load_reward_model(source)
-    queries, query_mask = pfppo.pad_rows([pfppo.encode_prompt(tokenizer, p) for p in prompts], tokenizer.pad_token_id, "left")
-    answers, mask = pfppo.pad_rows([encode_response(tokenizer, r, tokenizer.eos_token_id) for r in responses], tokenizer.pad_token_id, "right")
-    rollout = {"queries": queries, "query_mask": query_mask, "responses": answers, "response_mask": mask, "score_mask": mask}
-    with torch.no_grad():
-        return pfppo.reward_model_scores(model, rollout, BATCH).tolist()
+    """R_φ of texts. `source`: folder of rm_single.py."""
+    return orm(prompts, responses, rows, source, batch_size=640)
 
 
 def text_noise(prompt: str, response: str) -> float:

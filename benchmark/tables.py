@@ -185,12 +185,21 @@ def verdict(difference: Difference | None, paper_sign: int) -> str:
     return sign + (", also over worlds" if sure else ", but not over so few worlds")
 
 
+def outcome(difference: Difference | None) -> str:
+    """`wins`, `loses` or `no difference shown`, where the paper says nothing."""
+    if difference is None or difference.low is None or difference.low <= 0 <= difference.high:
+        return "no difference shown"
+    return "wins" if difference.mean > 0 else "loses"
+
+
 def compare(units: Units, a: str, b: str, paper: str, paper_sign: int, name: str = "sampled_pass1", variant: str = "") -> str:
-    """One sentence: what the paper says of a against b, and what we find."""
+    """One sentence: what the paper says of a against b (paper_sign 0: nothing), and what we find."""
     d = paired_difference(units.values(a, name, variant), units.values(b, name, variant))
-    shown = {"sampled_pass1": "sampled pass@1", "greedy_pass1": "greedy pass@1"}.get(name, name)
+    shown = {"sampled_pass1": "sampled pass@1", "greedy_pass1": "greedy pass@1", "best.greedy_pass1": "greedy pass@1 of the best checkpoint",
+             "best_of_5": "best of 5"}[name]  # fmt: skip
     found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs, {d.worlds} worlds)"
-    return f"{figures.label(a)} against {figures.label(b)}, {shown}: paper {paper}; here {found}: **{verdict(d, paper_sign)}**."
+    judged = verdict(d, paper_sign) if paper_sign else outcome(d)
+    return f"{figures.label(a)} against {figures.label(b)}, {shown}: paper {paper}; here {found}: **{judged}**."
 
 
 # ---------------------------------------------------------------- tables of study table2
@@ -240,9 +249,9 @@ def table2(units: Units) -> list[Table]:
     claims = [compare(units, "br", "ppo_m", "+2.7 / +0.9 / +3.2", 1), compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6", 1),
               compare(units, "bon", "ppo_m", "-4.4 / -3.3 / -13.0", -1), compare(units, "ppo_m", "ppo_s", "+2.1 / +1.2 / +4.6", 1),
               compare(units, "br", "ppo_m", "+2.7 / +0.9 / +3.2", 1, "greedy_pass1"), compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6", 1, "greedy_pass1"),
-              compare(units, "br", "ppo_m", "+2.7 / +0.9 / +3.2 (best checkpoint, as the paper reports)", 1, "best.greedy_pass1"),
-              compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6 (best checkpoint, as the paper reports)", 1, "best.greedy_pass1"),
-              compare(units, "br", "random", "has no such control", 1), compare(units, "bw", "random", "has no such control", 1)]  # fmt: skip
+              compare(units, "br", "ppo_m", "+2.7 / +0.9 / +3.2, by its best checkpoints", 1, "best.greedy_pass1"),
+              compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6, by its best checkpoints", 1, "best.greedy_pass1"),
+              compare(units, "br", "random", "has no such control", 0), compare(units, "bw", "random", "has no such control", 0)]  # fmt: skip
     claims += [compare(units, "ppo_m", name, f"{PAPER_TABLE2['ppo_m'][0] - PAPER_TABLE2[name][0]:+.1f} on HumanEval",
                        1 if PAPER_TABLE2["ppo_m"][0] > PAPER_TABLE2[name][0] else -1)
                for name in ("raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")]  # fmt: skip
@@ -287,7 +296,9 @@ def budgets(units: Units) -> Table:
     last = [u["curve"]["update"][-1] for name in names for u in units.of(name).values()]
     steps = [u["curve"]["optimizer_step"][-1] for name in ("br", "bw", "random") for u in units.of(name).values()]
     columns = [("update", round(max(last, default=30) * f)) for f in (1 / 3, 2 / 3, 1)]
-    columns += [("optimizer_step", round(min(steps, default=180) * f)) for f in (1 / 3, 2 / 3, 1)] + [("kl", x) for x in (0.5, 1, 2, 4, 8)]
+    columns += [("optimizer_step", round(min(steps, default=180) * f)) for f in (1 / 3, 2 / 3, 1)]
+    reached = [u["curve"]["kl"][-1] for name in ("ppo_m", "br", "bw", "random") for u in units.of(name).values()]  # by all of these runs
+    columns += [("kl", float(f"{min(reached, default=1) * f:.2g}")) for f in (1 / 3, 2 / 3, 0.99)]
     titles = {"update": "update", "optimizer_step": "step", "kl": "KL"}
     rows = []
     for name in names:
@@ -306,7 +317,7 @@ def budgets(units: Units) -> Table:
                 d = paired_difference(at_budget(units, a, axis, x), at_budget(units, b, axis, x))
                 found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs)"
                 sentences.append(f"{figures.label(a)} against {figures.label(b)} at {words} ({titles[axis]} {x}): {found}: "
-                                 f"**{'filtering wins' if d and d.low and d.low > 0 else 'filtering loses' if d and d.high and d.high < 0 else 'no difference shown'}**.")  # fmt: skip
+                                 f"**{outcome(d)}**.")  # fmt: skip
     return Table("table2_budgets", "Sampled pass@1 on validation problems at equal rollouts, optimizer steps and KL (difference to PPO-M); "
                  "– where no run gets there", ["method", *[f"{titles[a]} {x}" for a, x in columns]], rows, sentences)  # fmt: skip
 
@@ -325,12 +336,14 @@ def table3(units: Units) -> Table:
         rows.append([figures.label(name), NOT_THERE if paper is None else f"{paper[0]:.3f}, {paper[1]}, {paper[2]}",
                      NOT_THERE if name == "ppo_s" else with_interval(r2), len(sampled), with_interval(units.values(name, "greedy_pass1").values()),
                      with_interval(sampled.values()),
-                     *[NOT_THERE if name == other else with_p(paired_difference(sampled, units.values(other, "sampled_pass1"))) for other in ("ppo_m", "random")]])  # fmt: skip
+                     *[NOT_THERE if name == other else with_p(paired_difference(sampled, units.values(other, "sampled_pass1")))
+                       for other in ("ppo_m", "random")]])  # fmt: skip
     paper_points = [p for name, p in PAPER_TABLE3.items() if p and name != "ppo_s"]
     sentences = []
     for benchmark, column in (("HumanEval", 1), ("MBPP", 2)):
         rho, p = rank_correlation([x[0] for x in paper_points], [x[column] for x in paper_points])
-        sentences.append(f"Does R² predict the result? The paper's own figures, {benchmark}: Spearman ρ {rho:+.2f} ({p_value(p)}) over {len(paper_points)} filters.")
+        sentences.append(f"Does R² predict the result? The paper's own figures, {benchmark}: Spearman ρ {rho:+.2f} ({p_value(p)}) over "
+                         f"{len(paper_points)} filters.")  # fmt: skip
     sentences.append("Here: " + correlation_sentence(points))
     sentences.append("Here, without BoN: " + correlation_sentence([x for x in points if x[0] != "bon"]))
     return Table("table3", "Table 3: filters, their R² on the SFT policy before any RL, and their result", header, rows, sentences)
@@ -422,7 +435,8 @@ def table4(units: Units) -> Table:
             rows.append([name, figures.label(method), paper, len(units.of(method, name)),
                          *[with_interval(units.values(method, key, name).values()) for key in
                            ("greedy_pass1", "sampled_pass1", "best.greedy_pass1", "kl")]])  # fmt: skip
-        sentences += [f"{name}: " + compare(units, "br", "ppo_s", f"{gain:+.1f} on Ape210K", 1, key, name) for key in ("sampled_pass1", "greedy_pass1")]
+        for key in ("sampled_pass1", "greedy_pass1"):
+            sentences.append(f"{name}: " + compare(units, "br", "ppo_s", f"{gain:+.1f} on Ape210K", 1, key, name))
     for method in ("ppo_s", "br"):
         for a, b, sign in (("orm", "oracle", 1), ("crm", "orm", -1)):
             d = paired_difference(units.values(method, "sampled_pass1", a), units.values(method, "sampled_pass1", b))
@@ -470,12 +484,15 @@ def map_tables(units: Units) -> list[Table]:
         better = [cell["variant"] for d, cell in known if d.low > 0]
         worse = [cell["variant"] for d, cell in known if d.high < 0]
         where = "equal training passes" if rest else "equal rollouts"
-        sentences.append(f"{figures.label(a)} against {figures.label(b)} at {where}: better in {len(better)}, worse in {len(worse)} of {len(known)} cells with "
-                         f"enough units (95%, uncorrected; {0.05 * len(known):.1f} expected by chance)"
-                         + (f"; better: {'; '.join(better)}" if better else "") + (f"; worse: {'; '.join(worse)}" if worse else "") + ".")  # fmt: skip
-    trend = [(f"{c['variant']}", float(np.mean([u["rm_accuracy"] for u in units.of("sft", f"pairs={c['pairs']} noise={c['noise']}").values()])), d.mean)
-             for d, c in wins.get(("bw", "random"), []) if d is not None and units.of("sft", f"pairs={c['pairs']} noise={c['noise']}")]  # fmt: skip
-    found = rank_correlation([t[1] for t in trend], [t[2] for t in trend])
+        text = (f"{figures.label(a)} against {figures.label(b)} at {where}: better in {len(better)}, worse in {len(worse)} of {len(known)} "
+                f"cells with enough units (95%, uncorrected; {0.05 * len(known):.1f} expected by chance)")  # fmt: skip
+        text += f"; better: {'; '.join(better)}" if better else ""
+        sentences.append(text + (f"; worse: {'; '.join(worse)}" if worse else "") + ".")
+    trend = []
+    for d, cell in wins.get(("bw", "random"), []):
+        accuracy = [u["rm_accuracy"] for u in units.of("sft", f"pairs={cell['pairs']} noise={cell['noise']}").values()]
+        trend += [(float(np.mean(accuracy)), d.mean)] if d is not None and accuracy else []
+    found = rank_correlation([t[0] for t in trend], [t[1] for t in trend])
     sentences.append("Does BW gain more over random where the reward model is worse? Spearman ρ of pair accuracy and BW - random over cells: "
                      + ("missing." if found is None else f"{found[0]:+.2f} ({p_value(found[1])}, {len(trend)} cells)."))  # fmt: skip
     return [Table("map", "Map: sampled pass@1 on test problems at equal rollouts; – where N = 2 makes all filters one", header, rows, sentences),
@@ -485,28 +502,28 @@ def map_tables(units: Units) -> list[Table]:
 
 def beyond_tables(units: Units) -> list[Table]:
     """Beyond the paper: does each of the three ideas win?"""
-    def won(d: Difference | None) -> str:
-        return "cannot tell" if d is None or d.low is None or d.low <= 0 <= d.high else "wins" if d.low > 0 else "loses"
-
     def against(title: str, a: dict, b: dict) -> str:
         d = paired_difference(a, b)
-        return f"{title}: {'missing' if d is None else with_p(d) + f' ({d.pairs} pairs)'}: **{won(d)}**."
+        return f"{title}: {'missing' if d is None else with_p(d) + f' ({d.pairs} pairs)'}: **{outcome(d)}**."
 
+    passes = (("sampled_pass1", "sampled pass@1"), ("greedy_pass1", "greedy pass@1"))
     chosen = {u["world"]: u["weights"] for u in units.of("w_r2").values()}
-    rows = [[w, " ".join(f"{x:.1f}" for x in found["weights"]), *[f"{found['r2'][name]['search']:.3f} / {found['r2'][name]['held_out']:.3f}" for name in
-             ("random", "br", "bw", "chosen")]] for w, found in sorted(chosen.items())]  # fmt: skip
+    rows = []
+    for world, found in sorted(chosen.items()):
+        r2 = [found["r2"][name] for name in ("random", "br", "bw", "chosen")]
+        rows.append([world, " ".join(f"{x:.1f}" for x in found["weights"]), *[f"{x['search']:.3f} / {x['held_out']:.3f}" for x in r2]])
     gap = {(w, 0): found["r2"]["chosen"]["held_out"] - max(found["r2"][n]["held_out"] for n in ("random", "br", "bw")) for w, found in chosen.items()}
     weights = Table("weights", "w chosen by R²: R² of two kept rows on the half searched / on held-out prompts",
                     ["world", "w, best rank first", "random", "BR", "BW", "chosen"], rows,
                     [against("R² of the chosen w against the best named filter, held-out prompts", gap, dict.fromkeys(gap, 0.0)),
                      *[against(f"Trained with the chosen w against {figures.label(b)}, {words}", units.values("w_r2", key), units.values(b, key))
-                       for b in ("ppo_m", "br", "bw", "random") for key, words in (("sampled_pass1", "sampled pass@1"), ("greedy_pass1", "greedy pass@1"))]])  # fmt: skip
+                       for b in ("ppo_m", "br", "bw", "random") for key, words in passes]])  # fmt: skip
     plain = [(name, variant) for name in ("ppo_m", "br", "bw", "random", "pow_2", "w_r2") for variant in ("", "centred") if units.of(name, variant)]
     results = Table("beyond", "Beyond the paper: results on test problems", ["method", "reward", "units", "greedy pass@1", "sampled pass@1", "KL"],
                     [[figures.label(n), v or "as it is", len(units.of(n, v)), *[with_interval(units.values(n, k, v).values()) for k in
                       ("greedy_pass1", "sampled_pass1", "kl")]] for n, v in plain],
                     [against(f"Reward centred per prompt, {figures.label(n)}, {words}", units.values(n, key, "centred"), units.values(n, key))
-                     for n in ("ppo_m", "bw", "pow_2") for key, words in (("sampled_pass1", "sampled pass@1"), ("greedy_pass1", "greedy pass@1"))])  # fmt: skip
+                     for n in ("ppo_m", "bw", "pow_2") for key, words in passes])  # fmt: skip
     rows, sentences = [], []
     for method in ("ppo_m", "br", "bw", "random"):
         runs = units.of(method, "alarm")
@@ -514,7 +531,8 @@ def beyond_tables(units: Units) -> list[Table]:
         stopped = {key: u["alarm"].get("sampled_pass1", u["sampled_pass1"]) for key, u in runs.items()}  # no alarm: it runs to the end
         at = [u["alarm"]["update"] for u in runs.values()]
         rang = [x for x in at if x is not None]
-        rows.append([figures.label(method), len(runs), f"{len(rang)} of {len(at)}" + (f", update {np.mean(rang):.0f}" if rang else "") if at else None,
+        when = f", mean update {np.mean(rang):.0f}" if rang else ""
+        rows.append([figures.label(method), len(runs), f"{len(rang)} of {len(at)}{when}" if at else None,
                      *[with_interval(x.values()) for x in (last, stopped, best)]])  # fmt: skip
         sentences += [against(f"{figures.label(method)}, stopped by the alarm against fixed length", stopped, last),
                       against(f"{figures.label(method)}, stopped by the alarm against the best of validation problems", stopped, best)]  # fmt: skip
@@ -533,7 +551,8 @@ def study_tables(units: Units, study: str) -> list[Table]:
         return map_tables(units)
     if study == "beyond":
         return beyond_tables(units)
-    return [table1(units), *table2(units), table3(units), table5(units), table6(units), over_optimisation(units, [m for m in units.methods() if m != "sft"])]
+    trained = [method for method in units.methods() if method != "sft"]
+    return [table1(units), *table2(units), table3(units), table5(units), table6(units), over_optimisation(units, trained)]
 
 
 def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str]]:
@@ -564,7 +583,7 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str]]:
         return made
     if study == "table4":
         return made
-    runs = {name: [u["curve"] for u in units.of(name).values() if u.get("curve")] for name in ("ppo_s", "ppo_m", "br", "bw", "random", "bon", "oracle")}
+    runs = {name: [u["curve"] for u in units.of(name).values()] for name in ("ppo_s", "ppo_m", "br", "bw", "random", "bon", "oracle")}
     runs = {name: curves for name, curves in runs.items() if curves}
     if runs:
         figures.study_curves(runs, folder / "figure2.png")
