@@ -273,7 +273,7 @@ class Grader:
         elif "clock" in message:
             seconds, elapsed = message["clock"], time.monotonic() - run.started
             fair = min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1))  # of a core, for each who wants one
-            if seconds < 0.5 * fair * elapsed or elapsed > MOST_WALLS * run.job["wall"]:
+            if seconds < 0.3 * fair * elapsed or elapsed > MOST_WALLS * run.job["wall"]:
                 self.expire(run)
         else:
             run.exits[int(who)] = message
