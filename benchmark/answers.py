@@ -156,7 +156,7 @@ def evaluate_number(text):
     """The value of a number, mixed fraction such as 4(5/11), percentage, ratio or arithmetic expression as a Fraction, or None."""
     text = plain_text(text).strip().strip(".。．;；,， ").replace(" ", "")
     text = re.sub(r"(\d+)\(\((\d+)\)/\((\d+)\)\)", r"\1(\2/\3)", text)
-    text = re.sub(r"(?<![\d.*/)])(\d+)\((\d+)/(\d+)\)", r"(\1+\2/\3)", text)  # a mixed number, not a product
+    text = re.sub(r"(?<![\d.)])(\d+)\((\d+)/(\d+)\)", r"(\1+\2/\3)", text)  # a mixed number, not a product
     text = re.sub(r"(\d+(?:\.\d+)?|\))%", r"\1/100", text) if re.fullmatch(r"[^%]*%", text) and not re.search(r"[*/+(-]", text[1:]) else re.sub(
         r"(\d+(?:\.\d+)?)%", r"(\1/100)", text
     )
