@@ -117,6 +117,25 @@ def write_json(path: Path, value) -> None:
     aside.rename(path)
 
 
+def commit() -> str:
+    """Short commit of this checkout, "+" behind it where files differ; "unknown" outside a git checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def hardware() -> str:
+    """Cores, processor and torch version in one line."""
+    model = ""
+    if Path("/proc/cpuinfo").is_file():
+        model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return f"{os.cpu_count()} cores {model}, torch {torch.__version__}"
+
+
 def read_rows(path: Path, limit: int | None = None) -> list[dict]:
     with path.open() as file:
         rows = [json.loads(line) for line in file]

@@ -2,7 +2,7 @@
 
     python -m benchmark.quickstart --output_dir output/quickstart --seed 1
 
-About six minutes on two CPU cores. Stages and files are those of benchmark/pipeline.py; a killed run continues. Leaves
+About seven minutes on two CPU cores. Stages and files are those of benchmark/pipeline.py; a killed run continues. Leaves
 `summary.json` (methods -> sft, ppo_m, br, bw -> greedy_pass1, greedy_pass1_se, sampled_pass1, reward, kl, r2, seconds),
 `table.md`, `training.png` (Figure 2), `reliability.png` (Figure 1) and `r2.png` in the output folder.
 """
@@ -27,7 +27,7 @@ class Args:
     """folder for everything; a folder made with other settings is refused"""
     seed: int = 1
     """seed of the world, of every training stage and of all sampling"""
-    updates: int = 30
+    updates: int = 20
     """PPO updates per method"""
     num_sft: int = 6000
     """demonstrations in the world"""
@@ -99,6 +99,9 @@ def main(args: Args) -> dict:
             if not out.is_file():
                 policy = sft if method == "sft" else folder / method / "policy"
                 pipeline.write_json(out, pipeline.result(policy, sft, rm, test, args.seed))
+                if method != "sft":  # the checkpoint that was best on the validation problems
+                    best = pipeline.result(folder / method / "policy_best", sft, rm, test, args.seed)
+                    pipeline.write_json(out, {**json.loads(out.read_text()), "best_checkpoint": best})
             found[method] = json.loads(out.read_text())
             rows = pipeline.read_rows(folder / method / "metrics.jsonl") if method != "sft" else []
             found[method]["seconds"] = round(sum(r.get("seconds/update", 0.0) for r in rows), 1) if rows else seconds["sft"]
@@ -108,12 +111,14 @@ def main(args: Args) -> dict:
     curves = {m: {"sampled": read_curve(folder / m, "objective/score"), "kept": read_curve(folder / m, "filter/score"),
                   "pass1": read_curve(folder / m, "eval/greedy_pass1")} for m in METHODS}  # fmt: skip
     figures.training_curves(curves, folder / "training.png")
-    rows = [[figures.label(m), f"{r['greedy_pass1']:.3f} ± {r['greedy_pass1_se']:.3f}", r["sampled_pass1"], r["reward"], r["kl"], r["r2"],
-             f"{r['seconds']:.0f}"] for m, r in methods.items()]  # fmt: skip
-    text = figures.markdown_table(["method", "greedy pass@1 ± SE", "sampled pass@1", "reward", "KL", "R²", "seconds"], rows)
+    rows = [[figures.label(m), f"{r['greedy_pass1']:.3f} ± {r['greedy_pass1_se']:.3f}", r.get("best_checkpoint", r)["greedy_pass1"],
+             r["sampled_pass1"], r["reward"], r["kl"], r["r2"], f"{r['seconds']:.0f}"] for m, r in methods.items()]  # fmt: skip
+    text = figures.markdown_table(
+        ["method", "greedy pass@1 ± SE", "best checkpoint", "sampled pass@1", "reward", "KL", "R²", "seconds"], rows)  # fmt: skip
     (folder / "table.md").write_text(text + "\n")
     summary = {"methods": methods, "r2_sft": table, "preferences": json.loads((folder / "preferences.json").read_text()),
-               "seconds": seconds, "settings": settings}  # fmt: skip
+               "seconds": seconds, "seconds_total": round(sum(seconds.values()), 1), "settings": settings,
+               "commit": pipeline.commit(), "hardware": pipeline.hardware()}  # fmt: skip
     pipeline.write_json(folder / "summary.json", summary)
     print(f"\n{text}\n\n{len(pipeline.read_rows(folder / 'world/test.jsonl'))} unseen problems; {time.time() - start:.0f} s in all. "
           f"Pictures: {folder / 'training.png'}, {folder / 'reliability.png'}, {folder / 'r2.png'}")  # fmt: skip
