@@ -13,8 +13,9 @@
 #   ccc1953), on Hugging Face's A100 cluster (README, acknowledgement). It states no time.
 # Work: 156 reward steps of 32 labels; 1953 updates of 512 episodes of 24 tokens, 4 optimizer steps each. float32, as there.
 #
-# Departures from the published runs: the query texts are the first part of bookcorpus (about 1 in 74 of its rows), and start and end
-# at no sentence boundary (as in lm-human-preference-details; OpenAI's own book passages are lost).
+# Departures from the published runs: the queries are the first file of bookcorpus, each row cut at 24 tokens (as in
+# lm-human-preference-details, which streams all of it; OpenAI's own passages of up to 64 tokens between two full stops are lost).
+# 512 samples over all processes behind each normalisation, as in OpenAI's runs; lm-human-preference-details draws 512 per process.
 set -euo pipefail
 TASK=${1:-sentiment}
 ROOT=${2:-output/lmhp_full}
@@ -24,10 +25,10 @@ cd "$(dirname "$0")/../.."
 hf download vwxyzjn/lm-human-preferences "$TASK/offline_5k.json" --repo-type dataset --local-dir "$ROOT/labels"
 hf download bookcorpus/bookcorpus plain_text/train/0000.parquet --repo-type dataset --revision refs/convert/parquet --local-dir "$ROOT/books"
 
-# stage 2, reward model: 4992 best-of-4 labels, normalised on 512 samples per process before and after
+# stage 2, reward model: 4992 best-of-4 labels, normalised on 512 samples before and after
 accelerate launch --multi_gpu --num_processes 8 rm_single.py --preset lm_human_preferences --model gpt2 --seed "$SEED" \
     --train_data "$ROOT/labels/$TASK/offline_5k.json" --normalize_prompts "$ROOT/books/plain_text/train/0000.parquet" \
-    --prompt_field text --normalize_samples 4096 --kl_samples 4096 --output_dir "$ROOT/$TASK/reward_$SEED"
+    --prompt_field text --output_dir "$ROOT/$TASK/reward_$SEED"
 
 # stage 3, policy: a million episodes
 accelerate launch --multi_gpu --num_processes 8 pfppo_single.py --preset lm_human_preferences --policy gpt2 --seed "$SEED" \
