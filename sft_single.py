@@ -558,7 +558,7 @@ def main(args: Args) -> None:
     rows = encode_examples(tokenizer, rows, args, "train_data", stop_id)
     eval_rows = encode_examples(tokenizer, eval_rows, args, "eval_data", stop_id) if eval_rows else []
     answer_rows = encode_queries(tokenizer, answer_rows, args, "eval_prompts") if answer_rows else eval_rows
-    answer_rows = answer_rows if actual_score else answer_rows[: args.print_samples * world]
+    answer_rows = answer_rows if actual_score else answer_rows[: args.print_samples]
     vocab_size, largest = config.get_text_config().vocab_size, max(max(row["query_ids"] + row["response_ids"]) for row in rows)
     if largest >= vocab_size:
         raise ValueError(f"--tokenizer: token id {largest} in --train_data, but the model has {vocab_size} tokens; they must belong together")
@@ -609,24 +609,26 @@ def main(args: Args) -> None:
         if eval_rows:
             loss, tokens = all_sum(sums).tolist()
             results["test/loss"] = loss / tokens
-        mine, answers = answer_rows[rank::world], {"length": [], "truncated": [], "pass1": [], "shown": []}
+        mine, answers = answer_rows[rank::world], []
         if mine:
             with accelerator.autocast():
                 rollout = sample_rollout(bare, [row["query_ids"] for row in mine], 1, args.response_length, 0.0, stop_id, 0,
                                          pad_id, args.forward_batch_size)  # fmt: skip
             texts, prompts = decode_responses(tokenizer, rollout), [row[args.prompt_field] for row in mine]
-            answers["length"], answers["truncated"] = rollout["response_mask"].sum(1).tolist(), (~rollout["has_stop"]).tolist()
-            answers["pass1"] = [float(x) for x in actual_score(prompts, texts, mine)] if actual_score else []
-            answers["shown"] = [{"step": step, "prompt": p, "response": t} for p, t in zip(prompts, texts)][: args.print_samples]
-        parts = gather_object([answers])
-        for name, tag in (("length", "test/length"), ("truncated", "test/truncated"), ("pass1", "test/greedy_pass1")):
-            values = [x for part in parts for x in part[name]]
-            results.update({tag: float(np.mean(values))} if values else {})
-        if accelerator.is_main_process and args.print_samples:
+            answers = [{"row": rank + i * world, "step": step, "prompt": p, "response": t, "length": n, "truncated": not stopped}
+                       for i, (p, t, n, stopped) in enumerate(zip(
+                           prompts, texts, rollout["response_mask"].sum(1).tolist(), rollout["has_stop"].tolist()))]  # fmt: skip
+            for answer, value in zip(answers, actual_score(prompts, texts, mine) if actual_score else ()):
+                answer["greedy_pass1"] = float(value)
+        answers = sorted((answer for part in gather_object([answers]) for answer in part), key=lambda answer: answer["row"])
+        for name in ("length", "truncated", "greedy_pass1"):
+            values = [answer[name] for answer in answers if name in answer]
+            results.update({f"test/{name}": float(np.mean(values))} if values else {})
+        if accelerator.is_main_process:
             with (output_dir / "samples.jsonl").open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in answers["shown"])
-            for line in answers["shown"]:
-                bar.write(f"--- step {step}: {line['prompt']}\n{line['response']}")
+                file.writelines(json.dumps(answer) + "\n" for answer in answers[: args.print_samples])
+            for answer in answers[: args.print_samples]:
+                bar.write(f"--- step {step}: {answer['prompt']}\n{answer['response']}")
         bare.train()
         return results
 

@@ -233,10 +233,10 @@ def test_the_preset_is_the_default_and_flags_win():
 
 
 def test_weights_do_not_depend_on_the_micro_batch_size(train):
-    # PITFALLS AVG-1: unequal lengths, 8 labels at once or one by one; gain and bias are trained too
+    # PITFALLS AVG-1: unequal lengths, 8 labels at once or as 3, 3 and 2; gain and bias are trained too
     metrics, at_once = train("a", micro_batch_size=8, normalize_after=False)
-    _, one_by_one = train("b", micro_batch_size=1, normalize_after=False)
-    assert largest_difference(at_once.state_dict(), one_by_one.state_dict()) < 1e-6
+    _, parts = train("b", micro_batch_size=3, normalize_after=False)
+    assert largest_difference(at_once.state_dict(), parts.state_dict()) < 1e-6
     gain, bias = metrics[0]["normalize_before/gain"], metrics[0]["normalize_before/bias"]
     assert abs(at_once.reward_gain.item() - gain) > 1e-4 and abs(at_once.reward_bias.item() - bias) == 0  # equal for all K responses
 
