@@ -52,6 +52,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 #
 #   column          0 .. Q-1       Q .. Q+R-1
 #   query_response  P P q q q      r r . P P     queries padded left, responses padded right; "." is the stop token
+#   micro-batch         P P P P q q q r r .      `trim` moves all padding left: as wide as its longest row
 #   mask            0 0 1 1 1      1 1 1 0 0     the reward is read at the last attended column
 
 
@@ -353,18 +354,20 @@ def decode_responses(tokenizer, rollout: dict[str, torch.Tensor]) -> list[str]:
 
 
 def trim(rollout: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The given rows of a rollout without the columns that are padding in all of them, plus query_responses and mask (rows, T)."""
+    """The given rows of a rollout as one micro-batch. All padding moves to the left, so that query_responses and mask (rows, T) are
+    as wide as the longest row, not the longest query plus the longest response. Tensors over the response (rows, R) end where
+    their row ends; `columns` (rows, R) says where each of their columns stands in the rollout, read_mask what a reward model reads."""
     batch = {name: tensor[rows] for name, tensor in rollout.items()}
-    q = int(batch["query_mask"].sum(1).max())
+    ids = torch.cat([batch["queries"], batch["responses"]], 1)
+    mask = torch.cat([batch["query_mask"], batch["response_mask"]], 1)
+    read = torch.cat([batch["query_mask"], batch.get("score_mask", batch["response_mask"])], 1)
     r = max(1, int(batch["response_mask"].sum(1).max()))
-    width = batch["responses"].shape[1]
+    order = mask.int().argsort(dim=1, stable=True)[:, -max(r + 1, int(mask.sum(1).max())) :]
+    columns = batch["response_mask"].int().argsort(dim=1, stable=True)[:, -r:]
     for name, tensor in batch.items():
-        if name in ("queries", "query_mask"):
-            batch[name] = tensor[:, -q:]
-        elif tensor.ndim == 2 and tensor.shape[1] == width:
-            batch[name] = tensor[:, :r]
-    batch["query_responses"] = torch.cat([batch["queries"], batch["responses"]], 1)
-    batch["mask"] = torch.cat([batch["query_mask"], batch["response_mask"]], 1)
+        if tensor.ndim == 2 and name not in ("queries", "query_mask"):
+            batch[name] = tensor.gather(1, columns)
+    batch.update(query_responses=ids.gather(1, order), mask=mask.gather(1, order), read_mask=read.gather(1, order), columns=columns)
     return batch
 
 
@@ -391,7 +394,7 @@ def reward_model_scores(
     scores = torch.zeros(len(rollout["responses"]), device=rollout["responses"].device)
     for rows in micro_batches(rollout, torch.arange(len(scores), device=scores.device), size):
         batch = trim(rollout, rows)
-        scores[rows] = model.score(batch["query_responses"], torch.cat([batch["query_mask"], batch["score_mask"]], 1), bounded)
+        scores[rows] = model.score(batch["query_responses"], batch["read_mask"], bounded)
     return scores
 
 

@@ -274,15 +274,26 @@ def test_last_token_on_both_sides():
     assert pf.last_token(values, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]).bool()).tolist() == [4, 8]
 
 
-def test_trim_takes_away_shared_padding_only():
-    # PITFALLS TOK-10: queries lie left of the responses, padded left; responses padded right
+def test_trim_moves_all_padding_to_the_left():
+    # PITFALLS TOK-10: 2 + 4 and 3 + 1 tokens become 6 columns, and response columns end where their row ends
     rollout = make_rollout([2, 5, 3], [4, 7, 1])
     batch = pf.trim(rollout, torch.tensor([0, 2]))
-    assert batch["queries"].shape == (2, 3) and batch["responses"].shape == (2, 4)
-    assert batch["mask"].int().tolist() == [[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]
+    assert batch["mask"].int().tolist() == [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
+    assert batch["response_mask"].int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
     for row, i in ((0, 0), (1, 2)):
-        whole = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]])
+        response = rollout["responses"][i][rollout["response_mask"][i]]
+        whole = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], response])
         assert torch.equal(batch["query_responses"][row][batch["mask"][row]], whole)
+        assert torch.equal(batch["responses"][row][batch["response_mask"][row]], response)
+
+
+def test_trim_says_where_its_response_columns_came_from():
+    # PITFALLS TOK-9
+    rollout = make_rollout([2, 5, 3], [4, 7, 1])
+    batch = pf.trim(rollout, torch.tensor([0, 2]))
+    assert batch["columns"][0].tolist() == [0, 1, 2, 3] and batch["columns"][1, -1] == 0
+    back = torch.zeros_like(rollout["responses"][[0, 2]]).scatter(1, batch["columns"], batch["responses"] * batch["response_mask"])
+    assert torch.equal(back, rollout["responses"][[0, 2]] * rollout["response_mask"][[0, 2]])
 
 
 # ---------------------------------------------------------------- sampling and log-probabilities
