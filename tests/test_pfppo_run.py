@@ -500,6 +500,20 @@ def test_derived_sizes_are_printed_before_training(make_args, capsys):
     }
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(batch_size=5), "--batch_size 5 must be a multiple of the 2 processes"),
+        (dict(minibatch_size=1), "--minibatch_size 1 must be a multiple of 2"),
+    ],
+)
+def test_sizes_must_divide_over_the_processes(make_args, changes, message):
+    # PITFALLS AVG-6
+    pf.check_args(make_args(), 2)
+    with pytest.raises(ValueError, match=message):
+        pf.check_args(make_args(**changes), 2)
+
+
 # ---------------------------------------------------------------- killed and continued runs
 
 # A deterministic reward that kills its process: SIGKILL at the 7th call when the file named behind "@" exists.

@@ -17,7 +17,7 @@ import pfppo_single as pf
 WATCH = """
 import json, os
 from pathlib import Path
-first = set(json.loads((Path(__file__).parent / "first.json").read_text()))  # the two prompts of rank 0 in update 1, and one of rank 1
+first = set(json.loads((Path(__file__).parent / "first.json").read_text()))  # the two prompts of rank 0 in update 1
 
 def actual(prompts, responses, rows):
     with (Path(__file__).parent / f"evaluated_{os.environ.get('RANK', 'alone')}.txt").open("a") as file:
@@ -47,14 +47,30 @@ def launched(world, tmp_path_factory):
     rollout["logprobs"] -= 3
     torch.save(rollout, folder / "rollout.pt")
 
-    whole = dict(tiny_settings(world, folder / "whole"), eval_prompts=str(world / "eval.jsonl"), actual_score="watch_two:actual",
-                 adaptive_kl=True, kl_horizon=64, lr_schedule="linear", warmup_updates=1, total_episodes=48, eval_every=100)  # fmt: skip
-    uneven = dict(tiny_settings(world, folder / "uneven"), reward="watch_two:uneven", normalize_reward=False, filter="top",
-                  threshold_high=0.0, total_episodes=16, minibatch_size=2)  # fmt: skip
+    whole = dict(
+        tiny_settings(world, folder / "whole"),
+        eval_prompts=str(world / "eval.jsonl"),
+        actual_score="watch_two:actual",
+        adaptive_kl=True,
+        kl_horizon=64,
+        lr_schedule="linear",
+        warmup_updates=1,
+        total_episodes=48,
+        eval_every=100,
+    )
+    uneven = dict(
+        tiny_settings(world, folder / "uneven"),
+        reward="watch_two:uneven",
+        normalize_reward=False,
+        filter="top",
+        threshold_high=0.0,
+        total_episodes=16,
+        minibatch_size=2,
+    )
     settings = {"whole": whole, "uneven": uneven, "interrupted": {**whole, "output_dir": str(folder / "interrupted")}}
     (folder / "settings.json").write_text(json.dumps(settings))
     driver = Path(__file__).with_name("two_process_driver.py")
-    # `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15: it needs mpirun for more); torchrun starts two
+    # `accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15, without mpirun); torchrun starts two
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(driver), str(folder / "settings.json"), str(folder)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -1,4 +1,4 @@
-"""What test_two_processes.py runs under `accelerate launch`, and in its own process for comparison. Usage: driver.py settings.json"""
+"""What test_two_processes.py runs on two ranks, and in its own process for comparison. Usage: driver.py SETTINGS.json FOLDER"""
 
 import json
 import sys
@@ -59,8 +59,8 @@ def tensors(accelerator, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def observed_run(settings: dict) -> dict:
-    """One run of main; what this rank saw: KL coefficients, learning rates, visits of each row, a fingerprint of the trained weights."""
-    seen = {"kl_coef": [], "lr": [], "visits": 0, "weights": 0.0, "gradient_rows": 0}
+    """One run of main; what this rank saw: KL coefficients, learning rates, visits of rows, a fingerprint of the weights."""
+    seen = {"kl_coef": [], "lr": [], "visits": 0, "weights": 0.0}
     originals = pf.cumulative_rewards, pf.minibatch_loss
 
     def cumulative_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
