@@ -75,9 +75,9 @@ def main(args: Args) -> dict:
 
     stage("world", "1/7 the embedded world", lambda: pipeline.world(
         folder, args.seed, num_sft=args.num_sft, num_preference=args.num_preference, num_valid=args.num_valid, num_test=args.num_test))  # fmt: skip
-    sft = stage("sft", "2/7 supervised fine-tuning", lambda: pipeline.sft(folder, args.seed, threads=2, epochs=args.sft_epochs))
+    sft = stage("sft", "2/7 supervised fine-tuning", lambda: pipeline.sft(folder, args.seed, threads=1, epochs=args.sft_epochs))
     stage("preferences", "3/7 preference data: sample, execute, pair", lambda: pipeline.preferences(folder, args.seed))
-    rm = stage("rm", "4/7 reward model (Eq. 1, 2)", lambda: pipeline.rm(folder, args.seed, threads=2))
+    rm = stage("rm", "4/7 reward model (Eq. 1, 2)", lambda: pipeline.rm(folder, args.seed, threads=1))
     figures.reliability(json.loads((folder / "rm/reliability.json").read_text()), folder / "reliability.png")
     valid = pipeline.read_rows(folder / "world/valid.jsonl")
     table = stage("r2", "5/7 R² of every filter on the SFT policy, before any RL",
