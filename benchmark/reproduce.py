@@ -619,7 +619,8 @@ def measured_seconds(lines: list[dict]) -> dict[str, float]:
 
 
 def expected_seconds(unit: Unit, measured: dict[str, float]) -> float:
-    return measured.get(unit.kind, measured.get(unit.method, SECONDS.get(unit.stage or unit.method, OTHER_SECONDS)))
+    name = unit.stage or unit.method
+    return measured.get(unit.kind, measured.get(name, SECONDS.get(name, OTHER_SECONDS)))
 
 
 def clock(seconds: float) -> str:
@@ -707,7 +708,7 @@ def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str,
             line = {"method": unit.stage or unit.method, "variant": unit.variant, "world": unit.world, "seed": unit.seed, **numbers,
                     "commit": commit, "version": VERSION}  # fmt: skip
             if unit.stage:
-                append_line(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "world", "seed", "seconds", "cpu_seconds", "commit")})
+                append_line(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "variant", "world", "seed", "seconds", "cpu_seconds", "commit")})
             else:
                 append_line(output_dir / "units.jsonl", line)
             measured.update(measured_seconds(read_lines(output_dir / "stages.jsonl") + read_lines(output_dir / "units.jsonl")))

@@ -259,3 +259,59 @@ def test_noise_belongs_to_the_text():
     assert study_rewards.text_noise("p", "response 0") == values[0] != study_rewards.text_noise("q", "response 0")
     mean = sum(values) / len(values)
     assert abs(mean) < 0.1 and abs(sum((v - mean) ** 2 for v in values) / len(values) - 1) < 0.15  # 4 standard errors
+
+
+# ---------------------------------------------------------------- the scheduler, with units that only write their numbers
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """Units take no time: a part of a world leaves a file, a method its seed as pass@1; BW of world 2 fails while `broken` is there."""
+    done, broken = tmp_path / "done", tmp_path / "broken"
+    done.mkdir()
+
+    def run_unit(unit, place, result):
+        if unit.stage:
+            (done / str(unit)).touch()
+        elif unit.method == "bw" and unit.world == 2 and broken.exists():
+            raise RuntimeError("planted failure")
+        numbers = {name: unit.seed / 10 for name in ("greedy_pass1", "sampled_pass1", "kl", "seconds", "cpu_seconds")}
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps({**numbers, "command": "accelerate launch ..."} | ({} if not unit.stage else {"seconds": 0.1})))
+
+    monkeypatch.setattr(reproduce, "run_unit", run_unit)
+    monkeypatch.setattr(reproduce, "stage_done", lambda unit, place: (done / str(unit)).exists())
+    monkeypatch.setattr(reproduce.tables, "write", lambda folder: None)
+    return broken
+
+
+def study_args(tmp_path):
+    return reproduce.Args(output_dir=str(tmp_path / "results"), work_dir=str(tmp_path / "work"), methods=("br", "bw"), worlds=(1, 2), seeds=(1, 2))
+
+
+def lines_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "results/units.jsonl").read_text().splitlines()]
+
+
+def test_every_finished_unit_is_one_line_with_what_others_rely_on(pretend, tmp_path):
+    assert reproduce.main(study_args(tmp_path)) == 0
+    lines = lines_of(tmp_path)
+    assert sorted((u["method"], u["world"], u["seed"]) for u in lines) == [(m, w, s) for m in ("br", "bw") for w in (1, 2) for s in (1, 2)]
+    for name in ("method", "world", "seed", "greedy_pass1", "sampled_pass1", "kl", "seconds", "commit", "command"):
+        assert all(name in u for u in lines), name
+
+
+def test_a_failed_unit_is_reported_and_tried_again_and_finished_ones_are_not(pretend, tmp_path, capfd):
+    pretend.touch()
+    assert reproduce.main(study_args(tmp_path)) == 1
+    assert len(lines_of(tmp_path)) == 6 and "FAILED bw, world 2, seed 1" in capfd.readouterr().out
+    pretend.unlink()
+    assert reproduce.main(study_args(tmp_path)) == 0
+    assert len(lines_of(tmp_path)) == 8 and "2 units to do" in capfd.readouterr().out
+
+
+def test_dry_run_prints_the_budget_and_does_nothing(pretend, tmp_path, capfd):
+    args = study_args(tmp_path)
+    args.dry_run = True
+    assert reproduce.main(args) == 0
+    assert "16 units to do, 0 done; about" in capfd.readouterr().out and not (tmp_path / "results/units.jsonl").exists()
