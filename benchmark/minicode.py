@@ -188,7 +188,7 @@ class World:
     """demonstrations for supervised fine-tuning"""
     num_sft_valid: int = 300
     """held-out demonstrations (prompts not among the demonstrations, same compositions and mistakes)"""
-    num_preference: int = 6000
+    num_preference: int = 4000
     """prompts for preference data"""
     num_rl: int = 4000
     """prompts for reinforcement learning"""

@@ -33,7 +33,7 @@ class Args:
     """demonstrations in the world"""
     sft_epochs: int = 16
     """passes over the demonstrations"""
-    num_preference: int = 6000
+    num_preference: int = 4000
     """prompts for preference data"""
     num_valid: int = 300
     """validation problems (training curves, R²)"""

@@ -91,13 +91,13 @@ class Args:
     """seeds of the training runs in each world"""
     parallel: int = 2
     """units at a time, one core each"""
-    updates: int = 30
+    updates: int = 20
     """updates of every PPO run; all methods generate the same number of responses per update"""
     num_sft: int = 6000
     """demonstrations in a world"""
     sft_epochs: int = 16
     """passes over the demonstrations"""
-    num_preference: int = 6000
+    num_preference: int = 4000
     """prompts for preference data"""
     num_valid: int = 300
     """validation problems: curves, best checkpoint, R²"""
