@@ -36,7 +36,7 @@ class Args(common.Args):
     """dpo: -log σ(β · difference of log-ratios); ipo: (difference - 1/(2β))² on log-ratios per token"""
     beta: float = 0.1
     """β of DPO, τ of IPO"""
-    epochs: int = 2
+    epochs: int = 1
     """passes over the pairs"""
     batch_size: int = 64
     """pairs per optimizer step"""

@@ -36,7 +36,7 @@ class Args(common.Args):
     """λ_D: weight of the chosen responses"""
     undesirable_weight: float = 1.0
     """λ_U: weight of the rejected responses"""
-    epochs: int = 2
+    epochs: int = 1
     """passes over the responses"""
     batch_size: int = 128
     """responses per optimizer step; the KL estimate is over all of them"""
