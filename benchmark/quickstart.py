@@ -78,7 +78,7 @@ def main(args: Args) -> dict:
     sft = stage("sft", "2/7 supervised fine-tuning", lambda: pipeline.sft(folder, args.seed, threads=1, epochs=args.sft_epochs))
     stage("preferences", "3/7 preference data: sample, execute, pair", lambda: pipeline.preferences(folder, args.seed))
     rm = stage("rm", "4/7 reward model (Eq. 1, 2)", lambda: pipeline.rm(folder, args.seed, threads=1))
-    figures.reliability(json.loads((folder / "rm/reliability.json").read_text()), folder / "reliability.png")
+    figures.reliability(json.loads((folder / "rm/reliability.json").read_text())["repeats"], folder / "reliability.png")
     valid = pipeline.read_rows(folder / "world/valid.jsonl")
     table = stage("r2", "5/7 R² of every filter on the SFT policy, before any RL",
                   lambda: pipeline.r2_table(sft, rm, valid, folder / "r2_sft.json", args.seed, n=10))  # fmt: skip
