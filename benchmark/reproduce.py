@@ -345,12 +345,13 @@ class Workplace:
         changes = {name: value.replace("{world}", str(folder)) if isinstance(value, str) else value for name, value in unit.changes}
         if unit.method in BASELINES:
             return baseline_settings(folder, unit.method, unit.seed, updates, changes)
-        if unit.method == "w_r2":
-            weights = json.loads((folder / "weights.json").read_text())["weights"]
-            changes = {"filter": "none", "rank_weights": weights, "num_kept": 2, **changes}
+        method = unit.method
+        if method == "w_r2":
+            method, weights = "ppo_m", json.loads((folder / "weights.json").read_text())["weights"]
+            changes = {"rank_weights": weights, "num_kept": 2, **changes}
         rm = folder / unit.rm / "model"
-        own = {"save_policy_every": updates // 2, "reward": rm, "critic_init": rm, **pipeline.METHODS.get(unit.method, {}), **changes}
-        return "pfppo_single.py", pipeline.ppo_settings(folder, unit.method, unit.seed, updates, Path(), **own)
+        own = {"save_policy_every": updates // 2, "reward": rm, "critic_init": rm, **pipeline.METHODS[method], **changes}
+        return "pfppo_single.py", pipeline.ppo_settings(folder, method, unit.seed, updates, Path(), **own)
 
     def run(self, unit: Unit) -> tuple[str, dict]:
         """Script and flags, output_dir among them: a folder named by method and the fingerprint of all flags."""

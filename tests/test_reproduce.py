@@ -249,6 +249,15 @@ def test_centred_reward_has_mean_zero_per_prompt_and_leaves_single_responses():
     assert study_rewards.centre([1.0, 3.0, 5.0, 2.0, 4.0], [2, 1, 2]) == [-1.0, 1.0, 5.0, -1.0, 1.0]
 
 
+def test_chosen_weights_are_what_trains(tmp_path):
+    place = reproduce.Workplace(reproduce.Args(work_dir=str(tmp_path)))
+    place.world(1).mkdir()
+    (place.world(1) / "weights.json").write_text(json.dumps({"weights": [0.5, 0.1, 0.0, 0.1, 0.3]}))
+    script, settings = place.run(reproduce.Unit(1, 1, "w_r2"))
+    command = reproduce.pipeline.command_line(script, settings)
+    assert "--rank_weights 0.5 0.1 0.0 0.1 0.3 " in command and "--num_kept 2 " in command
+
+
 def test_noise_acts_in_the_middle_of_the_range_only():
     assert study_rewards.middle_noise(1.0, 2.0, 0.5) == 1.0 and study_rewards.middle_noise(-1.0, 2.0, 0.5) == -1.0
     assert study_rewards.middle_noise(0.0, 2.0, 0.5) == 1.0 and study_rewards.middle_noise(0.5, 2.0, 0.5) == 1.25
