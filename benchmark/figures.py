@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.ticker  # noqa: E402
 import numpy as np  # noqa: E402
 
 COLOURS = {"sft": "#7f7f7f", "ppo_m": "#1f77b4", "br": "#d62728", "bw": "#2ca02c", "random": "#9467bd", "ppo_s": "#17becf", "bon": "#ff7f0e",
@@ -52,6 +53,7 @@ def training_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], pat
     left.set(xlabel="update", ylabel="reward", title="Reward: policy's samples (line), kept samples (dotted)")
     right.set(xlabel="update", ylabel="greedy pass@1, validation problems", title="Problems solved")
     for axes in (left, right):
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return save(figure, path)
