@@ -304,7 +304,8 @@ def filter_r2(samples: dict[str, np.ndarray], name: str, seed: int = 0, draws: i
 
 
 def filter_r2_interval(samples: dict[str, np.ndarray], name: str, seed: int = 0, resamples: int = 200) -> dict[str, float]:
-    """filter_r2 with a 95% bootstrap interval over prompts (a resampled prompt counts as a prompt of its own)."""
+    """filter_r2 with a 95% percentile bootstrap interval over prompts (a resampled prompt counts as a prompt of its own). Repeated
+    prompts make group means noisier, so the interval lies low: the estimate can stand near its upper end."""
     ids, rng, values = samples["prompt_ids"], np.random.default_rng(seed), []
     by_prompt = np.argsort(ids, kind="stable").reshape(len(np.unique(ids)), -1)  # (prompts, N)
     for b in range(resamples):
