@@ -100,7 +100,8 @@ def complete(prompt, completion, entry_point, imports="", whole_prefix=None):
     """
     code = extract_code(completion, entry_point)
     if defines(code, entry_point):
-        return f"{imports if whole_prefix is None else whole_prefix}\n{code}"
+        futures = re.findall(r"^from __future__ import [^\n(]+$", code, re.M)  # they come first or not at all
+        return "\n".join([*futures, imports if whole_prefix is None else whole_prefix, code]) if imports or whole_prefix else code
     lines = code.split("\n")
     first = next((i for i, line in enumerate(lines) if line.strip()), None)
     last = prompt.rstrip(" ").rpartition("\n")[2]

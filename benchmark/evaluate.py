@@ -96,10 +96,11 @@ HUB = {  # task -> repository, configuration, split
     "cmath": ("weitianwen/cmath", None, "test"), "leetcode": None, "minicode": None,
 }  # fmt: skip
 
+# What LeetCode programs take for granted; the builtins come last, because math and operator have another pow.
 LEETCODE_IMPORTS = "\n".join(
     f"from {module} import *"
-    for module in "typing collections itertools functools heapq bisect math string operator datetime random copy re".split()
-) + "\nimport typing, collections, itertools, functools, heapq, bisect, math, string, operator, datetime, random, copy, re, sys\n"
+    for module in "typing collections itertools functools heapq bisect math string operator datetime random copy re builtins".split()
+) + "\nimport collections, itertools, functools, heapq, bisect, math, string, operator, random, copy, re, sys\n"
 STOP_STRINGS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nassert ", "\n@", "\nfrom ", "\nimport ", "\n```")
 
 # Problems whose published tests pass a broken reference solution (one whose every answer is off, or the first answer given again and again): a pass says little there.

@@ -6,8 +6,8 @@
 1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither (`benchmark/sandbox.py`). Plain data crosses.
 2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the program does not have.
    A judge is trusted and serves job after job; a program's process is used once, then killed and waited for, with all that it started.
-3. Limits are on CPU time for the whole program. The wall limit ends programs that wait; one that computes, and only lacks a core on a busy machine, goes on until its CPU
-   time is used up. A program that runs out of wall time beside others is tried once more alone.
+3. Limits are on CPU time for the whole program. A program that runs out of wall time beside others is tried once more alone; alone, one that computes and only lacks a core
+   on a busy machine gets up to five times the wall limit, one that waits does not. So verdicts do not depend on the number of workers.
 4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests are at fault, not the program.
 
 Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on standard error.
@@ -18,11 +18,13 @@ import json
 import os
 import re
 import selectors
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -36,7 +38,7 @@ START_SECONDS = 60  # for a template to start; more means that something is wron
 END_SECONDS = 30  # for killed processes to be gone
 WALL_SECONDS = 10.0
 CPU_SECONDS = 12
-MOST_WALLS = 20  # times the wall limit that a program may take which computes all the time and waits for cores
+MOST_WALLS = 5  # times the wall limit that a program may take which runs alone, computes all the time and waits for cores
 MEMORY_BYTES = 2 << 30
 JUDGE_BYTES = 4 << 30
 
@@ -54,6 +56,7 @@ class Run:
         self.deadline = self.started + job["wall"]
         self.verdict = None
         self.programs = 2 if job["helper_names"] else 1  # processes
+        self.clocks = {}  # who -> CPU seconds, asked for at the wall limit
         self.exits = {}  # number of the process -> report of the template
         self.expired = self.judge_lost = False
         self.crowded = False  # others ran at the same time
@@ -69,16 +72,19 @@ class Judge:
 
     def __init__(self, name, sock):
         self.name, self.sock, self.data, self.run = name, sock, b"", None
+        self.clock = 0.0  # its CPU seconds at the end of its last job
 
 
 class Template:
     """The owner's end of a template process: asks for children, hears of their end."""
 
     def __init__(self, role, first_uid):
+        self.base = tempfile.mkdtemp(prefix="grading-")
+        os.chmod(self.base, 0o711)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A new interpreter, not a fork: the caller may hold threads, a GPU, and the tests.
         self.process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-X", "utf8", "-c", BOOT, str(SANDBOX), role, str(theirs.fileno()), str(first_uid)],
+            [sys.executable, "-s", "-S", "-X", "utf8", "-c", BOOT, str(SANDBOX), role, str(theirs.fileno()), str(first_uid), self.base],
             env={"PYTHONHASHSEED": "0"}, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, start_new_session=True,
         )
@@ -116,6 +122,7 @@ class Template:
             self.process.kill()
             self.process.wait()
         self.process.stderr.close()
+        shutil.rmtree(self.base, ignore_errors=True)  # gone already, unless the template was killed
 
 
 class Grader:
@@ -171,9 +178,14 @@ class Grader:
                 elif time.monotonic() > run.deadline:
                     if run.expired or run.verdict:
                         raise GradingError("a process does not end although it was killed")
-                    # A program that computes may have waited for a core, one that sleeps has not: ask how far it has come, decide in `hear`.
+                    if run.crowded:  # it is tried again alone, and there it counts how much it computes
+                        self.expire(run)
+                        continue
+                    # A program that computes may have waited for a core, one that sleeps has not: ask how far it has come, decide in `weigh`.
                     run.deadline += run.job["wall"]
+                    run.clocks.clear()
                     self.templates["program"].send({"clock": f"{name}:0"})
+                    self.templates["judge"].send({"clock": f"{run.judge.name}:judge", "for": name})
 
     def start(self, index, job, active, again):
         name, self.next_id = self.next_id, self.next_id + 1
@@ -249,7 +261,7 @@ class Grader:
         if run.verdict is None or run.expired or run.verdict.get("used_up"):
             self.drop_judge(judge)
         else:
-            judge.run = None
+            judge.run, judge.clock = None, run.verdict["clock"]
             self.idle.append(judge)
 
     def hear(self, template, active):
@@ -258,6 +270,11 @@ class Grader:
         if who == "judge":
             if "error" in message:
                 raise GradingError(message["error"])
+            if "clock" in message:
+                if message["for"] in active:
+                    run = active[message["for"]]
+                    self.weigh(run, "judge", message["clock"] - run.judge.clock)
+                return
             self.judges.pop(int(name), None)
             for run in active.values():
                 if run.judge_lost and run.judge.name == int(name):
@@ -271,12 +288,18 @@ class Grader:
         if "error" in message:
             run.error = message["error"]
         elif "clock" in message:
-            seconds, elapsed = message["clock"], time.monotonic() - run.started
-            fair = min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1))  # of a core, for each who wants one
-            if seconds < 0.3 * fair * elapsed or elapsed > MOST_WALLS * run.job["wall"]:
-                self.expire(run)
+            self.weigh(run, "program", message["clock"])
         else:
             run.exits[int(who)] = message
+
+    def weigh(self, run, who, seconds):
+        """Decides at the wall limit, once the CPU times of program and judge are known, whether a run may go on."""
+        run.clocks[who] = seconds
+        if len(run.clocks) == 2:
+            elapsed = time.monotonic() - run.started
+            fair = min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1))  # of a core, for each who wants one
+            if sum(run.clocks.values()) < 0.15 * fair * elapsed or elapsed > (MOST_WALLS - 0.5) * run.job["wall"]:
+                self.expire(run)
 
     def conclude(self, run):
         verdict, job = run.verdict, run.job
@@ -286,7 +309,7 @@ class Grader:
             raise GradingError(verdict["error"])
         if not verdict["passed"] and run.program_cpu() >= job["cpu"] - 0.1:
             verdict["detail"] = f"timeout: over {job['cpu']} s of CPU time"
-        return {"passed": verdict["passed"] is True, "detail": verdict["detail"]}
+        return {"passed": verdict["passed"] is True, "detail": verdict["detail"].encode("utf-8", "replace").decode()}
 
 
 _grader, _lock, _told = None, threading.RLock(), False

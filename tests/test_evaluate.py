@@ -327,7 +327,8 @@ def test_canonical_humaneval(tmp_path):  # PITFALLS EX-7
 def test_canonical_mbpp(tmp_path):  # PITFALLS EX-7
     data, rows = canonical("mbpp_base_378.jsonl", "code")
     rows = [{"task_id": f"Mbpp/{row['task_id']}", "completion": f"```python\r\n{row['completion']}\r\n```"} for row in rows]
-    summary = main(Args(task="mbpp", data=data, samples=write_lines(tmp_path / "s.jsonl", rows), output_dir=str(tmp_path / "out"), progress=False))
+    limits = {"wall_seconds": 60, "cpu_seconds": 30}  # Mbpp/123 computes for several seconds
+    summary = main(Args(task="mbpp", data=data, samples=write_lines(tmp_path / "s.jsonl", rows), output_dir=str(tmp_path / "out"), progress=False, **limits))
     assert (summary["passed"], summary["total"]) == (378, 378)
 
 
