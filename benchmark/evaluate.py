@@ -44,7 +44,7 @@ class Args:
     data: str = ""
     """problems in the published format: .jsonl, .json (an array or one object per line), .parquet, each also .gz; empty: from the hub (HUB below)"""
     split: Literal["auto", "test", "all"] = "auto"
-    """mbpp.jsonl (974 problems) only: `test` takes ids 11 to 510, `all` takes all; `auto` is `test` for that file and `all` for every other"""
+    """mbpp only: `test` takes ids 11 to 510, `all` takes all; `auto` is `test` for mbpp.jsonl (974 problems) and `all` for every other file"""
     limit: int = 0
     """only the first problems; 0: all"""
     output_dir: str = "output/evaluate"
@@ -90,8 +90,9 @@ class Args:
     """show progress bars"""
 
 
+MBPP_TEST = ("google-research-datasets/mbpp", "full", "test")  # with --split test: the 500 problems; without, the base set of 378
 HUB = {  # task -> repository, configuration, split
-    "humaneval": ("openai/openai_humaneval", None, "test"), "mbpp": ("google-research-datasets/mbpp", "sanitized", "test"),
+    "humaneval": ("openai/openai_humaneval", None, "test"), "mbpp": ("evalplus/mbppplus", None, "test"),
     "gsm8k": ("openai/gsm8k", "main", "test"), "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "test"),
     "cmath": ("weitianwen/cmath", None, "test"), "leetcode": None, "minicode": None,
 }  # fmt: skip
@@ -265,7 +266,7 @@ def minicode_problem(record, place, _):
 
 
 def math_problem(record, place, index):
-    question = need(record, place, "question", "original_text", "question_chinese", "problem")
+    question = need(record, place, "question_chinese", "original_text", "question", "problem")
     gold = str(need(record, place, "golden", "ans", "answer", "result"))
     gold = gold.rpartition("####")[2].strip()
     chinese = bool(re.search(r"[\u4e00-\u9fff]", question))
@@ -291,7 +292,7 @@ def load_problems(args):
             raise InputError(f"--task {args.task} has no data set on the hub; give --data FILE")
         import datasets
 
-        name, config, split = HUB[args.task]
+        name, config, split = MBPP_TEST if args.task == "mbpp" and args.split == "test" else HUB[args.task]
         source = f"{name} ({split})"
         try:
             records = [(f"{source}, row {i + 1}", dict(row)) for i, row in enumerate(datasets.load_dataset(name, config, split=split))]
