@@ -76,7 +76,7 @@ def compare_tag(ours: np.ndarray, band: dict) -> dict[str, float | bool]:
     }  # fmt: skip
     combined = math.hypot(found["last_ours_se"], found["last_recorded_se"])
     gap = abs(found["last_ours"] - found["last_recorded"])
-    tiny = 1e-6 * abs(found["last_recorded"])  # a schedule has no spread over seeds
+    tiny = 1e-6 * float(np.abs(band["mean"]).max())  # a schedule has no spread over seeds
     found["last_gap_in_se"] = gap / combined if combined > tiny else 0.0 if gap <= tiny else math.inf
     found["agrees"] = bool(found["distance"] <= DISTANCE_LIMIT * found["split_half"] + tiny and found["last_gap_in_se"] <= STANDARD_ERRORS)
     return found
@@ -113,6 +113,9 @@ def draw(path: Path, title: str, curves: dict[str, np.ndarray], bands: dict[str,
         axis.plot(band["steps"], band["mean"], color="tab:orange", linewidth=1.2, label="lm-human-preference-details")
         axis.fill_between(band["steps"], ours.mean(0) - half, ours.mean(0) + half, color="tab:blue", alpha=0.3, linewidth=0)
         axis.plot(band["steps"], ours.mean(0), color="tab:blue", linewidth=1.2, label=f"ours ({len(ours)} seeds)")
+        low = min(np.min(band["ci95_low"]), ours.mean(0).min())
+        high = max(np.max(band["ci95_high"]), ours.mean(0).max())
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axis.set_title(tag, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
@@ -122,7 +125,7 @@ def draw(path: Path, title: str, curves: dict[str, np.ndarray], bands: dict[str,
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
