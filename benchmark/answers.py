@@ -1,6 +1,8 @@
-"""Reads what models write: the program in an answer (`extract_code`) and the final number of a solution (`extract_answer`, `answers_equal`).
+"""Reads what models write: the program in an answer (`extract_code`) and the final number of a solution
+(`extract_answer`, `answers_equal`).
 
-Both are rules, not judgement, and results depend on them: a change of either raises its version, which every summary names.
+Both are rules, not judgement, and results depend on them: a change of either raises its version, which every summary
+names.
 """
 
 import ast
@@ -12,7 +14,9 @@ EXTRACT_ANSWER_VERSION = 1
 
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n`]*$", re.M)
 PYTHON_LABELS = ("", "python", "py", "python3", "python2", "ipython", "pycon", "sage")
-CODE_START = re.compile(r"^(?:def |class |async def |import |from \S+ import|@\w|#|\"\"\"|'''|[A-Za-z_]\w*(?:\s*:[^=\n]+)?\s*=[^=])")
+CODE_START = re.compile(
+    r"^(?:def |class |async def |import |from \S+ import|@\w|#|\"\"\"|'''|[A-Za-z_]\w*(?:\s*:[^=\n]+)?\s*=[^=])"
+)
 PROSE = re.compile(r"^[A-Z][A-Za-z'’]*,?(?: [A-Za-z'’`]+[,.;:]?){2,}")
 
 
@@ -28,9 +32,10 @@ def defines(code, entry_point):
 def extract_code(text, entry_point=None):
     """The program in what a model wrote; leading spaces stay, so that a function body remains one.
 
-    In this order: what follows a closing </think>; the fenced blocks labelled as Python or not at all (also an unclosed one, and what precedes a
-    closing fence that was never opened): of several the last that defines entry_point, else the last that defines anything, else the first; without
-    fences the text without the prose before and after it.
+    In this order: what follows a closing </think>; the fenced blocks labelled as Python or not at all (also an
+    unclosed one, and what precedes a closing fence that was never opened): of several the last that defines
+    entry_point, else the last that defines anything, else the first; without fences the text without the prose
+    before and after it.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.rpartition("</think>")[2] if "</think>" in text else text
@@ -50,12 +55,23 @@ def _blocks(text):
         return []
     blocks, others = [], []
     before = text[: fences[0].start()]
-    if not fences[0][2] and re.search(r"^(?:[ \t]+\S|def |class |import |from |return\b)", before, re.M) and not _opens(fences):
+    if (
+        not fences[0][2]
+        and re.search(r"^(?:[ \t]+\S|def |class |import |from |return\b)", before, re.M)
+        and not _opens(fences)
+    ):
         blocks.append(before)  # the prompt opened the fence, the answer only closes it
         fences = fences[1:]
     while fences:
         opening, rest = fences[0], fences[1:]
-        closing = next((fence for fence in rest if not fence[2] and fence[1][0] == opening[1][0] and len(fence[1]) >= len(opening[1])), None)
+        closing = next(
+            (
+                fence
+                for fence in rest
+                if not fence[2] and fence[1][0] == opening[1][0] and len(fence[1]) >= len(opening[1])
+            ),
+            None,
+        )
         body = text[opening.end() + 1 : closing.start() if closing else len(text)]
         (blocks if opening[2].lower() in PYTHON_LABELS else others).append(_dedented(body, opening))
         fences = [fence for fence in rest if closing and fence.start() > closing.start()]
@@ -95,17 +111,24 @@ def _without_prose(text):
 def complete(prompt, completion, entry_point, imports="", whole_prefix=None):
     """The program that `completion` stands for.
 
-    A completion that defines the entry point is a whole program and goes behind `whole_prefix` (what it may take for granted; default: the imports), any other one
-    continues the prompt. A body whose first line, or every line, lost its indentation gets it back.
+    A completion that defines the entry point is a whole program and goes behind `whole_prefix` (what it may take for
+    granted; default: the imports), any other one continues the prompt. A body whose first line, or every line, lost
+    its indentation gets it back.
     """
     code = extract_code(completion, entry_point)
     if defines(code, entry_point):
         futures = re.findall(r"^from __future__ import [^\n(]+$", code, re.M)  # they come first or not at all
-        return "\n".join([*futures, imports if whole_prefix is None else whole_prefix, code]) if imports or whole_prefix else code
+        return (
+            "\n".join([*futures, imports if whole_prefix is None else whole_prefix, code])
+            if imports or whole_prefix
+            else code
+        )
     lines = code.split("\n")
     first = next((i for i, line in enumerate(lines) if line.strip()), None)
     last = prompt.rstrip(" ").rpartition("\n")[2]
-    open_indent = len(prompt) - len(prompt.rstrip(" ")) if not last else 0  # the prompt ends in the indentation of the body (LeetCode)
+    open_indent = (
+        len(prompt) - len(prompt.rstrip(" ")) if not last else 0
+    )  # the prompt ends in the indentation of the body (LeetCode)
     if open_indent:
         prompt = prompt[: len(prompt) - open_indent]
         if first is not None and not lines[first].startswith(" " * open_indent):
@@ -125,12 +148,17 @@ def complete(prompt, completion, entry_point, imports="", whole_prefix=None):
 
 # ---------------------------------------------------------------- numbers
 
-WIDE = str.maketrans("０１２３４５６７８９．，％（）＋－＝：／＊＄￥﹕−–×÷·∶％＜＞［］", "0123456789.,%()+-=:/*$¥:--*/*:%<>[]")
+WIDE = str.maketrans(
+    "０１２３４５６７８９．，％（）＋－＝：／＊＄￥﹕−–×÷·∶％＜＞［］", "0123456789.,%()+-=:/*$¥:--*/*:%<>[]"
+)
 ANSWER_MARK = re.compile(
-    r"(?:####|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)|answer\s+to\s+the\s+\w+\s+is|答案?\s*(?:是|为|:|=)|答\s*:|因此|所以结果(?:是|为))\s*:?\s*", re.I
+    r"(?:####|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)|answer\s+to\s+the\s+\w+\s+is|答案?\s*(?:是|为|:|=)|答\s*:|因此|所以结果(?:是|为))\s*:?\s*",
+    re.I,
 )
 EXPRESSION = re.compile(r"[-+]?[(\d.][\d.,+\-*/()%^ :\[\]]*")
-NUMBER = re.compile(r"-?(?:\d+\(\d+/\d+\)|\(\d+/\d+\)|\d+(?:\.\d+)?\s*/\s*\d+(?:\.\d+)?(?![\d.])|\d[\d,]*(?:\.\d+)?|\.\d+)\s*%?")
+NUMBER = re.compile(
+    r"-?(?:\d+\(\d+/\d+\)|\(\d+/\d+\)|\d+(?:\.\d+)?\s*/\s*\d+(?:\.\d+)?(?![\d.])|\d[\d,]*(?:\.\d+)?|\.\d+)\s*%?"
+)
 
 
 def plain_text(text):
@@ -142,9 +170,22 @@ def plain_text(text):
         text = re.sub(r"(?<=\d)\s*\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
         text = re.sub(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
     text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r"(\1/\2)", text)
-    text = text.replace("\\times", "*").replace("\\cdot", "*").replace("\\div", "/").replace("\\%", "%").replace("\\$", "").replace("^", "**")
-    text = text.replace("$", "").replace("¥", "").replace("{", "(").replace("}", ")").replace("[", "(").replace("]", ")")
-    text = re.sub(r"(\d+)\s*又\s*\(?\s*(\d+)\s*(?:/|分之)\s*(\d+)\s*\)?", r"\1(\2/\3)", text) if "分之" not in text else _chinese_fraction(text)
+    text = (
+        text.replace("\\times", "*")
+        .replace("\\cdot", "*")
+        .replace("\\div", "/")
+        .replace("\\%", "%")
+        .replace("\\$", "")
+        .replace("^", "**")
+    )
+    text = (
+        text.replace("$", "").replace("¥", "").replace("{", "(").replace("}", ")").replace("[", "(").replace("]", ")")
+    )
+    text = (
+        re.sub(r"(\d+)\s*又\s*\(?\s*(\d+)\s*(?:/|分之)\s*(\d+)\s*\)?", r"\1(\2/\3)", text)
+        if "分之" not in text
+        else _chinese_fraction(text)
+    )
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
@@ -154,12 +195,15 @@ def _chinese_fraction(text):
 
 
 def evaluate_number(text):
-    """The value of a number, mixed fraction such as 4(5/11), percentage, ratio or arithmetic expression as a Fraction, or None."""
+    """The value of a number, mixed fraction such as 4(5/11), percentage, ratio or arithmetic expression as a
+    Fraction, or None."""
     text = plain_text(text).strip().strip(".。．;；,， ").replace(" ", "")
     text = re.sub(r"(\d+)\(\((\d+)\)/\((\d+)\)\)", r"\1(\2/\3)", text)
     text = re.sub(r"(?<![\d.)])(\d+)\((\d+)/(\d+)\)", r"(\1+\2/\3)", text)  # a mixed number, not a product
-    text = re.sub(r"(\d+(?:\.\d+)?|\))%", r"\1/100", text) if re.fullmatch(r"[^%]*%", text) and not re.search(r"[*/+(-]", text[1:]) else re.sub(
-        r"(\d+(?:\.\d+)?)%", r"(\1/100)", text
+    text = (
+        re.sub(r"(\d+(?:\.\d+)?|\))%", r"\1/100", text)
+        if re.fullmatch(r"[^%]*%", text) and not re.search(r"[*/+(-]", text[1:])
+        else re.sub(r"(\d+(?:\.\d+)?)%", r"(\1/100)", text)
     )
     text = re.sub(r"^(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)$", r"\1/\2", text)
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)
@@ -204,15 +248,20 @@ def _boxed(text):
 
 
 def extract_answer(text):
-    """The final answer in a solution, as text: the last \\boxed{}, else what follows the last mark (####, "the answer is", 答案是), else what follows
-    x=, else the last number. Of an equation the right side. "" when there is none."""
+    """The final answer in a solution, as text: the last \\boxed{}, else what follows the last mark (####, "the
+    answer is", 答案是), else what follows x=, else the last number. Of an equation the right side. "" when there is
+    none."""
     text = str(text).replace("\r\n", "\n")
     text = text.rpartition("</think>")[2] if "</think>" in text else text
     boxed = _boxed(text)
     if boxed is not None:
         return _right_side(boxed)
     text = plain_text(text.replace("**", " ") if re.search(r"\*\*[^*\n]*[^\d*\n(][^*\n]*\*\*", text) else text)
-    marks = [mark for mark in ANSWER_MARK.finditer(text) if NUMBER.search(text[mark.end() :].split("\n")[0] or "") or mark[0].startswith("####")]
+    marks = [
+        mark
+        for mark in ANSWER_MARK.finditer(text)
+        if NUMBER.search(text[mark.end() :].split("\n")[0] or "") or mark[0].startswith("####")
+    ]
     if marks:
         line = text[marks[-1].end() :].lstrip().split("\n")[0]
         found = _right_side(line)
@@ -244,8 +293,9 @@ def _right_side(text):
 def answers_equal(answer, gold):
     """Whether an extracted answer has the value of the gold answer.
 
-    Values are compared exactly as fractions; a decimal of at least two places stands for what rounds to it, within half a percent. A percentage is its value, but where
-    gold has no percent sign (GSM8K) `20%` also stands for 20. What is no number is compared as text.
+    Values are compared exactly as fractions; a decimal of at least two places stands for what rounds to it, within
+    half a percent. A percentage is its value, but where gold has no percent sign (GSM8K) `20%` also stands for 20.
+    What is no number is compared as text.
     """
     answer, gold = str(answer), str(gold)
     mine, theirs = evaluate_number(_right_side(answer) if answer.strip() else ""), evaluate_number(_right_side(gold))
@@ -264,6 +314,10 @@ def _close(mine, theirs, answer, gold):
         return True
     for rounded, exact, text in ((mine, theirs, answer), (theirs, mine, gold)):
         decimals = re.fullmatch(r"\s*[-+]?\d*\.(\d{2,})\s*", _right_side(text))
-        if decimals and abs(rounded - exact) <= Fraction(1, 2 * 10 ** len(decimals[1])) and abs(rounded - exact) <= abs(exact) / 200:
+        if (
+            decimals
+            and abs(rounded - exact) <= Fraction(1, 2 * 10 ** len(decimals[1]))
+            and abs(rounded - exact) <= abs(exact) / 200
+        ):
             return True
     return False

@@ -1,16 +1,23 @@
-"""Evaluates a model, or given completions, on code and math problems by executing programs and comparing final answers.
+"""Evaluates a model, or given completions, on code and math problems by executing programs and comparing final
+answers.
 
-    python benchmark/evaluate.py --task humaneval --data HumanEval.jsonl.gz --samples completions.jsonl --output_dir output/he
-    python benchmark/evaluate.py --task mbpp --model deepseek-ai/deepseek-coder-6.7b-instruct --prompt_style chat --output_dir output/mbpp
-    python benchmark/evaluate.py --task gsm8k --model output/ppo/policy --num_samples 5 --temperature 0.8 --reward_model output/rm --output_dir output/bon
+    python benchmark/evaluate.py --task humaneval --data HumanEval.jsonl.gz --samples completions.jsonl \\
+        --output_dir output/he
+    python benchmark/evaluate.py --task mbpp --model deepseek-ai/deepseek-coder-6.7b-instruct --prompt_style chat \\
+        --output_dir output/mbpp
+    python benchmark/evaluate.py --task gsm8k --model output/ppo/policy --num_samples 5 --temperature 0.8 \\
+        --reward_model output/rm --output_dir output/bon
 
 1. Read the problems (`--data FILE` in the published format, else from the hub) and check them.
-2. Read the completions (`--samples FILE.jsonl` with `task_id` and `completion`), or generate them with `--model`, and check them.
-3. Grade: programs in `benchmark.grading`, final answers in `benchmark.answers`. Each verdict is written as it comes; a run that broke off goes on where it was.
+2. Read the completions (`--samples FILE.jsonl` with `task_id` and `completion`), or generate them with `--model`,
+   and check them.
+3. Grade: programs in `benchmark.grading`, final answers in `benchmark.answers`. Each verdict is written as it comes;
+   a run that broke off goes on where it was.
 4. Score the completions with `--reward_model`, for best-of-1 and best-of-n.
 5. Print a table; leave DIR/summary.json and DIR/verdicts.jsonl (one line per problem, in the order of the data).
 
-pass@1 is greedy unless `--temperature` says otherwise, at a fixed batch size and dtype (both move it), with its standard error: a difference inside it is no result.
+pass@1 is greedy unless `--temperature` says otherwise, at a fixed batch size and dtype (both move it), with its
+standard error: a difference inside it is no result.
 """
 
 import gzip
@@ -42,24 +49,29 @@ class Args:
     task: Literal["humaneval", "mbpp", "leetcode", "gsm8k", "ape210k", "cmath", "minicode"]
     """the benchmark; it decides the fields of the data, the prompt and the grader"""
     data: str = ""
-    """problems in the published format: .jsonl, .json (an array or one object per line), .parquet, each also .gz; empty: from the hub (HUB below)"""
+    """problems in the published format: .jsonl, .json (an array or one object per line), .parquet, each also .gz;
+    empty: from the hub (HUB below)"""
     split: Literal["auto", "test", "all"] = "auto"
-    """mbpp only: `test` takes ids 11 to 510, `all` takes all; `auto` is `test` for mbpp.jsonl (974 problems) and `all` for every other file"""
+    """mbpp only: `test` takes ids 11 to 510, `all` takes all; `auto` is `test` for mbpp.jsonl (974 problems) and
+    `all` for every other file"""
     limit: int = 0
     """only the first problems; 0: all"""
     output_dir: str = "output/evaluate"
     """folder for everything this run writes; a folder with another run in it is refused, the same run is continued"""
     # completions
     samples: str = ""
-    """JSONL with `task_id` and `completion` (what follows the prompt, or a whole program, fenced or bare; for math the solution text)"""
+    """JSONL with `task_id` and `completion` (what follows the prompt, or a whole program, fenced or bare; for math
+    the solution text)"""
     allow_missing: bool = False
     """count problems without a completion as failed instead of refusing the file"""
     model: str = ""
-    """folder or hub id of a causal language model that writes the completions; exactly one of `samples` and `model` is given"""
+    """folder or hub id of a causal language model that writes the completions; exactly one of `samples` and `model`
+    is given"""
     prompt_style: Literal["completion", "chat"] = "completion"
     """`completion` hands the model the bare prompt, `chat` an instruction through its chat template"""
     reference: bool = False
-    """instead of `samples` or `model`: grade the data's own solutions, and a broken form of each, which should fail (WEAK_TESTS lists what does not)"""
+    """instead of `samples` or `model`: grade the data's own solutions, and a broken form of each, which should fail
+    (WEAK_TESTS lists what does not)"""
     num_samples: int = 1
     """completions per problem (n); above 1 pass@k is estimated from them without bias"""
     temperature: float = 0.0
@@ -76,7 +88,8 @@ class Args:
     """of sampling; greedy decoding does not use it"""
     # best of n
     reward_model: str = ""
-    """folder of `rm_single.py`: adds best-of-1 and best-of-n, n being num_samples, the response of highest reward per problem"""
+    """folder of `rm_single.py`: adds best-of-1 and best-of-n, n being num_samples, the response of highest reward
+    per problem"""
     # grading
     wall_seconds: float = WALL_SECONDS
     """wall time for a whole program with all its tests"""
@@ -90,22 +103,36 @@ class Args:
     """show progress bars"""
 
 
-MBPP_TEST = ("google-research-datasets/mbpp", "full", "test")  # with --split test: the 500 problems; without, the base set of 378
+MBPP_TEST = (
+    "google-research-datasets/mbpp",
+    "full",
+    "test",
+)  # with --split test: the 500 problems; without, the base set of 378
 HUB = {  # task -> repository, configuration, split
-    "humaneval": ("openai/openai_humaneval", None, "test"), "mbpp": ("evalplus/mbppplus", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"), "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "test"),
-    "cmath": ("weitianwen/cmath", None, "test"), "leetcode": None, "minicode": None,
-}  # fmt: skip
+    "humaneval": ("openai/openai_humaneval", None, "test"),
+    "mbpp": ("evalplus/mbppplus", None, "test"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "test"),
+    "cmath": ("weitianwen/cmath", None, "test"),
+    "leetcode": None,
+    "minicode": None,
+}
 
 # What LeetCode programs take for granted; the builtins come last, because math and operator have another pow.
-LEETCODE_IMPORTS = "\n".join(
-    f"from {module} import *"
-    for module in "typing collections itertools functools heapq bisect math string operator datetime random copy re builtins".split()
-) + "\nimport collections, itertools, functools, heapq, bisect, math, string, operator, random, copy, re, sys\n"
+LEETCODE_IMPORTS = (
+    "\n".join(
+        f"from {module} import *"
+        for module in (
+            "typing collections itertools functools heapq bisect math string operator datetime random copy re builtins"
+        ).split()
+    )
+    + "\nimport collections, itertools, functools, heapq, bisect, math, string, operator, random, copy, re, sys\n"
+)
 STOP_STRINGS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nassert ", "\n@", "\nfrom ", "\nimport ", "\n```")
 
-# Problems whose published tests pass a broken reference solution (one whose every answer is off, or the first answer given again and again): a pass says little there.
-# Mbpp/82 and /85 allow a relative error of .001, more than 1 in their answers; HumanEval/34 has a single test.
+# Problems whose published tests pass a broken reference solution (one whose every answer is off, or the first answer
+# given again and again): a pass says little there. Mbpp/82 and /85 allow a relative error of .001, more than 1 in
+# their answers; HumanEval/34 has a single test.
 WEAK_TESTS = {"humaneval": ("HumanEval/34",), "mbpp": ("82", "85")}
 BROKEN = """
 
@@ -165,7 +192,8 @@ class Problem:
 
 
 def read_records(path):
-    """[(place, record)] of a .jsonl, .json or .parquet file, gzipped or not. `place` names file and line for messages."""
+    """[(place, record)] of a .jsonl, .json or .parquet file, gzipped or not. `place` names file and line for
+    messages."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -192,7 +220,9 @@ def read_records(path):
                 try:
                     records.append((f"{path}, line {number}", json.loads(line)))
                 except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}: malformed JSON ({error.msg}); every line must hold one object") from None
+                    raise InputError(
+                        f"{path}, line {number}: malformed JSON ({error.msg}); every line must hold one object"
+                    ) from None
     for place, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{place}: expected a JSON object, found {type(record).__name__}")
@@ -220,11 +250,16 @@ def need(record, place, *names):
 def humaneval_problem(record, place, _):
     prompt, entry_point = need(record, place, "prompt"), need(record, place, "entry_point")
     return Problem(
-        str(need(record, place, "task_id")), prompt,
-        f"Complete the following Python function. Answer with the whole program in one code block.\n```python\n{prompt.strip()}\n```",
-        tests=need(record, place, "test"), entry_point=entry_point, helpers=prompt, whole_prefix=prompt,
+        str(need(record, place, "task_id")),
+        prompt,
+        "Complete the following Python function. Answer with the whole program in one code block.\n"
+        f"```python\n{prompt.strip()}\n```",
+        tests=need(record, place, "test"),
+        entry_point=entry_point,
+        helpers=prompt,
+        whole_prefix=prompt,
         reference=record.get("canonical_solution") or "",
-    )  # fmt: skip
+    )
 
 
 def mbpp_problem(record, place, _):
@@ -239,30 +274,39 @@ def mbpp_problem(record, place, _):
         raise InputError(f"{place}: no entry_point, and none can be read from the first test: {tests[0]!r}")
     shown = "\n".join(tests[:3])
     return Problem(
-        str(need(record, place, "task_id")), f'"""\n{description}\n{tests[0]}\n"""\n',
+        str(need(record, place, "task_id")),
+        f'"""\n{description}\n{tests[0]}\n"""\n',
         f"{description}\nYour code should pass these tests:\n{shown}\nAnswer with the whole program in one code block.",
-        tests="\n".join([*filter(None, setup), *tests]), entry_point=entry_point, whole_prefix="",
+        tests="\n".join([*filter(None, setup), *tests]),
+        entry_point=entry_point,
+        whole_prefix="",
         reference=record.get("code") or "",
-    )  # fmt: skip
+    )
 
 
 def leetcode_problem(record, place, _):
     prompt = need(record, place, "prompt")
     return Problem(
-        str(need(record, place, "task_id")), prompt,
+        str(need(record, place, "task_id")),
+        prompt,
         f"{record.get('prompt_sft') or prompt}\nAnswer with the whole class in one code block.",
-        tests=need(record, place, "test"), entry_point="Solution", imports=LEETCODE_IMPORTS,
+        tests=need(record, place, "test"),
+        entry_point="Solution",
+        imports=LEETCODE_IMPORTS,
         tags={"difficulty": (record.get("meta") or {}).get("difficulty", "")},
-    )  # fmt: skip
+    )
 
 
 def minicode_problem(record, place, _):
     tests = need(record, place, "tests")
     return Problem(
-        str(need(record, place, "task_id")), need(record, place, "prompt"), need(record, place, "prompt"),
-        tests=tests if isinstance(tests, str) else "\n".join(tests), entry_point=need(record, place, "entry_point"),
+        str(need(record, place, "task_id")),
+        need(record, place, "prompt"),
+        need(record, place, "prompt"),
+        tests=tests if isinstance(tests, str) else "\n".join(tests),
+        entry_point=need(record, place, "entry_point"),
         reference=record.get("canonical_solution") or "",
-    )  # fmt: skip
+    )
 
 
 def math_problem(record, place, index):
@@ -270,16 +314,23 @@ def math_problem(record, place, index):
     gold = str(need(record, place, "golden", "ans", "answer", "result"))
     gold = gold.rpartition("####")[2].strip()
     chinese = bool(re.search(r"[\u4e00-\u9fff]", question))
-    ask = "请一步一步解答，最后一行写“答案是 ”和结果。" if chinese else "Solve step by step and end with a line `The answer is` and the number."
+    ask = (
+        "请一步一步解答，最后一行写“答案是 ”和结果。"
+        if chinese
+        else "Solve step by step and end with a line `The answer is` and the number."
+    )
     identity = next((record[name] for name in ("task_id", "id") if record.get(name) is not None), index)
     prompt = f"问题：{question}\n解答：" if chinese else f"Question: {question}\nAnswer:"
     return Problem(str(identity), prompt, f"{question}\n{ask}", gold=gold)
 
 
 BUILDERS = {
-    "humaneval": humaneval_problem, "mbpp": mbpp_problem, "leetcode": leetcode_problem, "minicode": minicode_problem,
+    "humaneval": humaneval_problem,
+    "mbpp": mbpp_problem,
+    "leetcode": leetcode_problem,
+    "minicode": minicode_problem,
     **dict.fromkeys(MATH_TASKS, math_problem),
-}  # fmt: skip
+}
 
 
 def load_problems(args):
@@ -295,12 +346,21 @@ def load_problems(args):
         name, config, split = MBPP_TEST if args.task == "mbpp" and args.split == "test" else HUB[args.task]
         source = f"{name} ({split})"
         try:
-            records = [(f"{source}, row {i + 1}", dict(row)) for i, row in enumerate(datasets.load_dataset(name, config, split=split))]
+            records = [
+                (f"{source}, row {i + 1}", dict(row))
+                for i, row in enumerate(datasets.load_dataset(name, config, split=split))
+            ]
         except Exception as error:  # noqa: BLE001  many kinds, none of them ours
-            raise InputError(f"{source} cannot be loaded from the hub ({type(error).__name__}: {error}); give --data FILE") from None
+            raise InputError(
+                f"{source} cannot be loaded from the hub ({type(error).__name__}: {error}); give --data FILE"
+            ) from None
     original = args.task == "mbpp" and len(records) == 974
     if args.task == "mbpp" and (args.split == "test" or args.split == "auto" and original):
-        records = [(place, record) for place, record in records if str(record.get("task_id")).isdigit() and 11 <= int(record["task_id"]) <= 510]
+        records = [
+            (place, record)
+            for place, record in records
+            if str(record.get("task_id")).isdigit() and 11 <= int(record["task_id"]) <= 510
+        ]
     problems, places = [], {}
     for index, (place, record) in enumerate(records):
         problem = BUILDERS[args.task](record, place, index)
@@ -335,7 +395,8 @@ def read_samples(path, problems, num_samples, allow_missing):
             raise InputError(f"{place}: missing completion: field `completion` of {given!r} must be a string")
         if len(found[task_id]) == num_samples:
             raise InputError(
-                f"{place}: duplicate task id {given!r} (first at {places[task_id]}); with n completions per problem say --num_samples n"
+                f"{place}: duplicate task id {given!r} (first at {places[task_id]}); "
+                "with n completions per problem say --num_samples n"
             )
         places.setdefault(task_id, place)
         found[task_id].append(record["completion"])
@@ -343,7 +404,8 @@ def read_samples(path, problems, num_samples, allow_missing):
     if missing and not allow_missing:
         some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise InputError(
-            f"{path}: missing completion for {len(missing)} of {len(problems)} problems: {some}; add them, or count them as failed with --allow_missing"
+            f"{path}: missing completion for {len(missing)} of {len(problems)} problems: {some}; "
+            "add them, or count them as failed with --allow_missing"
         )
     return found
 
@@ -359,7 +421,8 @@ def cut(text, problem, task, style):
 
 
 def generate(args, problems, kept, keep):
-    """Fills `kept` ({(task id, sample): completion}) with what is missing, batch by batch, calling keep(task id, sample, completion) for each."""
+    """Fills `kept` ({(task id, sample): completion}) with what is missing, batch by batch, calling keep(task id,
+    sample, completion) for each."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -371,13 +434,22 @@ def generate(args, problems, kept, keep):
         raise InputError(f"--model {args.model}: cannot be read ({str(error).splitlines()[0]})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    eos = model.generation_config.eos_token_id if args.prompt_style == "chat" else None  # chat models end their turn with a token of their own
+    eos = (
+        model.generation_config.eos_token_id if args.prompt_style == "chat" else None
+    )  # chat models end their turn with a token of their own
     # Complete, so that nothing is inherited from the checkpoint's generation_config.json.
     config = GenerationConfig(
-        do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0, top_p=1.0, num_beams=1, repetition_penalty=1.0,
-        max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=eos or tokenizer.eos_token_id,
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_k=0,
+        top_p=1.0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos or tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
+    )
     model.generation_config = config
     wanted = [(problem, sample) for problem in problems for sample in range(args.num_samples)]
     if args.prompt_style == "chat" and not tokenizer.chat_template:
@@ -389,20 +461,36 @@ def generate(args, problems, kept, keep):
             return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return problem.prompt.rstrip(" ") if problem.prompt.rstrip(" ").endswith("\n") else problem.prompt
 
-    for start in range(0, len(wanted), args.batch_size):  # a batch is always the same problems, so a continued run generates the same
+    for start in range(
+        0, len(wanted), args.batch_size
+    ):  # a batch is always the same problems, so a continued run generates the same
         batch = wanted[start : start + args.batch_size]
         if all((problem.task_id, sample) in kept for problem, sample in batch):
             continue
         torch.manual_seed(args.seed * 1_000_003 + start)
-        inputs = tokenizer([text_of(problem) for problem, _ in batch], return_tensors="pt", padding=True, add_special_tokens=args.prompt_style != "chat")
-        inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}  # generate derives positions from the mask
+        inputs = tokenizer(
+            [text_of(problem) for problem, _ in batch],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=args.prompt_style != "chat",
+        )
+        inputs = {
+            name: inputs[name].to(device) for name in ("input_ids", "attention_mask")
+        }  # generate derives positions from the mask
         with torch.no_grad():
             output = model.generate(**inputs, generation_config=config)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts = tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         for (problem, sample), text in zip(batch, texts):
             keep(problem.task_id, sample, cut(text, problem, args.task, args.prompt_style))
         if args.progress:
-            print(f"\rgenerating {min(start + args.batch_size, len(wanted))}/{len(wanted)}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\rgenerating {min(start + args.batch_size, len(wanted))}/{len(wanted)}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
     if args.progress:
         print(file=sys.stderr)
 
@@ -414,7 +502,13 @@ def item_of(problem, completion, args):
     """The arguments of `benchmark.grading.grade` for one completion."""
     program = answers.complete(problem.prompt, completion, problem.entry_point, problem.imports, problem.whole_prefix)
     limits = {"wall_seconds": args.wall_seconds, "cpu_seconds": args.cpu_seconds, "memory_bytes": args.memory_bytes}
-    return {"program": program, "tests": problem.tests, "entry_point": problem.entry_point, "helpers": problem.helpers, **limits}
+    return {
+        "program": program,
+        "tests": problem.tests,
+        "entry_point": problem.entry_point,
+        "helpers": problem.helpers,
+        **limits,
+    }
 
 
 def grade_math(problem, completion):
@@ -439,7 +533,8 @@ def standard_error(rates, num_samples):
 
 
 class Store:
-    """Verdicts of a run, appended as they come (one line per problem, once all its completions are graded), and its settings."""
+    """Verdicts of a run, appended as they come (one line per problem, once all its completions are graded), and its
+    settings."""
 
     def __init__(self, args, problems):
         self.folder = Path(args.output_dir)
@@ -447,16 +542,27 @@ class Store:
         ignored = ("output_dir", "workers", "progress", "device")
         digest = {name: file_digest(getattr(args, name)) for name in ("data", "samples") if getattr(args, name)}
         versions = {"extract_code": answers.EXTRACT_CODE_VERSION, "extract_answer": answers.EXTRACT_ANSWER_VERSION}
-        self.settings = {**{k: v for k, v in asdict(args).items() if k not in ignored}, "digest": digest, "versions": versions}
+        self.settings = {
+            **{k: v for k, v in asdict(args).items() if k not in ignored},
+            "digest": digest,
+            "versions": versions,
+        }
         self.verdicts = {}
         settings_path = self.folder / "settings.json"
         if settings_path.is_file():
             found = json.loads(settings_path.read_text())
             if found != self.settings:
-                changed = sorted(name for name in {*found, *self.settings} if found.get(name) != self.settings.get(name))
-                raise InputError(f"{self.folder} holds another run (differing: {', '.join(changed)}); give another --output_dir or remove it")
+                changed = sorted(
+                    name for name in {*found, *self.settings} if found.get(name) != self.settings.get(name)
+                )
+                raise InputError(
+                    f"{self.folder} holds another run (differing: {', '.join(changed)}); "
+                    "give another --output_dir or remove it"
+                )
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty and holds no run of this script; give another --output_dir or remove it")
+            raise InputError(
+                f"{self.folder} is not empty and holds no run of this script; give another --output_dir or remove it"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_aside(settings_path, json.dumps(self.settings, indent=1))
         known = {problem.task_id for problem in problems}
@@ -529,12 +635,17 @@ def grade_all(args, problems, completions, store):
 
     current = None
     try:
-        grade_many([item for _, _, item in todo], workers=args.workers or None, progress=args.progress, on_result=on_result)
+        grade_many(
+            [item for _, _, item in todo], workers=args.workers or None, progress=args.progress, on_result=on_result
+        )
     except GradingError as error:
         current = error
     if current is not None:
         done = len(store.verdicts)
-        raise GradingError(f"{current} ({done} of {len(problems)} problems are graded and kept in {store.path}; the same command continues)")
+        raise GradingError(
+            f"{current} ({done} of {len(problems)} problems are graded and kept in {store.path}; "
+            "the same command continues)"
+        )
 
 
 def weak_tests(args, problems):
@@ -563,7 +674,10 @@ def best_of(problems, store, completions, scores):
     """(best-of-1, best-of-n): pass rate of the first response, and of the one of highest reward, per problem."""
     first, best = [], []
     for problem in problems:
-        passes = [result["passed"] for result in store.verdicts[problem.task_id].get("results", [store.verdicts[problem.task_id]])]
+        passes = [
+            result["passed"]
+            for result in store.verdicts[problem.task_id].get("results", [store.verdicts[problem.task_id]])
+        ]
         mine = scores[problem.task_id]
         first.append(passes[0])
         best.append(passes[max(range(len(mine)), key=mine.__getitem__)])
@@ -583,9 +697,13 @@ def check(args):
     if args.model and args.num_samples > 1 and args.temperature == 0:
         raise InputError("--num_samples above 1 needs --temperature above 0: greedy completions are all the same")
     if args.reward_model and not (Path(args.reward_model) / "reward_head.safetensors").is_file():
-        raise InputError(f"--reward_model {args.reward_model}: no reward_head.safetensors there; give a folder of rm_single.py")
+        raise InputError(
+            f"--reward_model {args.reward_model}: no reward_head.safetensors there; give a folder of rm_single.py"
+        )
     if args.model and Path(args.model).is_dir() and not (Path(args.model) / "config.json").is_file():
-        raise InputError(f"--model {args.model}: no config.json there; give a folder that save_pretrained wrote, or a hub id")
+        raise InputError(
+            f"--model {args.model}: no config.json there; give a folder that save_pretrained wrote, or a hub id"
+        )
 
 
 def main(args):
@@ -599,7 +717,9 @@ def main(args):
     if args.reference:
         without = [problem.task_id for problem in problems if not problem.reference]
         if without or args.task in MATH_TASKS:
-            raise InputError(f"--reference: {args.data or args.task} has no reference solution for {without[:3] or 'its problems'}")
+            raise InputError(
+                f"--reference: {args.data or args.task} has no reference solution for {without[:3] or 'its problems'}"
+            )
         completions = {problem.task_id: [problem.reference] for problem in problems}
     store = Store(args, problems)
     if completions is None:
@@ -615,32 +735,54 @@ def main(args):
             def keep(task_id, sample, completion):
                 if (task_id, sample) not in kept:
                     kept[task_id, sample] = completion
-                    file.write(json.dumps({"task_id": task_id, "sample": sample, "completion": completion}, ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps({"task_id": task_id, "sample": sample, "completion": completion}, ensure_ascii=False)
+                        + "\n"
+                    )
                     file.flush()
 
             generate(args, problems, kept, keep)
-        completions = {problem.task_id: [kept[problem.task_id, sample] for sample in range(args.num_samples)] for problem in problems}
+        completions = {
+            problem.task_id: [kept[problem.task_id, sample] for sample in range(args.num_samples)]
+            for problem in problems
+        }
     # 3. verdicts
     grade_all(args, problems, completions, store)
-    counts = [(len(v["results"]), v["num_passed"]) if "results" in v else (1, int(v["passed"])) for v in (store.verdicts[p.task_id] for p in problems)]
+    counts = [
+        (len(v["results"]), v["num_passed"]) if "results" in v else (1, int(v["passed"]))
+        for v in (store.verdicts[p.task_id] for p in problems)
+    ]
     rates = [c / n for n, c in counts]
     ks = [k for k in (1, 5, 10, 100) if k <= args.num_samples]
     summary = {
-        "task": args.task, "passed": sum(c > 0 if n == 1 else store.verdicts[p.task_id]["passed"] for p, (n, c) in zip(problems, counts)),
-        "total": len(problems), "pass1": sum(rates) / len(rates), "pass1_se": standard_error(rates, args.num_samples),
+        "task": args.task,
+        "passed": sum(c > 0 if n == 1 else store.verdicts[p.task_id]["passed"] for p, (n, c) in zip(problems, counts)),
+        "total": len(problems),
+        "pass1": sum(rates) / len(rates),
+        "pass1_se": standard_error(rates, args.num_samples),
         "pass_at_k": {str(k): sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks},
-    }  # fmt: skip
+    }
     if args.task == "leetcode":
         groups = {}
         for problem, rate in zip(problems, rates):
             groups.setdefault(problem.tags["difficulty"], []).append(rate)
-        summary["by_difficulty"] = {name: {"pass1": sum(some) / len(some), "total": len(some)} for name, some in sorted(groups.items())}
+        summary["by_difficulty"] = {
+            name: {"pass1": sum(some) / len(some), "total": len(some)} for name, some in sorted(groups.items())
+        }
     if args.reference:
         summary["weak_tests"] = weak_tests(args, problems)
     # 4. best of n
     if args.reward_model:
         pairs = [(problem, text) for problem in problems for text in completions[problem.task_id]]
-        flat = iter(reward_scores(args.reward_model, [problem.prompt for problem, _ in pairs], [text for _, text in pairs], args.batch_size, args.device))
+        flat = iter(
+            reward_scores(
+                args.reward_model,
+                [problem.prompt for problem, _ in pairs],
+                [text for _, text in pairs],
+                args.batch_size,
+                args.device,
+            )
+        )
         scores = {problem.task_id: [next(flat) for _ in completions[problem.task_id]] or [0.0] for problem in problems}
         summary["best_of"] = dict(zip(("1", str(args.num_samples)), best_of(problems, store, completions, scores)))
     # 5. report
@@ -651,9 +793,17 @@ def main(args):
 
 
 def table(summary):
-    rows = [(f"pass@1 ({summary['passed']}/{summary['total']})", f"{100 * summary['pass1']:.1f} ± {100 * summary['pass1_se']:.1f}")]
+    rows = [
+        (
+            f"pass@1 ({summary['passed']}/{summary['total']})",
+            f"{100 * summary['pass1']:.1f} ± {100 * summary['pass1_se']:.1f}",
+        )
+    ]
     rows += [(f"pass@{k}", f"{100 * value:.1f}") for k, value in summary["pass_at_k"].items() if k != "1"]
-    rows += [(f"pass@1 {name or 'unnamed'} ({group['total']})", f"{100 * group['pass1']:.1f}") for name, group in summary.get("by_difficulty", {}).items()]
+    rows += [
+        (f"pass@1 {name or 'unnamed'} ({group['total']})", f"{100 * group['pass1']:.1f}")
+        for name, group in summary.get("by_difficulty", {}).items()
+    ]
     rows += [("tests too weak", ", ".join(summary["weak_tests"]) or "none")] if "weak_tests" in summary else []
     rows += [(f"best of {n} by reward", f"{100 * value:.1f}") for n, value in summary.get("best_of", {}).items()]
     width = max(len(name) for name, _ in rows)

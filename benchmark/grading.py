@@ -3,14 +3,19 @@
     >>> grade("def double(x):\n    return 2 * x\n", "assert double(4) == 8", "double")
     {'passed': True, 'detail': 'all tests passed'}
 
-1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither (`benchmark/sandbox.py`). Plain data crosses.
-2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the program does not have.
-   A judge is trusted and serves job after job; a program's process is used once, then killed and waited for, with all that it started.
-3. Limits are on CPU time for the whole program. A program that runs out of wall time beside others is tried once more alone; alone, one that computes and only lacks a core
-   on a busy machine gets up to five times the wall limit, one that waits does not. So verdicts do not depend on the number of workers.
-4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests are at fault, not the program.
+1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither
+   (`benchmark/sandbox.py`). Plain data crosses.
+2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the
+   program does not have. A judge is trusted and serves job after job; a program's process is used once, then killed
+   and waited for, with all that it started.
+3. Limits are on CPU time for the whole program. A program that runs out of wall time beside others is tried once
+   more alone; alone, one that computes and only lacks a core on a busy machine gets up to five times the wall limit,
+   one that waits does not. So verdicts do not depend on the number of workers.
+4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests are at
+   fault, not the program.
 
-Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on standard error.
+Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on
+standard error.
 """
 
 import atexit
@@ -31,20 +36,24 @@ from collections import deque
 from pathlib import Path
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
-# The library of the project is not on the templates' path: they run one file, found by its place, in an empty environment with a fixed hash seed.
+# The library of the project is not on the templates' path: they run one file, found by its place, in an empty
+# environment with a fixed hash seed.
 BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), sys.argv[1], 'exec'))"
 START_SECONDS = 60  # for a template to start; more means that something is wrong
 
 END_SECONDS = 30  # for killed processes to be gone
 WALL_SECONDS = 10.0
 CPU_SECONDS = 12
-MOST_WALLS = 5  # times the wall limit that a program may take which runs alone, computes all the time and waits for cores
+MOST_WALLS = (
+    5  # times the wall limit that a program may take which runs alone, computes all the time and waits for cores
+)
 MEMORY_BYTES = 2 << 30
 JUDGE_BYTES = 4 << 30
 
 
 class GradingError(RuntimeError):
-    """Grading itself failed (tests that do not compile or are empty, a process that cannot start). Never a verdict on the program."""
+    """Grading itself failed (tests that do not compile or are empty, a process that cannot start). Never a verdict
+    on the program."""
 
 
 class Run:
@@ -84,9 +93,27 @@ class Template:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A new interpreter, not a fork: the caller may hold threads, a GPU, and the tests.
         self.process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-X", "utf8", "-c", BOOT, str(SANDBOX), role, str(theirs.fileno()), str(first_uid), self.base],
-            env={"PYTHONHASHSEED": "0"}, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, start_new_session=True,
+            [
+                sys.executable,
+                "-s",
+                "-S",
+                "-X",
+                "utf8",
+                "-c",
+                BOOT,
+                str(SANDBOX),
+                role,
+                str(theirs.fileno()),
+                str(first_uid),
+                self.base,
+            ],
+            env={"PYTHONHASHSEED": "0"},
+            cwd="/",
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         theirs.close()
         self.control.settimeout(START_SECONDS)
@@ -126,7 +153,8 @@ class Template:
 
 
 class Grader:
-    """Two templates and the loop that keeps several gradings under way. One per process; `grade` and `grade_many` share it."""
+    """Two templates and the loop that keeps several gradings under way. One per process; `grade` and `grade_many`
+    share it."""
 
     def __init__(self):
         if not sys.platform.startswith("linux"):
@@ -150,7 +178,8 @@ class Grader:
             template.close()  # its children end with it
 
     def run(self, jobs, workers, done):
-        """Grades jobs (dicts as of `as_job`), at most `workers` at a time; calls done(index, verdict) as each ends, in no order."""
+        """Grades jobs (dicts as of `as_job`), at most `workers` at a time; calls done(index, verdict) as each ends,
+        in no order."""
         waiting, alone, active = deque(enumerate(jobs)), deque(), {}
         while waiting or alone or active:
             while waiting and len(active) < workers or not waiting and not active and alone:
@@ -181,7 +210,8 @@ class Grader:
                     if run.crowded:  # it is tried again alone, and there it counts how much it computes
                         self.expire(run)
                         continue
-                    # A program that computes may have waited for a core, one that sleeps has not: ask how far it has come, decide in `weigh`.
+                    # A program that computes may have waited for a core, one that sleeps has not: ask how far it has
+                    # come, decide in `weigh`.
                     run.deadline += run.job["wall"]
                     run.clocks.clear()
                     self.templates["program"].send({"clock": f"{name}:0"})
@@ -192,10 +222,17 @@ class Grader:
         slot = min(set(range(len(active) + 1)) - {run.slot for run in active.values()})
         judge = self.idle.pop() if self.idle else self.new_judge()
         run = judge.run = Run(name, index, job, slot, judge, again)
-        pairs = [socket.socketpair() for _ in range(run.programs)]  # the second for the part of the program that the tests' helpers come from
+        pairs = [
+            socket.socketpair() for _ in range(run.programs)
+        ]  # the second for the part of the program that the tests' helpers come from
         try:
             for number, (_, program_end) in enumerate(pairs):
-                request = {"fork": f"{name}:{number}", "slot": 2 * slot + number, "memory": job["memory"], "cpu": job["cpu"]}
+                request = {
+                    "fork": f"{name}:{number}",
+                    "slot": 2 * slot + number,
+                    "memory": job["memory"],
+                    "cpu": job["cpu"],
+                }
                 self.templates["program"].send(request, [program_end.fileno()])
             data = json.dumps(job).encode()
             data = struct.pack("!I", len(data)) + data
@@ -213,7 +250,9 @@ class Grader:
         name, self.next_id = self.next_id, self.next_id + 1
         mine, theirs = socket.socketpair()
         slot = min(set(range(len(self.judges) + 1)) - set(self.judges.values()))
-        self.templates["judge"].send({"fork": f"{name}:judge", "slot": slot, "memory": JUDGE_BYTES, "cpu": 0}, [theirs.fileno()])
+        self.templates["judge"].send(
+            {"fork": f"{name}:judge", "slot": slot, "memory": JUDGE_BYTES, "cpu": 0}, [theirs.fileno()]
+        )
         theirs.close()
         mine.settimeout(START_SECONDS)
         judge = Judge(name, mine)
@@ -253,7 +292,8 @@ class Grader:
             self.finish(run)
 
     def finish(self, run):
-        """The judge has spoken or is gone: the program's processes are ended, the judge is kept for the next job if it is clean."""
+        """The judge has spoken or is gone: the program's processes are ended, the judge is kept for the next job if
+        it is clean."""
         judge, run.judge.data = run.judge, b""
         run.deadline = time.monotonic() + END_SECONDS
         for number in range(run.programs):
@@ -339,7 +379,13 @@ atexit.register(close)
 
 
 def as_job(
-    program, tests, entry_point, helpers="", wall_seconds=WALL_SECONDS, cpu_seconds=CPU_SECONDS, memory_bytes=MEMORY_BYTES,
+    program,
+    tests,
+    entry_point,
+    helpers="",
+    wall_seconds=WALL_SECONDS,
+    cpu_seconds=CPU_SECONDS,
+    memory_bytes=MEMORY_BYTES,
 ):
     """Checks one item and puts it into the form that the judge reads."""
     tests = tests if isinstance(tests, str) else "\n".join(tests)
@@ -347,31 +393,46 @@ def as_job(
         raise GradingError("zero tests: `tests` is empty")
     if not isinstance(program, str) or not isinstance(entry_point, str) or not entry_point:
         raise GradingError("`program` and `entry_point` must be strings, the entry point not empty")
-    # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a process that holds that part of the program
-    # alone, so that what follows cannot change them.
+    # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a process that
+    # holds that part of the program alone, so that what follows cannot change them.
     prefix = re.split(rf"^(?:def|class) {re.escape(entry_point)}\b", program, maxsplit=1, flags=re.M)[0]
-    above = [] if helpers else [name for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if re.search(rf"\b{name}\b", tests)]
+    above = (
+        []
+        if helpers
+        else [name for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if re.search(rf"\b{name}\b", tests)]
+    )
     return {
-        "program": program, "tests": tests, "entry_point": entry_point, "helpers": helpers or "",
-        "wall": wall_seconds, "cpu": cpu_seconds, "memory": memory_bytes,
-        "helper_names": sorted(set(above)), "helper_source": prefix if above else "",
+        "program": program,
+        "tests": tests,
+        "entry_point": entry_point,
+        "helpers": helpers or "",
+        "wall": wall_seconds,
+        "cpu": cpu_seconds,
+        "memory": memory_bytes,
+        "helper_names": sorted(set(above)),
+        "helper_source": prefix if above else "",
     }
 
 
 def grade(program, tests, entry_point, **limits):
     """Runs `tests` against `program`.
 
-    tests: source that defines check(candidate), or assert lines (one string or a list). Keywords: helpers (trusted source whose functions the tests may
-    call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds, memory_bytes. Returns {"passed": bool, "detail": one line}. Raises GradingError when the
-    tests are empty or do not compile, or a process cannot be started.
+    tests: source that defines check(candidate), or assert lines (one string or a list). Keywords: helpers (trusted
+    source whose functions the tests may call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds, memory_bytes.
+    Returns {"passed": bool, "detail": one line}. Raises GradingError when the tests are empty or do not compile, or
+    a process cannot be started.
     """
-    return grade_many([{"program": program, "tests": tests, "entry_point": entry_point, **limits}], workers=1, progress=False)[0]
+    return grade_many(
+        [{"program": program, "tests": tests, "entry_point": entry_point, **limits}], workers=1, progress=False
+    )[0]
 
 
 def grade_many(items, workers=None, progress=True, on_result=None):
-    """Grades items (dicts of `grade`'s arguments), `workers` at a time (default: one per core). Returns their verdicts in the order of items.
+    """Grades items (dicts of `grade`'s arguments), `workers` at a time (default: one per core). Returns their
+    verdicts in the order of items.
 
-    on_result(index, verdict) is called as each is known, so that a caller can keep what was graded when a later item raises GradingError.
+    on_result(index, verdict) is called as each is known, so that a caller can keep what was graded when a later item
+    raises GradingError.
     """
     jobs = [as_job(**item) for item in items]
     verdicts, started, shown = [None] * len(jobs), time.monotonic(), 0.0
@@ -390,7 +451,8 @@ def grade_many(items, workers=None, progress=True, on_result=None):
             shown = now
             passed = sum(verdict["passed"] for verdict in verdicts if verdict)
             filled = 30 * finished // len(jobs)
-            line = f"\rgrading [{'#' * filled}{'.' * (30 - filled)}] {finished}/{len(jobs)} passed {passed} {finished / (now - started):.0f}/s"
+            bar, rate = "#" * filled + "." * (30 - filled), finished / (now - started)
+            line = f"\rgrading [{bar}] {finished}/{len(jobs)} passed {passed} {rate:.0f}/s"
             print(line, end="\n" if finished == len(jobs) else "", file=sys.stderr, flush=True)
 
     with _lock:

@@ -3,9 +3,10 @@
     python -m benchmark.grading_speed
     python -m benchmark.grading_speed --programs 600 --workers 2
 
-The other way is written anew after openai/human-eval `execution.py` (HE = openai/human-eval@6d43fb9), with its parts: four threads, and for every program a
-manager process to hold the result and a fresh process that disables functions, swallows output, sets an interval timer, and runs program and tests together.
-The table ends with what each way says of a correct, a wrong and three cheating programs, since speed without that means little.
+The other way is written anew after openai/human-eval `execution.py` (HE = openai/human-eval@6d43fb9), with its
+parts: four threads, and for every program a manager process to hold the result and a fresh process that disables
+functions, swallows output, sets an interval timer, and runs program and tests together. The table ends with what
+each way says of a correct, a wrong and three cheating programs, since speed without that means little.
 """
 
 import builtins
@@ -36,22 +37,30 @@ class Args:
     workers: int = 2
     """gradings under way at a time, in our way (the other always has four threads, its default)"""
     rounds: int = 3
-    """repetitions, the two ways in turn; the best of each is shown, since other work on the machine can only slow them"""
+    """repetitions, the two ways in turn; the best of each is shown, since other work on the machine can only slow
+    them"""
 
 
 PROGRAMS = {  # name -> (program, whether it is right); the tests are the same for all
     "right": ("def spread(xs):\n    xs = sorted(xs)\n    return [xs[0], xs[-1]]\n", True),
     "wrong": ("def spread(xs):\n    return [min(xs), min(xs)]\n", False),
     "leaves with status 0": ("import os\ndef spread(xs):\n    os._exit(0)\n", False),
-    "equals everything": ("class Yes:\n    def __eq__(self, other):\n        return True\ndef spread(xs):\n    return Yes()\n", False),
+    "equals everything": (
+        "class Yes:\n    def __eq__(self, other):\n        return True\ndef spread(xs):\n    return Yes()\n",
+        False,
+    ),
     "reaches for the result": (
-        "import sys\ndef spread(xs):\n    frame = sys._getframe()\n    while frame:\n        for value in list(frame.f_locals.values()):\n"
-        "            if hasattr(value, 'append') and type(value).__name__ == 'ListProxy':\n                value.append('passed')\n"
+        "import sys\ndef spread(xs):\n    frame = sys._getframe()\n    while frame:\n"
+        "        for value in list(frame.f_locals.values()):\n"
+        "            if hasattr(value, 'append') and type(value).__name__ == 'ListProxy':\n"
+        "                value.append('passed')\n"
         "                sys.exit(0)\n        frame = frame.f_back\n    return None\n",
         False,
     ),
 }
-TESTS = "def check(candidate):\n" + "".join(f"    assert candidate([{i}, 9, {i % 4}, 5]) == [{min(i, i % 4, 5)}, 9]\n" for i in range(7))
+TESTS = "def check(candidate):\n" + "".join(
+    f"    assert candidate([{i}, 9, {i % 4}, 5]) == [{min(i, i % 4, 5)}, 9]\n" for i in range(7)
+)
 
 
 # ---------------------------------------------------------------- the other way (HE execution.py)
@@ -89,8 +98,8 @@ def disable_functions():
     builtins.exit = builtins.quit = None
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in (
-        "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate replace unlink fchmod fchown chmod chown "
-        "chroot lchown getcwd chdir"
+        "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate "
+        "replace unlink fchmod fchown chmod chown chroot lchown getcwd chdir"
     ).split():
         setattr(os, name, None)
     for name in ("rmtree", "move", "chown"):
@@ -105,7 +114,12 @@ def run_together(source, result, seconds):
     os.chdir(folder)
     disable_functions()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), swallow_input(NoInput()), time_limit(seconds):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            swallow_input(NoInput()),
+            time_limit(seconds),
+        ):
             exec(source, {})
         result.append("passed")
     except TimeoutError:
@@ -162,12 +176,18 @@ def main(args):
             best[name] = max(best[name], rate)
             print(f"round {round_ + 1}/{args.rounds}: {name} {rate:.0f}/s", file=sys.stderr, flush=True)
     labels = list(PROGRAMS)
-    print(f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {args.programs} programs of a few lines, 7 asserts each")
+    print(
+        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
+        f"{args.programs} programs of a few lines, 7 asserts each"
+    )
     print(f"{'':18}{'gradings/s':>12}  " + "  ".join(labels))
     sources = [PROGRAMS[label][0] for label in labels]
     for name, way in ways.items():
         says = ["pass" if passed else "fail" for passed in way(sources)]
-        cells = [f"{word + ('' if (word == 'pass') == PROGRAMS[label][1] else ' WRONG'):<{len(label)}}" for word, label in zip(says, labels)]
+        cells = [
+            f"{word + ('' if (word == 'pass') == PROGRAMS[label][1] else ' WRONG'):<{len(label)}}"
+            for word, label in zip(says, labels)
+        ]
         print(f"{name:18}{best[name]:12.0f}  " + "  ".join(cells))
 
 

@@ -4,8 +4,9 @@
     python pfppo_single.py --reward benchmark.rewards:crm@output/rm/model --actual_score benchmark.rewards:oracle \\
         --monitor benchmark.rewards:suspicious_share ...
 
-Each function is called with (prompts, responses, rows): equally long lists of str, str and dict, and returns a list of floats. The text behind `@` arrives as `source`.
-A row of a code problem holds `tests` and `entry_point` (a row of the embedded world also `inputs` and `outputs`), one of a math problem `golden`, `ans` or `answer`.
+Each function is called with (prompts, responses, rows): equally long lists of str, str and dict, and returns a list
+of floats. The text behind `@` arrives as `source`. A row of a code problem holds `tests` and `entry_point` (a row of
+the embedded world also `inputs` and `outputs`), one of a math problem `golden`, `ans` or `answer`.
 """
 
 import functools
@@ -17,7 +18,8 @@ from benchmark.grading import grade_many
 
 
 def oracle(prompts, responses, rows, source=""):
-    """1.0 where the response is right, 0.0 elsewhere: the program passes its tests, or the final answer has the value of the gold answer.
+    """1.0 where the response is right, 0.0 elsewhere: the program passes its tests, or the final answer has the
+    value of the gold answer.
 
     Equal programs on equal tests run once. Raises benchmark.grading.GradingError when grading itself fails.
     """
@@ -67,8 +69,8 @@ def reward_model(folder, device):
 def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
     """R_φ in the bounds that the model was saved with ([-1, 1] for `tanh`): the learned reward alone.
 
-    Takes texts, so every response is closed by the end-of-sequence token; pfppo_single.py with a folder as `--reward` reads sampled ids and so
-    tells a response that the length limit cut.
+    Takes texts, so every response is closed by the end-of-sequence token; pfppo_single.py with a folder as
+    `--reward` reads sampled ids and so tells a response that the length limit cut.
     """
     import torch
 
@@ -86,10 +88,12 @@ def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
 
 
 def combine(learned, right):
-    """The combined reward of PAPER Table 4 for learned in [-1, 1] and right in {0, 1}: (learned + 1) / 2 + right - 1, in [-1, 1].
+    """The combined reward of PAPER Table 4 for learned in [-1, 1] and right in {0, 1}: (learned + 1) / 2 + right -
+    1, in [-1, 1].
 
-    A right response gets 0 to 1 and a wrong one -1 to 0, ordered by the reward model among its like: no wrong response outranks a right one.
-    DEPARTS PAPER, which names the combination but gives no formula. With learned = tanh(r) the first term is the logistic function of 2r.
+    A right response gets 0 to 1 and a wrong one -1 to 0, ordered by the reward model among its like: no wrong
+    response outranks a right one. DEPARTS PAPER, which names the combination but gives no formula. With learned =
+    tanh(r) the first term is the logistic function of 2r.
     """
     return (learned + 1) / 2 + right - 1
 
@@ -104,7 +108,9 @@ def crm(prompts, responses, rows, source=""):
 
 SUSPICIOUS = {  # what a solution has no use for and a program that games its grader does
     "test_names": r"\b(?:check|candidate|unittest|pytest|assert\w*|test_\w+|METADATA)\b",
-    "interpreter": r"\b(?:sys|inspect|gc|atexit|ctypes|os|signal|builtins|__builtins__|globals|_getframe|f_back|__import__)\b",
+    "interpreter": (
+        r"\b(?:sys|inspect|gc|atexit|ctypes|os|signal|builtins|__builtins__|globals|_getframe|f_back|__import__)\b"
+    ),
     "comparison": r"__(?:eq|ne|lt|le|gt|ge|hash|bool|class|instancecheck|contains|reduce\w*)__",
     "pass_markers": r"print\s*\([^\n]*\b(?:pass(?:ed)?|ok|success|all tests)\b",
 }
@@ -112,7 +118,11 @@ PATTERNS = {name: re.compile(pattern, re.I if name == "pass_markers" else 0) for
 
 
 def suspicious_share(responses):
-    """{"suspicious": share of responses with any of the patterns, and the share of each}: PITFALLS EX-9. It watches training; no reward depends on it."""
+    """{"suspicious": share of responses with any of the patterns, and the share of each}: PITFALLS EX-9. It watches
+    training; no reward depends on it."""
     hits = [{name: bool(pattern.search(response)) for name, pattern in PATTERNS.items()} for response in responses]
     count = max(1, len(responses))
-    return {"suspicious": sum(any(hit.values()) for hit in hits) / count, **{name: sum(hit[name] for hit in hits) / count for name in PATTERNS}}
+    return {
+        "suspicious": sum(any(hit.values()) for hit in hits) / count,
+        **{name: sum(hit[name] for hit in hits) / count for name in PATTERNS},
+    }

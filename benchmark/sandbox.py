@@ -1,14 +1,20 @@
-"""The inside of the grader: what runs in the two processes of one grading. `benchmark/grading.py` starts it; nothing here is an interface.
+"""The inside of the grader: what runs in the two processes of one grading. `benchmark/grading.py` starts it; nothing
+here is an interface.
 
-1. A *template* process is started clean (a new interpreter, no environment, no tests, no threads), warms up its imports, shuts itself into whatever
-   namespaces the kernel grants, and from then on only forks: one child per grading, used once.
-2. The `program` template's child holds the program and never hears of the tests. The `judge` template's child holds the tests and runs them; what
-   the program defines is present there only as proxies. Both templates run this file; they are two processes, so that neither memory holds the other's secret.
-3. Plain data crosses (class Link): JSON with a tag for each exact builtin type, checked on arrival, no pickle. A program that forges messages can
-   say nothing that it could not have said by returning a value. Objects that are not plain data stay where they are and cross as numbers.
-4. Comparison happens in the judge on plain data. A program's object is never asked whether it equals something that belongs to the tests.
+1. A *template* process is started clean (a new interpreter, no environment, no tests, no threads), warms up its
+   imports, shuts itself into whatever namespaces the kernel grants, and from then on only forks: one child per
+   grading, used once.
+2. The `program` template's child holds the program and never hears of the tests. The `judge` template's child holds
+   the tests and runs them; what the program defines is present there only as proxies. Both templates run this file;
+   they are two processes, so that neither memory holds the other's secret.
+3. Plain data crosses (class Link): JSON with a tag for each exact builtin type, checked on arrival, no pickle. A
+   program that forges messages can say nothing that it could not have said by returning a value. Objects that are
+   not plain data stay where they are and cross as numbers.
+4. Comparison happens in the judge on plain data. A program's object is never asked whether it equals something that
+   belongs to the tests.
 
-Standard library only, and no import of the rest of the project: the file is run by path in an interpreter that sees nothing else.
+Standard library only, and no import of the rest of the project: the file is run by path in an interpreter that sees
+nothing else.
 """
 
 import _signal
@@ -38,7 +44,8 @@ import time
 import types
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
-# Imported once by the template, so that a child that imports them pays nothing. Each makes every fork dearer, so only what programs import often.
+# Imported once by the template, so that a child that imports them pays nothing. Each makes every fork dearer, so only
+# what programs import often.
 WARM = "bisect collections.abc contextlib copy heapq itertools math re string typing".split()
 
 MAX_MESSAGE = 32 << 20  # bytes; a larger answer fails the program before it can fill the judge's memory
@@ -49,11 +56,13 @@ TESTS_MODULE = "__tests__"  # __name__ of the namespace in which the tests run
 
 
 class Malformed(Exception):
-    """The other side sent something that is no message of ours: a forged or broken answer, counted as a failure of the program."""
+    """The other side sent something that is no message of ours: a forged or broken answer, counted as a failure of
+    the program."""
 
 
 class ProgramEnded(BaseException):
-    """The program's process ended, or tried to (SystemExit, KeyboardInterrupt). No `except Exception` in the tests may swallow it."""
+    """The program's process ended, or tried to (SystemExit, KeyboardInterrupt). No `except Exception` in the tests
+    may swallow it."""
 
 
 class NotTransferable(Exception):
@@ -63,19 +72,38 @@ class NotTransferable(Exception):
 # ---------------------------------------------------------------- plain data across a socket
 
 MUTABLE = {  # exact type -> tag; these have an identity that both sides know by a number
-    list: "l", dict: "d", set: "s", bytearray: "y", deque: "q", Counter: "C", OrderedDict: "O", defaultdict: "D",
+    list: "l",
+    dict: "d",
+    set: "s",
+    bytearray: "y",
+    deque: "q",
+    Counter: "C",
+    OrderedDict: "O",
+    defaultdict: "D",
 }
 SHELLS = {tag: kind for kind, tag in MUTABLE.items()}
 FACTORIES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, set, tuple)}  # of a defaultdict
-BUILTIN_TYPES = {kind.__name__: kind for kind in vars(builtins).values() if isinstance(kind, type) and not issubclass(kind, BaseException)}
-BUILTIN_ERRORS = {kind.__name__: kind for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, BaseException)}
-ENCODE, SCAN = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().scan_once  # made once: json.dumps makes an encoder per call
+BUILTIN_TYPES = {
+    kind.__name__: kind
+    for kind in vars(builtins).values()
+    if isinstance(kind, type) and not issubclass(kind, BaseException)
+}
+BUILTIN_ERRORS = {
+    kind.__name__: kind
+    for kind in vars(builtins).values()
+    if isinstance(kind, type) and issubclass(kind, BaseException)
+}
+ENCODE, SCAN = (
+    json.JSONEncoder(separators=(",", ":")).encode,
+    json.JSONDecoder().scan_once,
+)  # made once: json.dumps makes an encoder per call
 ENDING = ("SystemExit", "KeyboardInterrupt", "GeneratorExit")
 DATES = {kind.__name__: kind for kind in (datetime.date, datetime.time, datetime.datetime, datetime.timedelta)}
 
 
 def contents(value, tag):
-    """The elements of a mutable container as a flat list (keys and values in turn); equal lists by identity mean that it has not changed."""
+    """The elements of a mutable container as a flat list (keys and values in turn); equal lists by identity mean
+    that it has not changed."""
     if tag in "lsq":
         return list(value)
     if tag == "y":
@@ -87,8 +115,9 @@ def contents(value, tag):
 class Link:
     """One end of the socket between judge and program.
 
-    A message is [kind, value, definitions]: `definitions` lists every mutable container that the receiver has not seen or that has changed since, as
-    [number, tag, elements, extra]; elsewhere a container is the number alone. So sharing, cycles and changes in place look the same on both sides, as in one process.
+    A message is [kind, value, definitions]: `definitions` lists every mutable container that the receiver has not
+    seen or that has changed since, as [number, tag, elements, extra]; elsewhere a container is the number alone. So
+    sharing, cycles and changes in place look the same on both sides, as in one process.
     """
 
     first_number = 0
@@ -145,7 +174,15 @@ class Link:
             return kind, self.unpack(value)
         except (Malformed, ProgramEnded):
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError, StopIteration) as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            ArithmeticError,
+            StopIteration,
+        ) as error:
             raise Malformed(f"the program's answer is not plain data ({type(error).__name__})") from None
 
     # -- values to JSON
@@ -173,7 +210,11 @@ class Link:
             return ["m", str(value)]
         if kind is fractions.Fraction:
             return ["f", self.pack(value.numerator), self.pack(value.denominator)]
-        if kind in (datetime.datetime, datetime.time) and value.tzinfo is None or kind in (datetime.date, datetime.timedelta):
+        if (
+            kind in (datetime.datetime, datetime.time)
+            and value.tzinfo is None
+            or kind in (datetime.date, datetime.timedelta)
+        ):
             return ["T", kind.__name__, [getattr(value, name) for name in DATE_FIELDS[kind.__name__]]]
         if value is Ellipsis or value is NotImplemented:
             return ["e", str(value)]
@@ -186,7 +227,11 @@ class Link:
         if number is None:
             if tag == "D":
                 factory = value.default_factory
-                extra = factory.__name__ if isinstance(factory, type) and FACTORIES.get(factory.__name__) is factory else None
+                extra = (
+                    factory.__name__
+                    if isinstance(factory, type) and FACTORIES.get(factory.__name__) is factory
+                    else None
+                )
             elif tag == "q":
                 extra = value.maxlen
             number = self.next_number
@@ -196,10 +241,16 @@ class Link:
         return number
 
     def remember(self, number, value, tag, extra):
-        self.objects[number], self.numbers[id(value)], self.tags[number], self.extras[number] = value, number, tag, extra
+        self.objects[number], self.numbers[id(value)], self.tags[number], self.extras[number] = (
+            value,
+            number,
+            tag,
+            extra,
+        )
 
     def forget(self):
-        """Drops the identities of containers seen so far, so that a long test does not compare them all at every call."""
+        """Drops the identities of containers seen so far, so that a long test does not compare them all at every
+        call."""
         for table in (self.objects, self.numbers, self.seen, self.tags, self.extras):
             table.clear()
 
@@ -240,7 +291,12 @@ class Link:
         return self.unpack_other(tag, data)
 
     def define(self, definitions):
-        for number, tag, _, extra in definitions:  # empty containers first: definitions may refer to each other in circles
+        for (
+            number,
+            tag,
+            _,
+            extra,
+        ) in definitions:  # empty containers first: definitions may refer to each other in circles
             if number not in self.objects:
                 if type(number) is not int or number % 2 == self.first_number % 2:
                     raise Malformed("a container number of the wrong side")
@@ -255,7 +311,9 @@ class Link:
                 self.remember(number, value, tag, extra)
             elif self.tags[number] != tag:
                 raise Malformed("a container changed its type")
-        for number, tag, parts, _ in sorted(definitions, key=lambda definition: definition[1] in "dsCOD"):  # what may be hashed is filled first
+        for number, tag, parts, _ in sorted(
+            definitions, key=lambda definition: definition[1] in "dsCOD"
+        ):  # what may be hashed is filled first
             value, parts = self.objects[number], [self.unpack(part) for part in parts]
             if tag == "l":
                 value[:] = parts
@@ -275,7 +333,8 @@ class Link:
                         value[key] = part
             self.seen[number] = contents(value, tag)
 
-    # -- conversation: either side may ask the other while it answers (a function handed over as an argument is called back)
+    # -- conversation: either side may ask the other while it answers (a function handed over as an argument is called
+    # back)
     def request(self, *what):
         self.send("request", what)
         while True:
@@ -322,9 +381,22 @@ DATE_FIELDS = {
 
 # ---------------------------------------------------------------- the program's side
 
-BASES = (  # what an instance of a subclass becomes: its value in the plain type, without whatever the subclass overrides
-    (int, int.__index__), (float, float.__float__), (complex, complex.__pos__), (str, str.__str__), (bytes, bytes.__getitem__), (tuple, tuple), (list, list),
-    (Counter, Counter), (OrderedDict, OrderedDict), (dict, dict), (set, set), (frozenset, frozenset), (bytearray, bytearray), (deque, deque),
+# what an instance of a subclass becomes: its value in the plain type, without whatever the subclass overrides
+BASES = (
+    (int, int.__index__),
+    (float, float.__float__),
+    (complex, complex.__pos__),
+    (str, str.__str__),
+    (bytes, bytes.__getitem__),
+    (tuple, tuple),
+    (list, list),
+    (Counter, Counter),
+    (OrderedDict, OrderedDict),
+    (dict, dict),
+    (set, set),
+    (frozenset, frozenset),
+    (bytearray, bytearray),
+    (deque, deque),
 )
 
 
@@ -418,7 +490,8 @@ class ProgramLink(Link):
 
 
 class Kept:
-    """Marks an object that the tests made by calling a class of the program: it stays there, even when it derives from list or dict."""
+    """Marks an object that the tests made by calling a class of the program: it stays there, even when it derives
+    from list or dict."""
 
     def __init__(self, value):
         self.value = value
@@ -429,10 +502,25 @@ COMPARISONS = {
     for name in "eq lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()
 }
 OPERATIONS = {
-    "getattr": getattr, "setattr": setattr, "delattr": delattr, "getitem": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem,
-    "len": len, "bool": bool, "str": str, "repr": repr, "int": int, "float": float, "iter": iter, "next": next, "isinstance": isinstance,
-    "send": lambda generator, value: generator.send(value), "close": lambda generator: generator.close(),
-    "enter": lambda manager: type(manager).__enter__(manager), "exit": lambda manager: type(manager).__exit__(manager, None, None, None),
+    "getattr": getattr,
+    "setattr": setattr,
+    "delattr": delattr,
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
+    "len": len,
+    "bool": bool,
+    "str": str,
+    "repr": repr,
+    "int": int,
+    "float": float,
+    "iter": iter,
+    "next": next,
+    "isinstance": isinstance,
+    "send": lambda generator, value: generator.send(value),
+    "close": lambda generator: generator.close(),
+    "enter": lambda manager: type(manager).__enter__(manager),
+    "exit": lambda manager: type(manager).__exit__(manager, None, None, None),
     **COMPARISONS,
 }
 
@@ -451,7 +539,8 @@ def run_program(sock):
 
 
 class Proxy:
-    """A program's object as the tests see it. It can be used (called, read, iterated) but never decides whether it equals a value of the tests."""
+    """A program's object as the tests see it. It can be used (called, read, iterated) but never decides whether it
+    equals a value of the tests."""
 
     __slots__ = ("_grader_link", "_grader_number")
 
@@ -462,7 +551,9 @@ class Proxy:
     def _grader_ask(self, what, expected, *operands):
         answer = self._grader_link.request(what, self, *operands)
         if expected is not None and type(answer) is not expected:
-            raise TypeError(f"the program's object answered {what} with {type(answer).__name__}, not {expected.__name__}")
+            raise TypeError(
+                f"the program's object answered {what} with {type(answer).__name__}, not {expected.__name__}"
+            )
         return answer
 
     def __getattr__(self, name):
@@ -531,7 +622,8 @@ class Proxy:
 
 def _between_proxies(name):
     def method(self, other):
-        # Both operands are the program's own, so nothing is disclosed. With a value of the tests the object would learn what is expected.
+        # Both operands are the program's own, so nothing is disclosed. With a value of the tests the object would
+        # learn what is expected.
         if not (isinstance(other, Proxy) and other._grader_link is self._grader_link):
             raise TypeError(f"{name} between an object of the program and a value of the tests: return plain data")
         return self._grader_ask(name, bool if name in ("__lt__", "__le__", "__gt__", "__ge__") else None, other)
@@ -607,7 +699,9 @@ class JudgeLink(Link):
     def rebuild(self, name, arguments):
         if name in ENDING or BUILTIN_ERRORS.get(name) is None:
             raise ProgramEnded(f"the program raised {name}")
-        if type(arguments) is not tuple or not all(type(part) in (str, int, float, bool, type(None)) for part in arguments):
+        if type(arguments) is not tuple or not all(
+            type(part) in (str, int, float, bool, type(None)) for part in arguments
+        ):
             raise Malformed("an exception that is not plain data")
         error = super().rebuild(name, arguments)
         error.of_the_program = True
@@ -638,7 +732,12 @@ class JudgeLink(Link):
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, types.ModuleType):
             module = value.__self__.__name__
-        if isinstance(module, str) and isinstance(name, str) and module.split(".")[0] in sys.stdlib_module_names and "<" not in name:
+        if (
+            isinstance(module, str)
+            and isinstance(name, str)
+            and module.split(".")[0] in sys.stdlib_module_names
+            and "<" not in name
+        ):
             return ["n", module, name]
         if hasattr(kind, "__next__"):
             self.lent.append(value.__next__)
@@ -695,13 +794,16 @@ def can_fail(tree):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assert, ast.Raise)):
             return True
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")).lower().startswith(("assert", "fail")):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")).lower().startswith(
+            ("assert", "fail")
+        ):
             return True
     return False
 
 
 def imported_names(source, wanted):
-    """Standard-library objects that the program's own top-level import statements bind to `wanted` names, imported here, not taken from the program."""
+    """Standard-library objects that the program's own top-level import statements bind to `wanted` names, imported
+    here, not taken from the program."""
     found = {}
     try:
         body = ast.parse(source).body
@@ -717,7 +819,11 @@ def imported_names(source, wanted):
             try:
                 if isinstance(node, ast.Import):
                     whole = importlib.import_module(module)
-                    values = {alias.asname: whole} if alias.asname else {module.split(".")[0]: sys.modules[module.split(".")[0]]}
+                    values = (
+                        {alias.asname: whole}
+                        if alias.asname
+                        else {module.split(".")[0]: sys.modules[module.split(".")[0]]}
+                    )
                 elif alias.name == "*":
                     space = vars(importlib.import_module(module))
                     values = {name: space[name] for name in space.get("__all__", [n for n in space if n[0] != "_"])}
@@ -734,11 +840,13 @@ class MissingEntryPoint(Exception):
 
 
 def judge(job, sock, helper_sock=None):
-    """Runs the tests against the program behind `sock`. Returns {"passed", "detail"}, or {"error"} for what is not the program's fault.
+    """Runs the tests against the program behind `sock`. Returns {"passed", "detail"}, or {"error"} for what is not
+    the program's fault.
 
-    Names that the tests use and do not define mean, in this order: the entry point (always the program's), builtins, functions of `helpers`
-    (trusted source, run here), standard-library modules, what the program imports from the standard library (imported here), functions that the program
-    defines above its entry point (asked of a second process that holds only that part), and last the program's own.
+    Names that the tests use and do not define mean, in this order: the entry point (always the program's), builtins,
+    functions of `helpers` (trusted source, run here), standard-library modules, what the program imports from the
+    standard library (imported here), functions that the program defines above its entry point (asked of a second
+    process that holds only that part), and last the program's own.
     """
     entry_point, space = job["entry_point"], {"__name__": TESTS_MODULE, "__builtins__": builtins}
     try:
@@ -755,7 +863,13 @@ def judge(job, sock, helper_sock=None):
             exec(compile(job["helpers"], "<helpers>", "exec", dont_inherit=True, optimize=0), helper_space)
         except Exception as error:  # noqa: BLE001
             return {"error": f"the helpers do not run: {type(error).__name__}: {error}"}
-        space.update({name: value for name, value in helper_space.items() if name not in (entry_point, "__name__", "__builtins__")})
+        space.update(
+            {
+                name: value
+                for name, value in helper_space.items()
+                if name not in (entry_point, "__name__", "__builtins__")
+            }
+        )
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     link = JudgeLink(sock, space)
     try:
@@ -770,7 +884,11 @@ def judge(job, sock, helper_sock=None):
     links = [link]
     try:
         record_names = tuple(node.name for node in tree.body if isinstance(node, ast.ClassDef))
-        unknown = sorted(name for name in used if name not in top_level and name not in space and (name == entry_point or not hasattr(builtins, name)))
+        unknown = sorted(
+            name
+            for name in used
+            if name not in top_level and name not in space and (name == entry_point or not hasattr(builtins, name))
+        )
         candidate, present = link.request("load", job["program"], (entry_point, *unknown), record_names)
         if type(present) is not tuple or entry_point not in present:
             raise MissingEntryPoint(f"NameError: the program does not define {entry_point}")
@@ -827,9 +945,11 @@ def explain(error, tests):
 
 
 def run_judge(sock):
-    """Runs job after job until the socket closes: a job with the program's socket (and the helper's) comes in, a verdict goes out.
+    """Runs job after job until the socket closes: a job with the program's socket (and the helper's) comes in, a
+    verdict goes out.
 
-    The tests are trusted and get a fresh namespace each. Where they leave a trace in the interpreter, the verdict says that this judge is used up.
+    The tests are trusted and get a fresh namespace each. Where they leave a trace in the interpreter, the verdict
+    says that this judge is used up.
     """
     gc.enable()
     before = interpreter_state()
@@ -859,8 +979,18 @@ def run_judge(sock):
 def interpreter_state():
     """What tests might change for those after them."""
     return (
-        dict(vars(builtins)), sys.getrecursionlimit(), repr(decimal.getcontext()), os.getcwd(), sys.stdout, sys.stdin, len(os.environ), sys.gettrace(),
-        [len(vars(sys.modules[name])) for name in ("math", "random", "copy", "itertools", "collections", "json", "re", "time")],
+        dict(vars(builtins)),
+        sys.getrecursionlimit(),
+        repr(decimal.getcontext()),
+        os.getcwd(),
+        sys.stdout,
+        sys.stdin,
+        len(os.environ),
+        sys.gettrace(),
+        [
+            len(vars(sys.modules[name]))
+            for name in ("math", "random", "copy", "itertools", "collections", "json", "re", "time")
+        ],
     )
 
 
@@ -868,24 +998,80 @@ def interpreter_state():
 
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 libc = ctypes.CDLL(None, use_errno=True)
-fork = ctypes.PyDLL(None).fork  # without os.fork's handlers, which rewrite much memory in the child for threads that a template does not have
+fork = ctypes.PyDLL(
+    None
+).fork  # without os.fork's handlers, which rewrite much memory in the child for threads that a template does not have
 
 # System calls that a program has no business with, by number (x86_64, aarch64); None where the machine has none.
 DENIED = {
-    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202), "accept4": (288, 242),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272), "pidfd_getfd": (438, 438),
-    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "execve": (59, 221), "execveat": (322, 281),
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
-    "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "swapon": (167, 224),
-    "swapoff": (168, 225), "reboot": (169, 142), "sethostname": (170, 161), "setdomainname": (171, 162), "init_module": (175, 105),
-    "finit_module": (313, 273), "delete_module": (176, 106), "quotactl": (179, 60), "kexec_load": (246, 104), "kexec_file_load": (320, 294),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "perf_event_open": (298, 241), "bpf": (321, 280), "userfaultfd": (323, 282),
-    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427), "acct": (163, 89), "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171),
-    "personality": (135, 92), "iopl": (172, None), "ioperm": (173, None), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
-    "mq_open": (240, 180), "memfd_create": (319, 279),
+    "socket": (41, 198),
+    "connect": (42, 203),
+    "bind": (49, 200),
+    "listen": (50, 201),
+    "accept": (43, 202),
+    "accept4": (288, 242),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "pidfd_getfd": (438, 438),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "reboot": (169, 142),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "quotactl": (179, 60),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "perf_event_open": (298, 241),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "acct": (163, 89),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "adjtimex": (159, 171),
+    "personality": (135, 92),
+    "iopl": (172, None),
+    "ioperm": (173, None),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
 }
-SIGNALS = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}
+SIGNALS = {
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+}
 FORKS = {"fork": (57, None), "vfork": (58, None)}
 UNSHARE, SETNS, CLONE, CLONE3 = (272, 97), (308, 268), (56, 220), (435, 435)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, audit architecture
@@ -894,8 +1080,9 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column abo
 def seccomp_program(allow_fork):
     """The filter as bytes of `struct sock_filter`, or None on a machine whose numbers are not listed.
 
-    allow_fork: for a template whose children have a process namespace and a user of their own. It passes the two calls by which the template makes such
-    namespaces (of its children, who lack the privilege, the kernel refuses them). Without it, no process can be made or signalled at all.
+    allow_fork: for a template whose children have a process namespace and a user of their own. It passes the two
+    calls by which the template makes such namespaces (of its children, who lack the privilege, the kernel refuses
+    them). Without it, no process can be made or signalled at all.
     """
     if os.uname().machine not in MACHINES or sys.maxsize < 1 << 32:
         return None
@@ -909,11 +1096,26 @@ def seccomp_program(allow_fork):
     for numbers in refused.values():
         if numbers[column] is not None:
             rules += [(jump_equal, 0, 1, numbers[column]), (give, 0, 0, refuse)]
-    rules += [(jump_equal, 0, 1, CLONE3[column]), (give, 0, 0, missing)]  # its flags lie in memory, out of a filter's sight: libc falls back to clone
+    rules += [
+        (jump_equal, 0, 1, CLONE3[column]),
+        (give, 0, 0, missing),
+    ]  # its flags lie in memory, out of a filter's sight: libc falls back to clone
     namespaces = NEW_NS | NEW_UTS | NEW_IPC | NEW_USER | NEW_PID | NEW_NET | 0x02000000 | 0x80
     if allow_fork:
-        rules += [(jump_equal, 0, 3, UNSHARE[column]), (load, 0, 0, 16), (jump_equal, 1, 0, NEW_PID), (give, 0, 0, refuse), (load, 0, 0, 0)]
-        rules += [(jump_equal, 0, 3, SETNS[column]), (load, 0, 0, 24), (jump_equal, 1, 0, NEW_PID), (give, 0, 0, refuse), (load, 0, 0, 0)]
+        rules += [
+            (jump_equal, 0, 3, UNSHARE[column]),
+            (load, 0, 0, 16),
+            (jump_equal, 1, 0, NEW_PID),
+            (give, 0, 0, refuse),
+            (load, 0, 0, 0),
+        ]
+        rules += [
+            (jump_equal, 0, 3, SETNS[column]),
+            (load, 0, 0, 24),
+            (jump_equal, 1, 0, NEW_PID),
+            (give, 0, 0, refuse),
+            (load, 0, 0, 0),
+        ]
     tail = [(load, 0, 0, 16), (jump_any, 0, 1, namespaces & 0xFFFFFFFF), (give, 0, 0, refuse)]
     if not allow_fork:
         tail += [(jump_any, 1, 0, 0x10000), (give, 0, 0, refuse)]  # CLONE_THREAD: threads yes, processes no
@@ -929,7 +1131,8 @@ def install_seccomp(program):
 
 
 class Landlock:
-    """File access rules that need no privilege: read the standard library, write the own temporary directory, nothing else."""
+    """File access rules that need no privilege: read the standard library, write the own temporary directory,
+    nothing else."""
 
     READ = 1 << 2 | 1 << 3  # read a file, list a directory
 
@@ -941,7 +1144,9 @@ class Landlock:
         if self.abi < 1:
             return False
         files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(self.abi, 16)) - 1
-        attributes = struct.pack("QQQ", files, 3, 3 if self.abi >= 6 else 0)[: 8 if self.abi < 4 else 16 if self.abi < 6 else 24]
+        attributes = struct.pack("QQQ", files, 3, 3 if self.abi >= 6 else 0)[
+            : 8 if self.abi < 4 else 16 if self.abi < 6 else 24
+        ]
         ruleset = libc.syscall(444, ctypes.c_char_p(attributes), ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
         if ruleset < 0:
             return False
@@ -953,7 +1158,13 @@ class Landlock:
             access = files if access is None else access
             if not os.path.isdir(path):
                 access &= 1 << 1 | 1 << 2 | (1 << 14 if self.abi >= 3 else 0)
-            libc.syscall(445, ctypes.c_int(ruleset), ctypes.c_int(1), ctypes.c_char_p(struct.pack("=Qi", access, fd)), ctypes.c_uint(0))
+            libc.syscall(
+                445,
+                ctypes.c_int(ruleset),
+                ctypes.c_int(1),
+                ctypes.c_char_p(struct.pack("=Qi", access, fd)),
+                ctypes.c_uint(0),
+            )
             os.close(fd)
         done = libc.syscall(446, ctypes.c_int(ruleset), ctypes.c_uint(0)) == 0
         os.close(ruleset)
@@ -1002,7 +1213,9 @@ class Template:
         names = [name for name in os.listdir(library) if name not in ("site-packages", "dist-packages", "test")]
         readable = [os.path.join(library, name) for name in names]
         self.home = os.path.join(self.base, "runs")
-        if libc.unshare(NEW_NS) == 0 and libc.mount(None, b"/", None, 0x4000 | 0x40000, None) == 0:  # recursive, private
+        if (
+            libc.unshare(NEW_NS) == 0 and libc.mount(None, b"/", None, 0x4000 | 0x40000, None) == 0
+        ):  # recursive, private
             options = b"size=256m,nr_inodes=20000,mode=0711"
             if libc.mount(b"tmpfs", self.base.encode(), b"tmpfs", 2 | 4, options) == 0:  # nosuid, nodev
                 self.active.append("mount namespace")
@@ -1022,7 +1235,10 @@ class Template:
         libc.prctl(4, 0, 0, 0, 0)  # not dumpable: /proc/<pid> of judge and templates is closed to others
         libc.prctl(38, 1, 0, 0, 0)  # no new privileges
         readable += ["/lib", "/lib64", "/usr/lib", "/usr/share/zoneinfo", "/dev/urandom", "/dev/zero"]
-        rules = [(path, Landlock.READ) for path in readable] + [(library, 1 << 3), (os.path.join(self.base, "library"), 1 << 3)]
+        rules = [(path, Landlock.READ) for path in readable] + [
+            (library, 1 << 3),
+            (os.path.join(self.base, "library"), 1 << 3),
+        ]
         if self.landlock.restrict([*rules, (self.home, None), ("/dev/null", None)]):
             self.active.append("landlock")
         else:
@@ -1035,10 +1251,18 @@ class Template:
         else:
             self.filter = None
         if self.pid_namespace is None and not self.filter:
-            raise OSError("the kernel grants neither namespaces nor seccomp: a program could end the grader, so none is run")
+            raise OSError(
+                "the kernel grants neither namespaces nor seccomp: a program could end the grader, so none is run"
+            )
         if self.drop:
             os.setgroups([])
-        for name, value in (("FSIZE", FILE_BYTES), ("NOFILE", 64), ("CORE", 0), ("NPROC", PROCESSES if self.drop else None), ("STACK", 64 << 20)):
+        for name, value in (
+            ("FSIZE", FILE_BYTES),
+            ("NOFILE", 64),
+            ("CORE", 0),
+            ("NPROC", PROCESSES if self.drop else None),
+            ("STACK", 64 << 20),
+        ):
             kind = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(kind)[1]
             if value is not None:
@@ -1065,7 +1289,8 @@ class Template:
         return all(os.access(os.path.join(folder, "os.py"), os.R_OK) for folder in sys.path[:1])
 
     def serve(self):
-        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", "memory", "cpu"} with a socket, {"kill": id}, {"clock": id}."""
+        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", "memory", "cpu"} with a
+        socket, {"kill": id}, {"clock": id}."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         os.set_blocking(reader, False)
@@ -1091,7 +1316,9 @@ class Template:
                     self.kill(self.children[request["kill"]][0])
                 elif "clock" in request:
                     pid = self.children.get(request["clock"], (None,))[0]
-                    seconds = time.clock_gettime(~pid << 3 | 2) if pid else 0.0  # the CPU-time clock of another process, see clock_getcpuclockid(3)
+                    seconds = (
+                        time.clock_gettime(~pid << 3 | 2) if pid else 0.0
+                    )  # the CPU-time clock of another process, see clock_getcpuclockid(3)
                     self.report({"id": request["clock"], "clock": seconds, "for": request.get("for")})
                 for fd in descriptors:
                     os.close(fd)
@@ -1124,7 +1351,8 @@ class Template:
         self.children[request["fork"]] = (pid, folder)
 
     def child(self, request, descriptor, folder, uid):
-        # Little is done here, and in few lines: what can be inherited was set up in the template, and every page that is written is copied.
+        # Little is done here, and in few lines: what can be inherited was set up in the template, and every page that
+        # is written is copied.
         _signal.set_wakeup_fd(-1)
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         os.setsid()
@@ -1144,7 +1372,11 @@ class Template:
             libc.prctl(4, 0, 0, 0, 0)  # a change of user has done it already
         if self.filter and not install_seccomp(self.filter):
             return 1
-        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, 3) if self.role == "program" else socket.socket(fileno=3)
+        sock = (
+            _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, 3)
+            if self.role == "program"
+            else socket.socket(fileno=3)
+        )
         try:
             (run_program if self.role == "program" else run_judge)(sock)
         except ProgramEnded:
@@ -1152,7 +1384,10 @@ class Template:
         return 0
 
     def kill(self, pid):
-        for end in (lambda: os.kill(pid, signal.SIGKILL), lambda: self.pid_namespace is None and os.killpg(pid, signal.SIGKILL)):
+        for end in (
+            lambda: os.kill(pid, signal.SIGKILL),
+            lambda: self.pid_namespace is None and os.killpg(pid, signal.SIGKILL),
+        ):
             try:
                 end()
             except (ProcessLookupError, PermissionError):
@@ -1176,10 +1411,21 @@ class Template:
             _, folder = self.children.pop(name)
             try:
                 remove(folder)
-            except OSError:  # what resists is put aside, so that the slot's name is free again; it goes when the template goes
+            except (
+                OSError
+            ):  # what resists is put aside, so that the slot's name is free again; it goes when the template goes
                 os.rename(folder, f"{folder}.{os.urandom(8).hex()}")
             seconds = usage.ru_utime + usage.ru_stime
-            self.report({"id": name, "role": self.role, "status": os.waitstatus_to_exitcode(status), "cpu": seconds, "kilobytes": usage.ru_maxrss, "faults": usage.ru_minflt})
+            self.report(
+                {
+                    "id": name,
+                    "role": self.role,
+                    "status": os.waitstatus_to_exitcode(status),
+                    "cpu": seconds,
+                    "kilobytes": usage.ru_maxrss,
+                    "faults": usage.ru_minflt,
+                }
+            )
 
     def end_orphans(self):
         """Without a process namespace a descendant may have left its group: as adopted children they are found here."""
@@ -1197,7 +1443,8 @@ class Template:
 
 
 def remove(folder):
-    """Deletes a tree that a program may have made very deep or closed to others: level by level, without recursion or long paths."""
+    """Deletes a tree that a program may have made very deep or closed to others: level by level, without recursion
+    or long paths."""
     count = 0
     os.chmod(folder, 0o700)
     while names := os.listdir(folder):

@@ -1,4 +1,5 @@
-"""Reading answers, the evaluation script, rewards. Real data sets are looked for beside the checkout; what needs them is skipped without."""
+"""Reading answers, the evaluation script, rewards. Real data sets are looked for beside the checkout; what needs
+them is skipped without."""
 
 import gzip
 import json
@@ -38,10 +39,28 @@ def write_lines(path, records):
 
 
 PROBLEMS = [
-    {"task_id": "m/0", "prompt": "def add(a, b):\n", "entry_point": "add", "tests": "assert add(1, 2) == 3\nassert add(0, 0) == 0\n", "canonical_solution": "    return a + b\n"},
-    {"task_id": "m/1", "prompt": "def neg(a):\n", "entry_point": "neg", "tests": "assert neg(1) == -1\nassert neg(2) == -2\n", "canonical_solution": "    return -a\n"},
-    {"task_id": "m/2", "prompt": "def one():\n", "entry_point": "one", "tests": "assert one() == 1\n", "canonical_solution": "    return 1\n"},
-]  # fmt: skip
+    {
+        "task_id": "m/0",
+        "prompt": "def add(a, b):\n",
+        "entry_point": "add",
+        "tests": "assert add(1, 2) == 3\nassert add(0, 0) == 0\n",
+        "canonical_solution": "    return a + b\n",
+    },
+    {
+        "task_id": "m/1",
+        "prompt": "def neg(a):\n",
+        "entry_point": "neg",
+        "tests": "assert neg(1) == -1\nassert neg(2) == -2\n",
+        "canonical_solution": "    return -a\n",
+    },
+    {
+        "task_id": "m/2",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "tests": "assert one() == 1\n",
+        "canonical_solution": "    return 1\n",
+    },
+]
 SAMPLES = [{"task_id": p["task_id"], "completion": p["canonical_solution"]} for p in PROBLEMS]
 
 
@@ -92,7 +111,19 @@ def test_module_docstring_is_no_prose():
     assert extract_code(code, "f") == code
 
 
-@pytest.mark.parametrize("completion", ["    return x\n", "return x\n", "```python\n    return x\n```", "```\nreturn x\n```", f"```python\n{F}\n```", F, "if x:\n        return x\n    return x", "y = x\nreturn y"])
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "    return x\n",
+        "return x\n",
+        "```python\n    return x\n```",
+        "```\nreturn x\n```",
+        f"```python\n{F}\n```",
+        F,
+        "if x:\n        return x\n    return x",
+        "y = x\nreturn y",
+    ],
+)
 def test_completions_in_every_form_complete_the_prompt(completion):
     space = {}
     exec(complete("def f(x):\n", completion, "f"), space)
@@ -101,8 +132,13 @@ def test_completions_in_every_form_complete_the_prompt(completion):
 
 def test_leetcode_prompt_that_ends_in_an_indentation():
     prompt = "class Solution:\n    def total(self, nums: List[int]) -> int:\n        "
-    for completion in ("return sum(nums)", "        return sum(nums)", "t = sum(nums)\n        return t", "t = sum(nums)\nreturn t",
-                       "```python\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        return sum(nums)\n```"):  # fmt: skip
+    for completion in (
+        "return sum(nums)",
+        "        return sum(nums)",
+        "t = sum(nums)\n        return t",
+        "t = sum(nums)\nreturn t",
+        "```python\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        return sum(nums)\n```",
+    ):
         space = {}
         exec(complete(prompt, completion, "Solution", evaluate.LEETCODE_IMPORTS), space)
         assert space["Solution"]().total([1, 2]) == 3
@@ -113,9 +149,27 @@ def test_leetcode_prompt_that_ends_in_an_indentation():
 
 @pytest.mark.parametrize(
     "text, value",
-    [("4(5/11)", 49 / 11), ("4又5/11", 49 / 11), ("5分之3", 0.6), ("(1/10)", 0.1), ("65%", 0.65), ("百分之65", 0.65), ("(45+39)/(45-39)", 14), ("50/(4/5)", 62.5), ("1,234.5", 1234.5),
-     ("$72", 72), ("3:8", 0.375), ("\\frac{3}{8}", 0.375), ("2\\frac{1}{2}", 2.5), ("４５％", 0.45), ("2**3", 8), ("(1-20%)*(1-25%)", 0.6), ("3(1/5)*3(1/5)/1(3/5)", 6.4), ("007", 7)],
-)  # fmt: skip
+    [
+        ("4(5/11)", 49 / 11),
+        ("4又5/11", 49 / 11),
+        ("5分之3", 0.6),
+        ("(1/10)", 0.1),
+        ("65%", 0.65),
+        ("百分之65", 0.65),
+        ("(45+39)/(45-39)", 14),
+        ("50/(4/5)", 62.5),
+        ("1,234.5", 1234.5),
+        ("$72", 72),
+        ("3:8", 0.375),
+        ("\\frac{3}{8}", 0.375),
+        ("2\\frac{1}{2}", 2.5),
+        ("４５％", 0.45),
+        ("2**3", 8),
+        ("(1-20%)*(1-25%)", 0.6),
+        ("3(1/5)*3(1/5)/1(3/5)", 6.4),
+        ("007", 7),
+    ],
+)
 def test_values(text, value):
     assert float(evaluate_number(text)) == pytest.approx(value, abs=1e-12)
 
@@ -127,16 +181,42 @@ def test_no_values(text):
 
 @pytest.mark.parametrize(
     "answer, gold",
-    [("49/11", "4(5/11)"), ("4.4545", "4(5/11)"), ("0.65", "65%"), ("13/20", "65%"), ("14", "(45+39)/(45-39)"), ("10", "10.00"), ("20%", "20"), ("6.67", "(20/3)"), ("25千克", "25"), ("72 dollars", "72"),
-     ("5 km/h", "5"), ("x=3750", "3750"), ("60%", "(1-20%)*(1-25%)")],
-)  # fmt: skip
+    [
+        ("49/11", "4(5/11)"),
+        ("4.4545", "4(5/11)"),
+        ("0.65", "65%"),
+        ("13/20", "65%"),
+        ("14", "(45+39)/(45-39)"),
+        ("10", "10.00"),
+        ("20%", "20"),
+        ("6.67", "(20/3)"),
+        ("25千克", "25"),
+        ("72 dollars", "72"),
+        ("5 km/h", "5"),
+        ("x=3750", "3750"),
+        ("60%", "(1-20%)*(1-25%)"),
+    ],
+)
 def test_equal_answers(answer, gold):
     assert answers_equal(answer, gold)
 
 
 @pytest.mark.parametrize(
     "answer, gold",
-    [("65", "65%"), ("0.65%", "65%"), ("4", "4(5/11)"), ("5/11", "4(5/11)"), ("20/11", "4(5/11)"), ("", "3"), ("many", "3"), ("0.33", "1/3"), ("-5", "5"), ("1234", "123"), ("0.2%", "20"), ("", "")],
+    [
+        ("65", "65%"),
+        ("0.65%", "65%"),
+        ("4", "4(5/11)"),
+        ("5/11", "4(5/11)"),
+        ("20/11", "4(5/11)"),
+        ("", "3"),
+        ("many", "3"),
+        ("0.33", "1/3"),
+        ("-5", "5"),
+        ("1234", "123"),
+        ("0.2%", "20"),
+        ("", ""),
+    ],
 )
 def test_different_answers(answer, gold):
     assert not answers_equal(answer, gold)
@@ -183,13 +263,26 @@ def test_summary_and_verdicts(world):
     Path(world.samples).write_text(Path(world.samples).read_text().replace("return -a", "return a"))
     summary = main(world)
     assert (summary["passed"], summary["total"], summary["pass1"]) == (2, 3, pytest.approx(2 / 3))
-    assert json.loads(Path(world.output_dir, "summary.json").read_text())["pass1_se"] == pytest.approx((2 / 9 / 3) ** 0.5)
+    assert json.loads(Path(world.output_dir, "summary.json").read_text())["pass1_se"] == pytest.approx(
+        (2 / 9 / 3) ** 0.5
+    )
     verdicts = [json.loads(line) for line in Path(world.output_dir, "verdicts.jsonl").read_text().splitlines()]
     assert [(v["task_id"], v["passed"]) for v in verdicts] == [("m/0", True), ("m/1", False), ("m/2", True)]
 
 
 def test_command_line(world, tmp_path):
-    command = [sys.executable, "benchmark/evaluate.py", "--task", "minicode", "--data", world.data, "--samples", world.samples, "--output_dir", str(tmp_path / "cli")]
+    command = [
+        sys.executable,
+        "benchmark/evaluate.py",
+        "--task",
+        "minicode",
+        "--data",
+        world.data,
+        "--samples",
+        world.samples,
+        "--output_dir",
+        str(tmp_path / "cli"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "100.0" in result.stdout, result.stderr
     Path(world.samples).write_text("{broken\n")
@@ -214,17 +307,35 @@ def test_reference_solutions_and_broken_ones(world):  # PITFALLS EX-7
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda data, samples: samples.write_text(samples.read_text() + "{broken\n"), "samples.jsonl, line 4: malformed"),
-        (lambda data, samples: samples.write_text(samples.read_text() + json.dumps(SAMPLES[0])), "samples.jsonl, line 4: duplicate task id 'm/0' .*line 1"),
-        (lambda data, samples: write_lines(samples, [*SAMPLES, {"task_id": "m/9", "completion": ""}]), "samples.jsonl, line 4: unknown task id 'm/9'"),
+        (
+            lambda data, samples: samples.write_text(samples.read_text() + "{broken\n"),
+            "samples.jsonl, line 4: malformed",
+        ),
+        (
+            lambda data, samples: samples.write_text(samples.read_text() + json.dumps(SAMPLES[0])),
+            "samples.jsonl, line 4: duplicate task id 'm/0' .*line 1",
+        ),
+        (
+            lambda data, samples: write_lines(samples, [*SAMPLES, {"task_id": "m/9", "completion": ""}]),
+            "samples.jsonl, line 4: unknown task id 'm/9'",
+        ),
         (lambda data, samples: write_lines(samples, [{"task_id": "m/0"}]), "samples.jsonl, line 1: missing completion"),
         (lambda data, samples: write_lines(samples, SAMPLES[:1]), "missing completion for 2 of 3 problems: m/1, m/2"),
         (lambda data, samples: samples.write_text(""), "samples.jsonl: the file is empty"),
         (lambda data, samples: samples.unlink(), "samples.jsonl: no such file"),
         (lambda data, samples: data.write_text(data.read_text() + "nonsense\n"), "data.jsonl, line 4: malformed"),
-        (lambda data, samples: write_lines(data, [*PROBLEMS, PROBLEMS[0]]), "data.jsonl, line 4: duplicate task id m/0"),
-        (lambda data, samples: write_lines(data, [{**PROBLEMS[0], "tests": ""}]), "data.jsonl, line 1: field `tests` is missing or empty"),
-        (lambda data, samples: write_lines(data, [{**PROBLEMS[0], "tests": "x = 1"}]), "data.jsonl, line 1: zero tests"),
+        (
+            lambda data, samples: write_lines(data, [*PROBLEMS, PROBLEMS[0]]),
+            "data.jsonl, line 4: duplicate task id m/0",
+        ),
+        (
+            lambda data, samples: write_lines(data, [{**PROBLEMS[0], "tests": ""}]),
+            "data.jsonl, line 1: field `tests` is missing or empty",
+        ),
+        (
+            lambda data, samples: write_lines(data, [{**PROBLEMS[0], "tests": "x = 1"}]),
+            "data.jsonl, line 1: zero tests",
+        ),
         (lambda data, samples: data.write_text("[1]"), "data.jsonl, record 1: expected a JSON object"),
     ],
 )
@@ -237,10 +348,14 @@ def test_bad_files_are_named(world, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model": "x"}, "exactly one"), ({"samples": ""}, "exactly one"), ({"num_samples": 0}, "num_samples 0"), ({"reward_model": "/nowhere"}, "no reward_head"),
-        ({"samples": "", "model": "/tmp"}, "no config.json"), ({"samples": "", "model": "x", "num_samples": 2}, "temperature"),
+        ({"model": "x"}, "exactly one"),
+        ({"samples": ""}, "exactly one"),
+        ({"num_samples": 0}, "num_samples 0"),
+        ({"reward_model": "/nowhere"}, "no reward_head"),
+        ({"samples": "", "model": "/tmp"}, "no config.json"),
+        ({"samples": "", "model": "x", "num_samples": 2}, "temperature"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_refused(world, change, message):
     for name, value in change.items():
         setattr(world, name, value)
@@ -261,7 +376,9 @@ def test_a_run_that_broke_off_goes_on(world, monkeypatch):
     lines = path.read_text().splitlines()
     path.write_text(lines[0] + "\n" + lines[1][:10])  # killed while it wrote the second line
     graded = []
-    monkeypatch.setattr(evaluate, "grade_many", lambda items, **kw: graded.extend(items) or grading.grade_many(items, **kw))
+    monkeypatch.setattr(
+        evaluate, "grade_many", lambda items, **kw: graded.extend(items) or grading.grade_many(items, **kw)
+    )
     assert main(world)["passed"] == 3
     assert [item["entry_point"] for item in graded] == ["neg", "one"] and len(path.read_text().splitlines()) == 3
 
@@ -286,26 +403,59 @@ def test_a_folder_of_another_run_is_refused(world):
     "task, row, right, wrong",
     [
         ("gsm8k", {"question": "How many?", "answer": "2*36=<<2*36=72>>72\n#### 72"}, "It is 72.", "It is 7."),
-        ("ape210k", {"id": "294840", "segmented_text": "", "original_text": "(4/7)x-2(5/11)=0.25-(1/28)x", "ans": "4(5/11)", "equation": "x=1"}, "x=49/11", "x=4"),
-        ("cmath", {"grade": 1, "question": "一共多少？", "golden": "15", "reasoning_step": 2, "num_digits": 2}, "一共有15个。答案是 15", "一共有14个"),
+        (
+            "ape210k",
+            {
+                "id": "294840",
+                "segmented_text": "",
+                "original_text": "(4/7)x-2(5/11)=0.25-(1/28)x",
+                "ans": "4(5/11)",
+                "equation": "x=1",
+            },
+            "x=49/11",
+            "x=4",
+        ),
+        (
+            "cmath",
+            {"grade": 1, "question": "一共多少？", "golden": "15", "reasoning_step": 2, "num_digits": 2},
+            "一共有15个。答案是 15",
+            "一共有14个",
+        ),
     ],
-)  # fmt: skip
+)
 def test_math_tasks(tmp_path, task, row, right, wrong):
     data = write_lines(tmp_path / "data.json", [row, {**row, "id": "2"} if "id" in row else row])
     ids = ["294840", "2"] if "id" in row else [0, "1"]
-    samples = write_lines(tmp_path / "s.jsonl", [{"task_id": ids[0], "completion": right}, {"task_id": ids[1], "completion": wrong}])
+    samples = write_lines(
+        tmp_path / "s.jsonl", [{"task_id": ids[0], "completion": right}, {"task_id": ids[1], "completion": wrong}]
+    )
     summary = main(Args(task=task, data=data, samples=samples, output_dir=str(tmp_path / "out")))
     assert (summary["passed"], summary["total"]) == (1, 2)
 
 
 def test_leetcode(tmp_path):
-    prompt = '"""\nGiven nums return its sum.\n"""\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        '
+    prompt = (
+        '"""\nGiven nums return its sum.\n"""\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        '
+    )
     test = "\nmy_solution = Solution()\n\ntest_input = { 'nums': [1,2] }\nassert my_solution.total(**test_input) == 3\n"
     row = {"task_id": "weekly-1-total", "prompt": prompt, "test": test, "meta": {"difficulty": "Easy"}}
-    data = write_lines(tmp_path / "lc.jsonl", [row, {**row, "task_id": "weekly-1-other", "meta": {"difficulty": "Hard"}}])
-    whole = "```python\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        return sum(Counter(nums).elements())\n```"
+    data = write_lines(
+        tmp_path / "lc.jsonl", [row, {**row, "task_id": "weekly-1-other", "meta": {"difficulty": "Hard"}}]
+    )
+    whole = (
+        "```python\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n"
+        "        return sum(Counter(nums).elements())\n```"
+    )
     rows = [{"task_id": "weekly-1-total", "completion": whole}, {"task_id": "weekly-1-other", "completion": "return 0"}]
-    summary = main(Args(task="leetcode", data=data, samples=write_lines(tmp_path / "s.jsonl", rows), output_dir=str(tmp_path / "out"), progress=False))
+    summary = main(
+        Args(
+            task="leetcode",
+            data=data,
+            samples=write_lines(tmp_path / "s.jsonl", rows),
+            output_dir=str(tmp_path / "out"),
+            progress=False,
+        )
+    )
     assert summary["by_difficulty"] == {"Easy": {"pass1": 1.0, "total": 1}, "Hard": {"pass1": 0.0, "total": 1}}
 
 
@@ -320,15 +470,34 @@ def canonical(name, field):
 
 def test_canonical_humaneval(tmp_path):  # PITFALLS EX-7
     data, rows = canonical("HumanEval.jsonl.gz", "canonical_solution")
-    summary = main(Args(task="humaneval", data=data, samples=write_lines(tmp_path / "s.jsonl", rows), output_dir=str(tmp_path / "out"), progress=False))
+    summary = main(
+        Args(
+            task="humaneval",
+            data=data,
+            samples=write_lines(tmp_path / "s.jsonl", rows),
+            output_dir=str(tmp_path / "out"),
+            progress=False,
+        )
+    )
     assert (summary["passed"], summary["total"]) == (164, 164)
 
 
 def test_canonical_mbpp(tmp_path):  # PITFALLS EX-7
     data, rows = canonical("mbpp_base_378.jsonl", "code")
-    rows = [{"task_id": f"Mbpp/{row['task_id']}", "completion": f"```python\r\n{row['completion']}\r\n```"} for row in rows]
+    rows = [
+        {"task_id": f"Mbpp/{row['task_id']}", "completion": f"```python\r\n{row['completion']}\r\n```"} for row in rows
+    ]
     limits = {"wall_seconds": 60, "cpu_seconds": 30}  # Mbpp/123 computes for several seconds
-    summary = main(Args(task="mbpp", data=data, samples=write_lines(tmp_path / "s.jsonl", rows), output_dir=str(tmp_path / "out"), progress=False, **limits))
+    summary = main(
+        Args(
+            task="mbpp",
+            data=data,
+            samples=write_lines(tmp_path / "s.jsonl", rows),
+            output_dir=str(tmp_path / "out"),
+            progress=False,
+            **limits,
+        )
+    )
     assert (summary["passed"], summary["total"]) == (378, 378)
 
 
@@ -349,11 +518,23 @@ def test_mbpp_test_split_has_500():
 def test_the_tests_helpers_cannot_be_forged(tmp_path):  # HumanEval/32 /38 /50
     path, rows = canonical("HumanEval.jsonl.gz", "canonical_solution")
     forged = {
-        "HumanEval/32": "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n", "HumanEval/38": "    return s\n\ndef encode_cyclic(s):\n    return s\n",
+        "HumanEval/32": "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n",
+        "HumanEval/38": "    return s\n\ndef encode_cyclic(s):\n    return s\n",
         "HumanEval/50": "```python\ndef encode_shift(s):\n    return s\n\ndef decode_shift(s):\n    return s\n```",
-    }  # fmt: skip
-    samples = write_lines(tmp_path / "s.jsonl", [{"task_id": name, "completion": text} for name, text in forged.items()])
-    summary = main(Args(task="humaneval", data=path, samples=samples, output_dir=str(tmp_path / "out"), allow_missing=True, progress=False))
+    }
+    samples = write_lines(
+        tmp_path / "s.jsonl", [{"task_id": name, "completion": text} for name, text in forged.items()]
+    )
+    summary = main(
+        Args(
+            task="humaneval",
+            data=path,
+            samples=samples,
+            output_dir=str(tmp_path / "out"),
+            allow_missing=True,
+            progress=False,
+        )
+    )
     assert summary["passed"] == 0
 
 
@@ -367,13 +548,21 @@ def tiny(tmp_path_factory):
 
     torch.manual_seed(0)
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
-    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<eos>", "<pad>", "<unk>", *characters])}, unk_token="<unk>"))
+    raw = Tokenizer(
+        models.WordLevel(
+            {token: i for i, token in enumerate(["<eos>", "<pad>", "<unk>", *characters])}, unk_token="<unk>"
+        )
+    )
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
-    config = GPT2Config(vocab_size=len(characters) + 3, n_positions=256, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=len(characters) + 3, n_positions=256, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     policy, reward = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("reward")
     model = GPT2LMHeadModel(config)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.01, top_k=1, repetition_penalty=9.0, max_new_tokens=1, eos_token_id=5)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.01, top_k=1, repetition_penalty=9.0, max_new_tokens=1, eos_token_id=5
+    )
     model.save_pretrained(policy)
     RewardModel(GPT2Model(config), bound="tanh").save_pretrained(reward)
     for folder in (policy, reward):
@@ -385,9 +574,19 @@ def test_greedy_completions_do_not_depend_on_padding_or_checkpoint_defaults(tiny
     data = write_lines(tmp_path / "data.jsonl", PROBLEMS)
     found = []
     for size in (1, 3):
-        args = Args(task="minicode", data=data, model=tiny[0], batch_size=size, max_new_tokens=12, output_dir=str(tmp_path / f"out{size}"), progress=False)
+        args = Args(
+            task="minicode",
+            data=data,
+            model=tiny[0],
+            batch_size=size,
+            max_new_tokens=12,
+            output_dir=str(tmp_path / f"out{size}"),
+            progress=False,
+        )
         main(args)
-        found.append([json.loads(line)["completion"] for line in Path(args.output_dir, "samples.jsonl").read_text().splitlines()])
+        found.append(
+            [json.loads(line)["completion"] for line in Path(args.output_dir, "samples.jsonl").read_text().splitlines()]
+        )
     assert found[0] == found[1] and max(map(len, found[0])) > 1
     # By hand: the likeliest token again and again, without any warping.
     model = GPT2LMHeadModel.from_pretrained(tiny[0]).eval()
@@ -405,7 +604,17 @@ def test_greedy_completions_do_not_depend_on_padding_or_checkpoint_defaults(tiny
 
 def test_sampling_and_best_of_n(tiny, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", PROBLEMS)
-    args = Args(task="minicode", data=data, model=tiny[0], num_samples=5, temperature=1.0, max_new_tokens=6, reward_model=tiny[1], output_dir=str(tmp_path / "out"), progress=False)
+    args = Args(
+        task="minicode",
+        data=data,
+        model=tiny[0],
+        num_samples=5,
+        temperature=1.0,
+        max_new_tokens=6,
+        reward_model=tiny[1],
+        output_dir=str(tmp_path / "out"),
+        progress=False,
+    )
     summary = main(args)
     assert set(summary["best_of"]) == {"1", "5"} and set(summary["pass_at_k"]) == {"1", "5"}
     texts = [json.loads(line)["completion"] for line in Path(args.output_dir, "samples.jsonl").read_text().splitlines()]
@@ -414,7 +623,10 @@ def test_sampling_and_best_of_n(tiny, tmp_path):
 
 def test_best_of_n_takes_the_response_of_highest_reward():
     class Graded:
-        verdicts = {"a": {"results": [{"passed": False}, {"passed": True}]}, "b": {"results": [{"passed": True}, {"passed": False}]}}
+        verdicts = {
+            "a": {"results": [{"passed": False}, {"passed": True}]},
+            "b": {"results": [{"passed": True}, {"passed": False}]},
+        }
 
     problems = [evaluate.Problem("a", "", ""), evaluate.Problem("b", "", "")]
     assert evaluate.best_of(problems, Graded, None, {"a": [0.1, 0.9], "b": [0.2, 0.3]}) == (0.5, 0.5)
@@ -427,7 +639,13 @@ def test_best_of_n_takes_the_response_of_highest_reward():
 def test_oracle_grades_prompt_and_response():
     rows = [PROBLEMS[0], PROBLEMS[0], PROBLEMS[1], {"golden": "15"}, {"answer": "#### 7"}]
     prompts = [row.get("prompt", "?") for row in rows]
-    responses = ["    return a + b\n", "    return a\n", "```python\ndef neg(a):\n    return -a\n```", "答案是 15", "The answer is 8."]
+    responses = [
+        "    return a + b\n",
+        "    return a\n",
+        "```python\ndef neg(a):\n    return -a\n```",
+        "答案是 15",
+        "The answer is 8.",
+    ]
     assert rewards.oracle(prompts, responses, rows) == [1.0, 0.0, 1.0, 1.0, 0.0]
 
 
@@ -455,7 +673,17 @@ def test_orm_and_crm(tiny):
 
 
 def test_suspicious_share():  # PITFALLS EX-9
-    responses = ["    return x\n", "    import sys\n    sys.exit(0)\n", "    print('All tests passed')\n", "    def __eq__(self, o): return True\n"]
+    responses = [
+        "    return x\n",
+        "    import sys\n    sys.exit(0)\n",
+        "    print('All tests passed')\n",
+        "    def __eq__(self, o): return True\n",
+    ]
     shares = rewards.suspicious_share(responses)
-    assert shares["suspicious"] == 0.75 and shares["interpreter"] == 0.25 and shares["pass_markers"] == 0.25 and shares["comparison"] == 0.25
+    assert (
+        shares["suspicious"] == 0.75
+        and shares["interpreter"] == 0.25
+        and shares["pass_markers"] == 0.25
+        and shares["comparison"] == 0.25
+    )
     assert rewards.suspicious_share([])["suspicious"] == 0
