@@ -275,7 +275,7 @@ def micro_batches(rollout: dict[str, torch.Tensor], rows: torch.Tensor, size: in
 def response_logprobs(
     model: nn.Module, batch: dict[str, torch.Tensor], temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probabilities (rows, R) of the responses of a batch from `trim`, 0 behind each response."""
+    """Log-probabilities (rows, R) of the responses of a batch from `trim`, 0 where masked."""
     ids, mask, r = batch["query_responses"], batch["mask"], batch["responses"].shape[1]
     logits = model(**model_inputs(ids, mask), use_cache=False, logits_to_keep=r + 1).logits[:, :-1]
     return token_logprobs(logits, batch["responses"], batch["response_mask"], temperature)
