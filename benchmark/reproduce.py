@@ -51,20 +51,28 @@ VERSION = 1  # of what a unit measures; a cached unit of another version is meas
 TABLE1_METHODS = ("ppo_m", "bon", "br", "bw")  # R² on their middle and last policy
 TABLE1_FILTERS = ("none", "bon", "br", "bw")
 
-# Order of work within a seed, and the number of seeds per world: (default, --full).
+# Order of work within a seed.
 ORDER = ("sft", "ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle", "top_bottom", "pow_1", "pow_2", "pow_3", "top_random", "top",
          "raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")  # fmt: skip
 BASELINES = {"raft": ("raft", {}), "bond": ("bond", {}), "dpo": ("dpo", {}), "ipo": ("dpo", {"loss_type": "ipo"}), "kto": ("kto", {}),
              "iterative_dpo": ("iterative_dpo", {})}  # fmt: skip  module of benchmark/baselines, flags over its defaults
-NUM_SEEDS = {"sft": (1, 1), "ppo_m": (4, 4), "br": (4, 4), "bw": (4, 4), "random": (4, 4), "bon": (2, 4), "ppo_s": (2, 4), "oracle": (2, 4),
-             **{name: (1, 2) for name in BASELINES}}  # fmt: skip
-OTHER_SEEDS = (1, 4)
+MAIN = ("sft", "ppo_m", "br", "bw", "random")
+CONTROLS = ("bon", "ppo_s", "oracle")
 
-# Seconds on one core where nothing has been measured yet.
-SECONDS = {"world": 10, "sft_policy": 75, "preferences": 40, "rm": 45, "sft": 60, "ppo_m": 70, "oracle": 70, "ppo_s": 70, "raft": 60, "bond": 120,
-           "dpo": 60, "ipo": 60, "kto": 60, "iterative_dpo": 120,
-           "weights": 90}  # fmt: skip
-OTHER_SECONDS = 45
+
+def subset(method: str, full: bool) -> tuple[int, int]:
+    """(seeds, worlds) of a method in study table2, at most; explicit --methods get all."""
+    if method == "sft":
+        return 1, 99  # nothing is trained, so seeds would only repeat it
+    if full:
+        return (2 if method in BASELINES else 4), 99
+    return (2, 99) if method in MAIN else (1, 99) if method in CONTROLS else (1, 1)
+
+
+# Seconds on one of two busy cores (2026, 2.5 GHz) where nothing has been measured yet.
+SECONDS = {"world": 10, "sft_policy": 270, "preferences": 60, "rm": 80, "weights": 90, "sft": 60, "ppo_m": 200, "oracle": 190, "ppo_s": 190,
+           "bon": 90, "bond": 150, "iterative_dpo": 150, "top": 170, "top_random": 190, "top_bottom": 190}  # fmt: skip
+OTHER_SECONDS = 130
 STAGES = ("world", "sft_policy", "preferences", "rm")
 
 ALARM_PAIRS = 1000  # a reward model that is over-optimised
@@ -79,6 +87,8 @@ class Args:
     """folder for units.jsonl, tables and pictures; default benchmark/results/DATE-STUDY"""
     work_dir: str = "output/study"
     """folder for worlds, models and logs; shared by studies, so that no run is trained twice"""
+    worlds_from: str = ""
+    """folder with seed_1, seed_2, ... of benchmark.quickstart whose worlds (SFT policy, pairs, reward model) are used, not made anew"""
     full: bool = False
     """all seeds of every method (overnight) instead of the default subset (about an hour)"""
     methods: tuple[str, ...] = ()
@@ -172,13 +182,15 @@ def planned_units(args: Args) -> list[Unit]:
 
 
 def plan_table2(args: Args) -> list[Unit]:
-    """One unit per method, world and seed; the default subset has fewer seeds for what is not in the main comparison."""
-    chosen, units = (args.only,) if args.only else args.methods, []
-    for i, seed in enumerate(args.seeds):
-        for method in ORDER:
-            count = len(args.seeds) if method in chosen and method != "sft" else NUM_SEEDS.get(method, OTHER_SEEDS)[args.full]
-            units += [Unit(world, seed, method) for world in args.worlds if i < count]
-    return units
+    """One unit per method, world and seed; the default subset has fewer of what is not in the main comparison. The first two seeds
+    of the main comparison come first, then the rest of these seeds, then further seeds: what is there early is paired."""
+    chosen, found = (args.only,) if args.only else args.methods, []
+    for method in ORDER:
+        seeds, worlds = (99, 99) if method in chosen and method != "sft" else subset(method, args.full)
+        tier = 0 if method in MAIN else 1 if method in CONTROLS else 2
+        found += [((max(0, i - 1), tier, i, ORDER.index(method), w), Unit(world, seed, method))
+                  for i, seed in enumerate(args.seeds[:seeds]) for w, world in enumerate(args.worlds[:worlds])]  # fmt: skip
+    return [unit for _, unit in sorted(found, key=lambda pair: pair[0])]
 
 
 REWARDS = {"orm": (), "oracle": (("reward", "benchmark.minicode:oracle"),), "crm": (("reward", "benchmark.rewards:crm@{world}/rm/model"),)}
@@ -371,6 +383,21 @@ def baseline_settings(folder: Path, method: str, seed: int, updates: int, change
                  total_episodes=updates * pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"])  # fmt: skip
     fields = module_of(script).Args.__dataclass_fields__
     return script, {**{name: value for name, value in files.items() if name in fields}, **settings, **changes}
+
+
+def borrow_worlds(place: Workplace) -> None:
+    """Link the worlds of --worlds_from where this study would make its own. SystemExit when they were made with other sizes."""
+    for world in place.args.worlds if place.args.worlds_from else ():
+        source, folder = Path(place.args.worlds_from).absolute() / f"seed_{world}", place.world(world)
+        record = json.loads((source / "quickstart.json").read_text()) if (source / "quickstart.json").is_file() else {}
+        wanted = {**place.sizes, "sft_epochs": place.args.sft_epochs, "seed": world}
+        other = [f"{name} {record.get(name)} there, {value} here" for name, value in wanted.items() if record.get(name) != value]
+        if other:
+            raise SystemExit(f"--worlds_from {source}: {', '.join(other)}; give those sizes here, or leave it out")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("world", "sft", "sft.sh", "preferences.json", "preferences.jsonl", "preferences_valid.jsonl", "rm", "rm.sh"):
+            if (source / name).exists() and not (folder / name).exists():
+                (folder / name).symlink_to(source / name)
 
 
 def run_stage(unit: Unit, place: Workplace) -> None:
@@ -729,6 +756,7 @@ def main(args: Args) -> int:
     output_dir.mkdir(parents=True, exist_ok=True)
     held = lock(output_dir)
     check_study(args, output_dir)
+    borrow_worlds(place)
     lines = read_lines(output_dir / "units.jsonl")
     done = {key_of(line) for line in lines}
     runs = [unit for unit in units if not unit.stage and unit.key not in done]
