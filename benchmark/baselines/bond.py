@@ -31,7 +31,7 @@ class Args(common.Args):
     # rollout
     prompts: str = ""
     """training prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
-    total_episodes: int = 9600
+    total_episodes: int = 6400
     """responses to generate in all, the anchor's and the policy's"""
     batch_size: int = 16
     """B: prompts per update"""

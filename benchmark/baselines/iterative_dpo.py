@@ -28,7 +28,7 @@ class Args(common.Args):
     # rollout
     prompts: str = ""
     """training prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
-    total_episodes: int = 9600
+    total_episodes: int = 6400
     """responses to generate in all, over all iterations"""
     num_responses: int = 5
     """N: responses per prompt, of which the best and the worst make a pair"""

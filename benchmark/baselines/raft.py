@@ -25,7 +25,7 @@ class Args(common.Args):
     # rollout
     prompts: str = ""
     """training prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
-    total_episodes: int = 9600
+    total_episodes: int = 6400
     """responses to generate in all"""
     batch_size: int = 320
     """prompts per round"""
