@@ -186,8 +186,10 @@ def verdict(difference: Difference | None, paper_sign: int) -> str:
 
 
 def outcome(difference: Difference | None) -> str:
-    """`wins`, `loses` or `no difference shown`, where the paper says nothing."""
-    if difference is None or difference.low is None or difference.low <= 0 <= difference.high:
+    """`wins`, `loses` or `no difference shown`, where the paper says nothing; `too few units` without an interval."""
+    if difference is None or difference.low is None:
+        return "too few units"
+    if difference.low <= 0 <= difference.high:
         return "no difference shown"
     return "wins" if difference.mean > 0 else "loses"
 
