@@ -42,7 +42,7 @@ class Args(common.Args):
     """pairs per optimizer step"""
     lr: float = 1e-4
     """learning rate"""
-    eval_every: int = 20
+    eval_every: int = 10
     """optimizer steps between evaluations"""
     checkpoint_every: int = 20
     """optimizer steps between checkpoints"""

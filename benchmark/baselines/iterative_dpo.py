@@ -43,7 +43,7 @@ class Args(common.Args):
     """passes over an iteration's pairs"""
     batch_size: int = 32
     """pairs per optimizer step"""
-    lr: float = 1e-4
+    lr: float = 5e-5
     """learning rate"""
     eval_every: int = 20
     """optimizer steps between evaluations"""

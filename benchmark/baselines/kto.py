@@ -42,7 +42,7 @@ class Args(common.Args):
     """responses per optimizer step; the KL estimate is over all of them"""
     lr: float = 1e-4
     """learning rate"""
-    eval_every: int = 20
+    eval_every: int = 10
     """optimizer steps between evaluations"""
     checkpoint_every: int = 20
     """optimizer steps between checkpoints"""
