@@ -4,7 +4,7 @@
 
 FOLDER holds `model/` (a causal language model with its tokenizer) and `reward_model.safetensors` (the peer's reward model: a whole
 causal language model under `lm_backbone.`, a `scalar_head`, `reward_gain` and `reward_bias`). OUTPUT_DIR becomes a reward folder as
-rm_single.py writes it. Queries and labels need no conversion: `--prompts FOLDER/queries.jsonl`, `--labels FOLDER/labels.json`.
+rm_single.py writes it. Queries and labels need no conversion: `--prompts` (PPO) or `--normalize_prompts` (reward model) FOLDER/queries.jsonl, `--train_data FOLDER/labels.json`.
 """
 import argparse
 from pathlib import Path
