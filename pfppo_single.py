@@ -110,7 +110,9 @@ class Args:
     mask_after_stop: bool = True
     """Eq. 4: stop generating at the stop token, pay the score there and mask what follows; off: LMHP's fixed last slot, no mask"""
     forward_batch_size: int = 64
-    """rows per rank in one forward pass without gradient (generation, scores, log-probabilities)"""
+    """rows per rank in one forward pass without gradient (scores, log-probabilities)"""
+    generation_batch_size: int = 0
+    """responses per rank that are generated at a time; 0: forward_batch_size. Generation likes many rows, forward passes fit in a cache"""
     # reward
     missing_stop: Literal["none", "replace", "subtract"] = "none"
     """response without stop token: keep its score, replace it by penalty_value, or subtract penalty_value from it"""
@@ -794,6 +796,7 @@ def check_args(args: Args, num_processes: int) -> dict[str, int]:
     for field in ("batch_size", "num_responses", "response_length", "query_length", "forward_batch_size", "micro_batch_size",
                   "minibatch_size", "noptepochs", "eval_every", "checkpoint_every", "total_episodes"):  # fmt: skip
         need(getattr(args, field) >= 1, f"--{field} must be at least 1, not {getattr(args, field)}")
+    need(args.generation_batch_size >= 0, f"--generation_batch_size must be at least 1, or 0 for forward_batch_size, not {args.generation_batch_size}")
     need(args.temperature > 0, f"--temperature must be above 0, not {args.temperature}; evaluation decodes greedily by itself")
     need(b % num_processes == 0, f"--batch_size {b} must be a multiple of the {num_processes} processes")
     need(not args.rank_weights or len(args.rank_weights) == n, f"--rank_weights needs num_responses = {n} numbers, best first")
@@ -922,7 +925,7 @@ def main(args: Args) -> None:
         queries, query_mask = (x.to(device) for x in pad_rows([row["query_ids"] for row in batch_rows], pad_id, "left"))
         stop = stop_id if args.mask_after_stop else -1
         responses = []
-        for part in torch.arange(len(queries), device=device).split(max(1, args.forward_batch_size // n)):
+        for part in torch.arange(len(queries), device=device).split(max(1, (args.generation_batch_size or args.forward_batch_size) // n)):
             q = int(query_mask[part].sum(1).max())
             with accelerator.autocast():
                 responses.append(generate(bare.policy, queries[part, -q:], query_mask[part, -q:], n, args.response_length,

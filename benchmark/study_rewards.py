@@ -12,7 +12,7 @@ from benchmark.rewards import orm
 
 def learned(prompts: list[str], responses: list[str], rows: list[dict], source: str) -> list[float]:
     """R_φ of texts. `source`: folder of rm_single.py."""
-    return orm(prompts, responses, rows, source, batch_size=640)
+    return orm(prompts, responses, rows, source, batch_size=64)
 
 
 def text_noise(prompt: str, response: str) -> float:

@@ -303,6 +303,12 @@ def test_untied_policy_loads_again(run, world, monkeypatch):
     assert metrics[0]["ppo/policy/first_ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
+def test_generation_batch_size_says_how_many_responses_are_generated_at_a_time(run, monkeypatch):
+    sizes = Spies(monkeypatch).on(pf, "generate", lambda out, *_: len(out))
+    run(generation_batch_size=4, total_episodes=16, normalize_samples=8)
+    assert sizes and set(sizes) == {4}
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
 def test_learning_rate_zero_keeps_every_ratio_at_one(run, monkeypatch, micro_batch_size):
     # PITFALLS LP-5: every minibatch, micro-batch size and epoch
@@ -710,6 +716,7 @@ FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', 
     (dict(total_episodes=8), "--total_episodes 8 is less than one update"),
     (dict(temperature=0.0), "--temperature must be above 0"),
     (dict(batch_size=0), "--batch_size must be at least 1"),
+    (dict(generation_batch_size=-1), "--generation_batch_size must be at least 1, or 0"),
     (dict(stop_token="nosuch"), "--stop_token nosuch"),
     (dict(policy="{files}/nopad"), "nopad: the tokenizer has no pad token.*--pad_token"),
 ])  # fmt: skip

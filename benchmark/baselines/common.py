@@ -50,9 +50,11 @@ class Args:
     """token that ends a response: `eos`, `none`, a token or an id"""
     temperature: float = 1.0
     """divides the logits of policy and reference alike, in sampling and in log-probabilities"""
-    forward_batch_size: int = 640
-    """rows in one forward pass without gradient"""
-    micro_batch_size: int = 64
+    forward_batch_size: int = 64
+    """rows in one forward pass without gradient (scores, log-probabilities)"""
+    generation_batch_size: int = 640
+    """responses that are generated at a time"""
+    micro_batch_size: int = 32
     """rows in one forward and backward pass; changes memory and speed, not the gradient"""
     # optimizer
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -191,7 +193,7 @@ class Run:
         generator, responses = pfppo.random_generator(self.device, self.args.seed, *key), []
         padded = pfppo.pad_rows([row["query_ids"] for row in rows], self.pad_id, "left")
         queries, query_mask = (x.to(self.device) for x in padded)
-        for part in torch.arange(len(rows), device=self.device).split(max(1, self.args.forward_batch_size // n)):
+        for part in torch.arange(len(rows), device=self.device).split(max(1, self.args.generation_batch_size // n)):
             q = int(query_mask[part].sum(1).max())
             responses.append(pfppo.generate(
                 model or self.policy, queries[part, -q:], query_mask[part, -q:], n, self.args.response_length,
