@@ -92,6 +92,8 @@ class Args:
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_end", "keep_start"] = "drop"
     """what happens to a query longer than query_length"""
+    reshuffle: bool = True
+    """every pass over the prompts in a new order; off: all passes in the first one's, as LMHP-details"""
     # rollout
     total_episodes: int = 75000
     """responses to generate in all, over all ranks; PAPER: 5 passes over 3k prompts x 5"""
@@ -207,7 +209,7 @@ class Args:
 
 
 LM_HUMAN_PREFERENCES = dict(  # LMHP launch.py and train_policy.py; one table row each in README
-    critic="shared", pad_token="[PAD]", query_length=64, long_queries="keep_start", total_episodes=1000000, batch_size=512,
+    critic="shared", pad_token="[PAD]", query_length=64, long_queries="keep_start", reshuffle=False, total_episodes=1000000, batch_size=512,
     num_responses=1, response_length=24, temperature=0.7, stop_token="13", stop_after=16, mask_after_stop=False,
     missing_stop="replace", penalty_value=-1.0, normalize_reward=False, filter="none", kl_coef=0.15, adaptive_kl=True,
     kl_target=6.0, kl_horizon=10000, noptepochs=4, minibatch_size=512, micro_batch_size=64, lr=1e-5, lr_schedule="linear",
@@ -688,9 +690,9 @@ def random_generator(device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def prompt_order(num_prompts: int, start: int, count: int, seed: int) -> list[int]:
-    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts."""
-    passes = {p: torch.randperm(num_prompts, generator=random_generator("cpu", seed, 0, p)) for p in
+def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
+    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without reshuffle all in one order."""
+    passes = {p: torch.randperm(num_prompts, generator=random_generator("cpu", seed, 0, p * reshuffle)) for p in
               range(start // num_prompts, (start + count - 1) // num_prompts + 1)}  # fmt: skip
     return [int(passes[i // num_prompts][i % num_prompts]) for i in range(start, start + count)]
 
@@ -1033,7 +1035,7 @@ def main(args: Args) -> None:
 
         # ---------------- 1. take B prompts
         start = (update - 1) * args.batch_size + rank * local_b
-        batch_rows = [rows[i] for i in prompt_order(len(rows), start, local_b, args.seed)]
+        batch_rows = [rows[i] for i in prompt_order(len(rows), start, local_b, args.seed, args.reshuffle)]
 
         # ---------------- 2. draw N responses for each
         rollout = sample(batch_rows, args.num_responses, args.temperature, random_generator(device, args.seed, 3, update, rank))

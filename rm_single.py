@@ -622,9 +622,9 @@ def random_generator(device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def prompt_order(num_prompts: int, start: int, count: int, seed: int) -> list[int]:
-    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts."""
-    passes = {p: torch.randperm(num_prompts, generator=random_generator("cpu", seed, 0, p)) for p in
+def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
+    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without reshuffle all in one order."""
+    passes = {p: torch.randperm(num_prompts, generator=random_generator("cpu", seed, 0, p * reshuffle)) for p in
               range(start // num_prompts, (start + count - 1) // num_prompts + 1)}  # fmt: skip
     return [int(passes[i // num_prompts][i % num_prompts]) for i in range(start, start + count)]
 

@@ -479,4 +479,5 @@ def test_prompts_come_in_shuffled_passes():
     order = pf.prompt_order(5, 0, 15, seed=1)
     assert [sorted(order[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
     assert order[:5] != order[5:10] or order[5:10] != order[10:]
+    assert pf.prompt_order(5, 0, 15, seed=1, reshuffle=False) == order[:5] * 3  # LMHP-details: shuffled once
     assert pf.prompt_order(5, 3, 4, seed=1) == order[3:7] and pf.prompt_order(5, 0, 15, seed=2) != order
