@@ -9,7 +9,7 @@ import torch
 from conftest import VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
 
 import pfppo_single as pf
-from benchmark.baselines import bond, common, dpo, iterative_dpo, kto, raft
+from benchmark.baselines import bond, common, dpo, iterative_dpo, kto, raft, tune
 
 NAMES = ("raft", "bond", "dpo", "kto", "iterative_dpo")
 
@@ -468,3 +468,13 @@ def test_every_field_is_read_and_documented(name):
     for field in dataclasses.fields(script.Args):
         assert f"args.{field.name}" in source or field.name in ("prompts", "train_data", "long_queries", "query_length"), field.name
         assert source.split(f"    {field.name}: ")[1].split("\n")[1].strip().startswith('"""'), field.name
+
+
+@pytest.mark.parametrize(("found", "expected"), [
+    ({}, 2.0), ({2.0: 0.5}, 1.0), ({2.0: 0.5, 1.0: 0.4}, 4.0),
+    ({1.0: 0.4, 2.0: 0.5, 4.0: 0.3}, None),  # neighbours on both sides
+    ({1.0: 0.4, 2.0: 0.5, 4.0: 0.6}, 8.0), ({1.0: 0.7, 2.0: 0.5, 4.0: 0.6}, 0.5),  # beyond the edge
+    ({1.0: 0.4, 2.0: 0.5, 4.0: 0.6, 8.0: 0.7, 16.0: 0.8}, None),  # the budget of five
+])  # fmt: skip
+def test_the_grid_goes_on_beyond_the_edge_where_the_best_rate_lies(found, expected):
+    assert tune.next_rate((1.0, 2.0, 4.0), found) == expected

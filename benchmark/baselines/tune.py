@@ -1,9 +1,12 @@
-"""The grid behind the baselines' default learning rates: three each, one seed, judged on the validation split.
+"""The grid behind the baselines' default learning rates: one seed, judged on the validation split.
 
     python -m benchmark.baselines.tune --world DIR --output_dir OUT
 
 DIR is a folder of benchmark/pipeline.py (sft/model, rm/model, preferences.jsonl, world/). Every finished run is a line of OUT/grid.jsonl
 (method, lr, settings, curve of eval/*, processor seconds) and is skipped the next time; the runs themselves are under OUT/runs/.
+
+Three rates each, the middle one first. Where the best of them (highest greedy pass@1 of any checkpoint) is the largest or smallest,
+twice or half of it is tried too, until the best has neighbours on both sides or five rates have been tried.
 """
 import importlib
 import json
@@ -14,7 +17,11 @@ from pathlib import Path
 import torch
 import tyro
 
+import pfppo_single
+from benchmark import pipeline
+
 GRID = {  # method -> script, learning rates, further settings
+    "ppo_m": ("ppo_m", (5e-5, 1e-4, 2e-4), {}),  # pfppo_single.py without a filter, the same budget
     "dpo": ("dpo", (2e-5, 5e-5, 1e-4), {}),
     "ipo": ("dpo", (2e-5, 5e-5, 1e-4), {"loss_type": "ipo"}),
     "kto": ("kto", (5e-5, 1e-4, 2e-4), {}),
@@ -22,6 +29,22 @@ GRID = {  # method -> script, learning rates, further settings
     "bond": ("bond", (3e-5, 1e-4, 3e-4), {}),
     "iterative_dpo": ("iterative_dpo", (2e-5, 5e-5, 1e-4), {}),
 }
+
+
+def best_of(done: list[dict], method: str) -> dict[float, float]:
+    """{learning rate: highest greedy pass@1 of its checkpoints} of the finished runs of a method."""
+    return {run["lr"]: max(point["eval/greedy_pass1"] for point in run["curve"]) for run in done if run["method"] == method}
+
+
+def next_rate(rates: tuple[float, float, float], found: dict[float, float], most: int = 5) -> float | None:
+    """What to try next: the middle rate, the others, then beyond the edge where the best lies; None when there is nothing left."""
+    for lr in (rates[1], rates[0], rates[2]):
+        if lr not in found:
+            return lr
+    best = max(found, key=found.get)
+    if len(found) >= most or min(found) < best < max(found):
+        return None
+    return float(f"{best * 2 if best == max(found) else best / 2:.3g}")
 
 
 @dataclass
@@ -41,28 +64,28 @@ def main(args: Args) -> None:
     world, out = Path(args.world), Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     grid = out / "grid.jsonl"
-    done = {(r["method"], r["lr"]) for r in map(json.loads, grid.read_text().splitlines())} if grid.is_file() else set()
-    for turn in (1, 0, 2):  # the middle rates first, so that a grid cut short says something of every method
-        for method in args.methods:
-            name, rates, settings = GRID[method]
-            lr = rates[turn]
-            if (method, lr) in done:
-                continue
+    done = list(map(json.loads, grid.read_text().splitlines())) if grid.is_file() else []
+    while unfinished := [m for m in args.methods if next_rate(GRID[m][1], best_of(done, m)) is not None]:
+        method = min(unfinished, key=lambda m: len(best_of(done, m)))  # in turn: a grid cut short says something of every method
+        lr, (name, _, settings) = next_rate(GRID[method][1], best_of(done, method)), GRID[method]
+        folder, start = out / "runs" / f"{method}_{lr:g}", time.process_time()
+        if method == "ppo_m":
+            flags = pipeline.ppo_settings(world, "ppo_m", args.seed, 20, folder, lr=lr)
+            pfppo_single.main(pfppo_single.parse_args(pipeline.flags(flags)))
+        else:
             script = importlib.import_module(f"benchmark.baselines.{name}")
-            offline = name in ("dpo", "kto")
-            data = {"train_data": str(world / "preferences.jsonl")} if offline else {"prompts": str(world / "world/rl.jsonl")}
-            folder, start = out / "runs" / f"{method}_{lr:g}", time.process_time()
-            run = script.Args(
+            data = {"train_data": str(world / "preferences.jsonl")} if name in ("dpo", "kto") else {"prompts": str(world / "world/rl.jsonl")}
+            script.main(script.Args(
                 policy=str(world / "sft/model"), reward=str(world / "rm/model"), eval_prompts=str(world / "world/valid.jsonl"),
-                actual_score="benchmark.minicode:oracle", output_dir=str(folder), seed=args.seed, lr=lr, **data, **settings)  # fmt: skip
-            script.main(run)
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            tags = ("step", "episodes", "optimizer_step", "eval/greedy_pass1", "eval/sampled_pass1", "eval/sampled_reward", "eval/kl")
-            curve = [{tag: row[tag] for tag in tags} for row in rows if "eval/kl" in row]
-            line = {"method": method, "lr": lr, "settings": settings, "seed": args.seed, "curve": curve,
-                    "cpu_seconds": round(time.process_time() - start, 1)}  # fmt: skip
-            with grid.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                actual_score="benchmark.minicode:oracle", output_dir=str(folder), seed=args.seed, lr=lr, **data, **settings))  # fmt: skip
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        tags = ("step", "episodes", "optimizer_step", "eval/greedy_pass1", "eval/sampled_pass1", "eval/sampled_reward", "eval/kl")
+        curve = [{tag: row.get(tag) for tag in tags} for row in rows if "eval/kl" in row]
+        line = {"method": method, "lr": lr, "settings": settings, "seed": args.seed, "curve": curve,
+                "cpu_seconds": round(time.process_time() - start, 1)}  # fmt: skip
+        with grid.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        done.append(line)
 
 
 if __name__ == "__main__":
