@@ -3,7 +3,8 @@
     python -m benchmark.baselines.tune --world DIR --output_dir OUT
 
 DIR is a folder of benchmark/pipeline.py (sft/model, rm/model, preferences.jsonl, world/). Every finished run is a line of OUT/grid.jsonl
-(method, lr, settings, curve of eval/*, processor seconds) and is skipped the next time; the runs themselves are under OUT/runs/.
+(method, lr, settings, curve of eval/*, processor seconds) and is skipped the next time; the runs themselves are under OUT/runs/; OUT/grid.md
+is the table.
 
 Three rates each, the middle one first. Where the best of them (highest greedy pass@1 of any checkpoint) is the largest or smallest,
 twice or half of it is tried too, until the best has neighbours on both sides or five rates have been tried.
@@ -18,10 +19,12 @@ import torch
 import tyro
 
 import pfppo_single
-from benchmark import pipeline
+from benchmark import figures, pipeline
 
 GRID = {  # method -> script, learning rates, further settings
-    "ppo_m": ("ppo_m", (5e-5, 1e-4, 2e-4), {}),  # pfppo_single.py without a filter, the same budget
+    "ppo_m": ("pfppo", (5e-5, 1e-4, 2e-4), {}),  # pfppo_single.py with the same budget
+    "br": ("pfppo", (5e-5, 1e-4, 2e-4), {}),
+    "bw": ("pfppo", (5e-5, 1e-4, 2e-4), {}),
     "dpo": ("dpo", (2e-5, 5e-5, 1e-4), {}),
     "ipo": ("dpo", (2e-5, 5e-5, 1e-4), {"loss_type": "ipo"}),
     "kto": ("kto", (5e-5, 1e-4, 2e-4), {}),
@@ -47,6 +50,21 @@ def next_rate(rates: tuple[float, float, float], found: dict[float, float], most
     return float(f"{best * 2 if best == max(found) else best / 2:.3g}")
 
 
+def table(done: list[dict]) -> str:
+    """Markdown: a row per run, the best rate of each method marked."""
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in done):
+        rates = best_of(done, method)
+        for run in sorted((run for run in done if run["method"] == method), key=lambda run: run["lr"]):
+            last, best = run["curve"][-1], max(run["curve"], key=lambda point: point["eval/greedy_pass1"])
+            mark = " (best)" if run["lr"] == max(rates, key=rates.get) else ""
+            rows.append([figures.label(method), f"{run['lr']:g}{mark}", f"{best['eval/greedy_pass1']:.3f} ({best['step']})",
+                         *[f"{last['eval/' + name]:.{digits}f}" for name, digits in (("greedy_pass1", 3), ("sampled_pass1", 3), ("kl", 2))],
+                         f"{run['cpu_seconds']:.0f}"])  # fmt: skip
+    header = ["method", "lr", "best greedy pass@1 (at step)", "greedy, last", "sampled, last", "KL, last", "processor seconds"]
+    return figures.markdown_table(header, rows)
+
+
 @dataclass
 class Args:
     world: str = ""
@@ -69,8 +87,8 @@ def main(args: Args) -> None:
         method = min(unfinished, key=lambda m: len(best_of(done, m)))  # in turn: a grid cut short says something of every method
         lr, (name, _, settings) = next_rate(GRID[method][1], best_of(done, method)), GRID[method]
         folder, start = out / "runs" / f"{method}_{lr:g}", time.process_time()
-        if method == "ppo_m":
-            flags = pipeline.ppo_settings(world, "ppo_m", args.seed, 20, folder, lr=lr)
+        if name == "pfppo":
+            flags = pipeline.ppo_settings(world, method, args.seed, 20, folder, lr=lr)
             pfppo_single.main(pfppo_single.parse_args(pipeline.flags(flags)))
         else:
             script = importlib.import_module(f"benchmark.baselines.{name}")
@@ -86,6 +104,7 @@ def main(args: Args) -> None:
         with grid.open("a") as file:
             file.write(json.dumps(line) + "\n")
         done.append(line)
+        (out / "grid.md").write_text(table(done) + "\n")
 
 
 if __name__ == "__main__":
