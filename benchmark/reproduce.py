@@ -56,6 +56,7 @@ ORDER = ("sft", "ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle", "top_bo
          "raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")  # fmt: skip
 BASELINES = {"raft": ("raft", {}), "bond": ("bond", {}), "dpo": ("dpo", {}), "ipo": ("dpo", {"loss_type": "ipo"}), "kto": ("kto", {}),
              "iterative_dpo": ("iterative_dpo", {})}  # fmt: skip  module of benchmark/baselines, flags over its defaults
+TUNED = {"ppo_m": 5e-5}  # learning rates that benchmark/baselines/tune.py prefers to the one all arms share; further units of table2
 MAIN = ("sft", "ppo_m", "br", "bw", "random")
 CONTROLS = ("bon", "ppo_s", "oracle")
 
@@ -92,7 +93,7 @@ class Args:
     full: bool = False
     """all seeds of every method (overnight) instead of the default subset (about an hour)"""
     methods: tuple[str, ...] = ()
-    """these methods alone, with all seeds given"""
+    """these methods alone, with all seeds given; `tuned`: the units of table2 with learning rates of their own"""
     only: str = ""
     """one method alone, with all seeds given"""
     worlds: tuple[int, ...] = (1, 2, 3)
@@ -173,10 +174,10 @@ def planned_units(args: Args) -> list[Unit]:
     """All units of the study in the order of work: what worlds need first, then seed by seed, method by method, world by world."""
     chosen = (args.only,) if args.only else args.methods
     runs = {"table2": plan_table2, "table4": plan_table4, "map": plan_map, "beyond": plan_beyond}[args.study](args)
-    unknown = set(chosen) - {unit.method for unit in runs} - set(ORDER)
+    unknown = set(chosen) - {unit.method for unit in runs} - {unit.variant for unit in runs} - set(ORDER)
     if unknown:
         raise SystemExit(f"--methods: {', '.join(sorted(unknown))} unknown; choose from {' '.join(dict.fromkeys(unit.method for unit in runs))}")
-    runs = [unit for unit in runs if not chosen or unit.method in chosen]
+    runs = [unit for unit in runs if not chosen or unit.method in chosen or unit.variant in chosen]
     parts = dict.fromkeys(part for unit in runs for part in parts_needed(unit))
     return sorted(parts, key=lambda part: (STAGES + ("weights",)).index(part.stage)) + runs
 
@@ -190,6 +191,10 @@ def plan_table2(args: Args) -> list[Unit]:
         tier = 0 if method in MAIN else 1 if method in CONTROLS else 2
         found += [((max(0, i - 1), tier, i, ORDER.index(method), w), Unit(world, seed, method))
                   for i, seed in enumerate(args.seeds[:seeds]) for w, world in enumerate(args.worlds[:worlds])]  # fmt: skip
+        if method in TUNED and (not chosen or "tuned" in chosen):
+            seeds = 99 if chosen else seeds
+            found += [((max(0, i - 1), 1, i, ORDER.index(method), w), Unit(world, seed, method, variant="tuned", changes=(("lr", TUNED[method]),)))
+                      for i, seed in enumerate(args.seeds[:seeds]) for w, world in enumerate(args.worlds[:worlds])]  # fmt: skip
     return [unit for _, unit in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -261,8 +261,29 @@ def table2(units: Units) -> list[Table]:
         Table("table2", "Table 2: all methods on the test problems, mean [95% interval over units]; best: chosen on validation problems",
               header, results_rows(units, PAPER_TABLE2), claims),
         differences(units, [name for name in PAPER_TABLE2 if name != "sft"], "table2_differences", "Table 2, differences paired by world and seed"),
-        budgets(units),
+        tuned(units), budgets(units),
     ]  # fmt: skip
+
+
+def tuned(units: Units) -> Table:
+    """PPO-M and PF-PPO each at the learning rate that the grid on validation problems prefers; without a unit `tuned` that is the shared one."""
+    names = [name for name in ("ppo_m", "br", "bw") if units.of(name)]
+    variant = {name: "tuned" if units.of(name, "tuned") else "" for name in names}
+    rows = []
+    for name in names:
+        rates = {u.get("command", "").partition("--lr ")[2].split(" ")[0] for u in units.of(name, variant[name]).values()}
+        rows.append([figures.label(name), " ".join(sorted(rates)), len(units.of(name, variant[name])),
+                     *[with_interval(units.values(name, key, variant[name]).values()) for key in
+                       ("greedy_pass1", "sampled_pass1", "best.greedy_pass1", "best.sampled_pass1", "kl")]])  # fmt: skip
+    sentences = []
+    for a in ("br", "bw"):
+        for key, words in (("sampled_pass1", "sampled"), ("greedy_pass1", "greedy"), ("best.sampled_pass1", "sampled, best checkpoint")):
+            d = None if not {a, "ppo_m"} <= set(names) else paired_difference(
+                units.values(a, key, variant[a]), units.values("ppo_m", key, variant["ppo_m"]))  # fmt: skip
+            found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs)"
+            sentences.append(f"Tuned {figures.label(a)} against tuned PPO-M, {words} pass@1: {found}: **{verdict(d, 1)}** with the paper.")
+    return Table("table2_tuned", "Table 2 again, each arm at the learning rate its own grid prefers", ["method", "lr", "units", "greedy pass@1, last",
+                 "sampled pass@1, last", "greedy, best", "sampled, best", "KL"], rows, sentences)  # fmt: skip
 
 
 def differences(units: Units, names, name: str, title: str) -> Table:

@@ -478,3 +478,8 @@ def test_every_field_is_read_and_documented(name):
 ])  # fmt: skip
 def test_the_grid_goes_on_beyond_the_edge_where_the_best_rate_lies(found, expected):
     assert tune.next_rate((1.0, 2.0, 4.0), found) == expected
+
+
+def test_the_smallest_rate_within_one_standard_error_is_chosen():
+    # standard error of .6 on 96 problems: sqrt(.24 / 96) = .05
+    assert tune.chosen({1.0: 0.54, 2.0: 0.551, 4.0: 0.6, 8.0: 0.59}, 96) == 2.0

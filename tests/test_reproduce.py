@@ -131,7 +131,7 @@ def test_every_method_of_the_issue_has_a_row():
 
 def test_default_plan_has_the_paired_main_comparison_first():
     runs = [u for u in reproduce.planned_units(reproduce.Args()) if not u.stage]
-    main = [u for u in runs if u.method in reproduce.MAIN]
+    main = [u for u in runs if u.method in reproduce.MAIN and not u.variant]
     assert runs[: len(main)] == main and {u.seed for u in main} == {1, 2} and {u.world for u in main} == {1, 2, 3}
     assert {u.method for u in runs} == set(reproduce.ORDER)
 
@@ -158,7 +158,8 @@ def test_plan_goes_seed_by_seed_and_round_the_worlds():
 
 def test_full_plan_has_twelve_units_of_every_rl_row_and_six_of_the_others():
     runs = [u for u in reproduce.planned_units(reproduce.Args(full=True)) if not u.stage]
-    count = {name: sum(u.method == name for u in runs) for name in reproduce.ORDER}
+    count = {name: sum(u.method == name and not u.variant for u in runs) for name in reproduce.ORDER}
+    assert {name: sum(u.method == name and u.variant == "tuned" for u in runs) for name in reproduce.TUNED} == dict.fromkeys(reproduce.TUNED, 12)
     assert count.pop("sft") == 3
     assert {name for name, n in count.items() if n == 6} == set(reproduce.BASELINES)
     assert {name for name, n in count.items() if n == 12} == set(count) - set(reproduce.BASELINES)

@@ -36,7 +36,7 @@ class Args(common.Args):
     """passes over a round's kept responses"""
     minibatch_size: int = 32
     """responses per optimizer step"""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """learning rate"""
     eval_every: int = 1
     """rounds between evaluations"""

@@ -7,10 +7,12 @@ DIR is a folder of benchmark/pipeline.py (sft/model, rm/model, preferences.jsonl
 is the table.
 
 Three rates each, the middle one first. Where the best of them (highest greedy pass@1 of any checkpoint) is the largest or smallest,
-twice or half of it is tried too, until the best has neighbours on both sides or five rates have been tried.
+twice or half of it is tried too, until the best has neighbours on both sides or five rates have been tried. Chosen is the smallest rate
+within one standard error of the best (the one-standard-error rule): among equals, the policy that has moved least.
 """
 import importlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +52,20 @@ def next_rate(rates: tuple[float, float, float], found: dict[float, float], most
     return float(f"{best * 2 if best == max(found) else best / 2:.3g}")
 
 
-def table(done: list[dict]) -> str:
-    """Markdown: a row per run, the best rate of each method marked."""
+def chosen(found: dict[float, float], problems: int) -> float:
+    """The smallest rate whose pass@1 is within one standard error of the highest, on that many validation problems."""
+    best = max(found.values())
+    return min(lr for lr, value in found.items() if value >= best - math.sqrt(best * (1 - best) / problems))
+
+
+def table(done: list[dict], problems: int) -> str:
+    """Markdown: a row per run, the chosen rate of each method marked."""
     rows = []
     for method in dict.fromkeys(run["method"] for run in done):
         rates = best_of(done, method)
         for run in sorted((run for run in done if run["method"] == method), key=lambda run: run["lr"]):
             last, best = run["curve"][-1], max(run["curve"], key=lambda point: point["eval/greedy_pass1"])
-            mark = " (best)" if run["lr"] == max(rates, key=rates.get) else ""
+            mark = " (chosen)" if run["lr"] == chosen(rates, problems) else ""
             rows.append([figures.label(method), f"{run['lr']:g}{mark}", f"{best['eval/greedy_pass1']:.3f} ({best['step']})",
                          *[f"{last['eval/' + name]:.{digits}f}" for name, digits in (("greedy_pass1", 3), ("sampled_pass1", 3), ("kl", 2))],
                          f"{run['cpu_seconds']:.0f}"])  # fmt: skip
@@ -81,7 +89,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     world, out = Path(args.world), Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    grid = out / "grid.jsonl"
+    grid, problems = out / "grid.jsonl", len(pipeline.read_rows(world / "world/valid.jsonl"))
     done = list(map(json.loads, grid.read_text().splitlines())) if grid.is_file() else []
     while unfinished := [m for m in args.methods if next_rate(GRID[m][1], best_of(done, m)) is not None]:
         method = min(unfinished, key=lambda m: len(best_of(done, m)))  # in turn: a grid cut short says something of every method
@@ -104,7 +112,7 @@ def main(args: Args) -> None:
         with grid.open("a") as file:
             file.write(json.dumps(line) + "\n")
         done.append(line)
-        (out / "grid.md").write_text(table(done) + "\n")
+        (out / "grid.md").write_text(table(done, problems) + "\n")
 
 
 if __name__ == "__main__":
