@@ -71,9 +71,9 @@ def subset(method: str, full: bool) -> tuple[int, int]:
 
 
 # Seconds on one of two busy cores (2026, 2.5 GHz) where nothing has been measured yet.
-SECONDS = {"world": 10, "sft_policy": 270, "preferences": 60, "rm": 80, "weights": 90, "sft": 60, "ppo_m": 200, "oracle": 190, "ppo_s": 190,
-           "bon": 90, "bond": 150, "iterative_dpo": 150, "top": 170, "top_random": 190, "top_bottom": 190}  # fmt: skip
-OTHER_SECONDS = 130
+SECONDS = {"world": 9, "sft_policy": 185, "preferences": 45, "rm": 80, "weights": 90, "sft": 25, "ppo_m": 145, "oracle": 145, "ppo_s": 145,
+           "top": 120, "top_random": 130, "top_bottom": 130, **dict.fromkeys(BASELINES, 60)}  # fmt: skip
+OTHER_SECONDS = 95
 STAGES = ("world", "sft_policy", "preferences", "rm")
 
 ALARM_PAIRS = 1000  # a reward model that is over-optimised
