@@ -578,17 +578,54 @@ def study_tables(units: Units, study: str) -> list[Table]:
     return [table1(units), *table2(units), table3(units), table5(units), table6(units), over_optimisation(units, trained)]
 
 
-def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str]]:
-    """Figures 1, 2 and 3 -> (file, caption)."""
+def spread_of_repeats(repeats: list[dict]) -> tuple[float, float, float, float]:
+    """How far apart the lines of Figure 1 lie: root mean square over groups of the variance over repeats of a group's actual score, in the
+    two lowest and two highest groups and in all others, each followed by what drawing that many responses would give by itself
+    (binomial, √(p (1 − p) / count)). -> (ends, ends by counting alone, middle, middle by counting alone)."""
+    actual = np.array([repeat["actual"] for repeat in repeats])
+    p, count = actual.mean(0), np.array([repeat["count"] for repeat in repeats]).mean(0)
+    measured, counting = actual.var(0, ddof=1), p * (1 - p) / count
+    ends = np.isin(np.arange(len(p)), (0, 1, len(p) - 2, len(p) - 1))
+    return tuple(float(np.sqrt(x[rows].mean())) for rows in (ends, ~ends) for x in (measured, counting))
+
+
+def reliability_sentences(worlds: dict[int, list[dict]]) -> list[str]:
+    """The paper's sentence on Figures 1 and 3 beside ours, over worlds."""
+    spread = {(world, 0): spread_of_repeats(repeats) for world, repeats in worlds.items()}
+    ends, ends_by_chance, middle, middle_by_chance = (np.mean([s[i] for s in spread.values()]) for i in range(4))
+    d = paired_difference({k: s[2] for k, s in spread.items()}, {k: s[0] for k, s in spread.items()})
+    excess = paired_difference({k: s[2] - s[3] for k, s in spread.items()}, {k: s[0] - s[1] for k, s in spread.items()})
+    return [f"Paper: the lines of ten repeats lie close together at low and high rewards and apart in the middle. Here, {len(worlds)} worlds: standard "
+            f"deviation over repeats {middle:.3f} in the middle groups, {ends:.3f} in the two groups at each end; middle less ends {with_p(d)}: "
+            f"**{verdict(d, 1)}**.",
+            f"But shares near a half spread more than shares near 0 or 1 by counting alone, which here would give {middle_by_chance:.3f} and "
+            f"{ends_by_chance:.3f}. What is left of the difference beyond counting: {with_p(excess)}: **{verdict(excess, 1)}**."]  # fmt: skip
+
+
+def training_sentences(units: Units) -> list[str]:
+    """The paper's sentence on Figure 2 (about PPO-M's reward, higher pass@1) beside ours, on the policy's own samples at the end of training."""
+    found = []
+    for method in ("br", "bw"):
+        for name, words, paper in (("sampled_reward", "reward of the policy's samples", 0), ("kept_score", "reward of the samples trained on", 0),
+                                   ("sampled_pass1", "sampled pass@1", 1), ("greedy_pass1", "greedy pass@1", 1)):  # fmt: skip
+            d = paired_difference(*({key: u["curve"][name][-1] for key, u in units.of(m).items()} for m in (method, "ppo_m")))
+            says = "about equal" if paper == 0 else "higher"
+            judged = verdict(d, 1) if paper else {"wins": "higher here", "loses": "lower here"}.get(outcome(d), outcome(d))
+            found.append(f"{figures.label(method)} against PPO-M at the end, {words}: paper {says}; here {with_p(d) or 'missing'}: **{judged}**.")
+    return found
+
+
+def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str, list[str]]]:
+    """Figures 1, 2 and 3 -> (file, caption, sentences)."""
     made = []
     worlds = {} if study != "table2" else {u["world"]: u["reliability"]["repeats"] for u in units.of("sft").values() if "reliability" in u}
     if worlds:
         first, *others = sorted(worlds)
         figures.reliability(worlds[first], folder / "figure1.png", f"world {first}")
-        made.append(("figure1.png", "Figure 1: mean actual score of reward groups, ten repeats"))
+        made.append(("figure1.png", "Figure 1: mean actual score of reward groups, ten repeats", reliability_sentences(worlds)))
         if others:
             figures.reliability_panels({f"world {w}": worlds[w] for w in others}, folder / "figure3.png")
-            made.append(("figure3.png", "Figure 3: the same in the other worlds"))
+            made.append(("figure3.png", "Figure 3: the same in the other worlds", ["Counted in the sentences of Figure 1."]))
     if study == "map":
         panels = {}
         for cell in map_cells(units):
@@ -596,13 +633,13 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str]]:
             panels[cell["variant"]] = {m: curves for m, curves in found.items() if curves}
         if panels:
             figures.over_optimisation(panels, folder / "over_optimisation.png")
-            made.append(("over_optimisation.png", "Over-optimisation: reward (dotted, right axis) and sampled pass@1 (line) as KL grows"))
+            made.append(("over_optimisation.png", "Over-optimisation: reward (dotted, right axis) and sampled pass@1 (line) as KL grows", []))
         return made
     if study == "beyond":
         found = {m: [(u["curve"], u["alarm"]) for u in units.of(m, "alarm").values()] for m in ("ppo_m", "br", "bw", "random")}
         if any(found.values()):
             figures.alarm_curves({m: runs for m, runs in found.items() if runs}, folder / "alarm.png")
-            made.append(("alarm.png", "R² as an alarm: probe and pass@1 over training; a circle where it rings"))
+            made.append(("alarm.png", "R² as an alarm: probe and pass@1 over training; a circle where it rings", []))
         return made
     if study == "table4":
         return made
@@ -611,8 +648,8 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str]]:
     if runs:
         figures.study_curves(runs, folder / "figure2.png")
         figures.budget_curves(runs, folder / "budgets.png")
-        made += [("figure2.png", "Figure 2: reward and pass@1 over training, mean and 95% interval over units"),
-                 ("budgets.png", "Sampled pass@1 against rollouts, optimizer steps and KL")]  # fmt: skip
+        made += [("figure2.png", "Figure 2: reward and pass@1 over training, mean and 95% interval over units", training_sentences(units)),
+                 ("budgets.png", "Sampled pass@1 against rollouts, optimizer steps and KL", [])]  # fmt: skip
     return made
 
 
@@ -629,8 +666,8 @@ def write(folder: Path) -> None:
         with (folder / f"{table.name}.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([table.header, *[["missing" if c is None else c for c in row] for row in table.rows]])
         text += [f"## {table.title}", "", figures.markdown_table(table.header, table.rows), "", *[f"- {s}" for s in table.sentences], ""]
-    for name, caption in pictures(units, study, folder):
-        text += [f"## {caption}", "", f"![{caption}]({name})", ""]
+    for name, caption, sentences in pictures(units, study, folder):
+        text += [f"## {caption}", "", f"![{caption}]({name})", "", *[f"- {s}" for s in sentences], ""]
     (folder / "tables.md").write_text("\n".join(text))
     print(f"tables and pictures: {folder / 'tables.md'}", flush=True)
 

@@ -120,6 +120,18 @@ def test_comparison_at_equal_optimizer_steps_reads_the_curve():
     assert tables.at_budget(units, "br", "optimizer_step", 30) == {(1, 1): pytest.approx(0.38)}  # 30/75 of the way from .3 to .5
 
 
+def test_spread_of_repeats_beside_what_counting_gives():
+    repeats = [{"actual": [0.0, 0.0, 0.4, 1.0, 1.0], "count": [25] * 5}, {"actual": [0.0, 0.0, 0.6, 1.0, 0.8], "count": [25] * 5}]
+    # variances over the two repeats: 0 0 .02 0 .02; at the ends p is 0 0 1 .9, in the middle .5
+    assert tables.spread_of_repeats(repeats) == pytest.approx(((0.02 / 4) ** 0.5, (0.09 / 25 / 4) ** 0.5, 0.02**0.5, 0.1))
+
+
+def test_figure_2_is_judged_on_the_last_evaluation():
+    units = tables.Units([unit(m, w, 1, 0.5 + gain + 0.001 * w * gain) for m, gain in (("ppo_m", 0.0), ("br", 0.1)) for w in (1, 2, 3)])
+    sentence = next(s for s in tables.training_sentences(units) if "BR" in s and "sampled pass@1" in s)
+    assert "+0.100" in sentence and "agrees, also over worlds" in sentence
+
+
 def test_every_method_of_the_issue_has_a_row():
     names = "sft raft bond dpo ipo kto iterative_dpo ppo_s ppo_m bon br bw random top top_random top_bottom pow_1 pow_2 pow_3 oracle"
     assert set(reproduce.ORDER) == set(names.split())
