@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pfppo_single as pfppo
 import rm_single as rm
-from benchmark import compare_reference, import_reference, plot, run
+from benchmark import compare_reference, import_reference, peer_policy, plot, run
 from tests.make_llama_world import HYPERPARAMETERS, PENALTY, make_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +55,16 @@ def test_every_recorded_tensor_is_reproduced(capsys):  # PITFALLS RM-5, TOK-1, L
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "835 recorded tensors compared, 0 untested" in printed
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded world is not shipped; it is looked for in ../shared/reference")
+def test_the_peers_loop_written_again_repeats_recorded_seed_1(tmp_path):
+    peer_policy.main(peer_policy.Args(world=str(SHARED), output_dir=str(tmp_path), seed=1, updates=3))
+    ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    recorded = json.loads((SHARED / "curves_policy_steady.json").read_text())["seeds"]["1"]
+    names = {"objective/shaped_score": "objective/scores", "ppo/loss/value": "ppo/loss/value_avg"}
+    for tag in ours[0].keys() - {"step"}:
+        assert [row[tag] for row in ours] == pytest.approx(recorded[names.get(tag, tag)][:3], abs=2e-5), tag
 
 
 def test_another_architecture_and_other_sizes_are_reproduced_by_the_same_command(llama_world):  # PITFALLS RM-5
