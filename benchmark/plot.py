@@ -94,7 +94,7 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, title: str, curves: dict[str, np.ndarray], bands: dict[str, dict]) -> None:
+def draw(path: Path, title: str, curves: dict[str, np.ndarray], bands: dict[str, dict], label: str = "ours") -> None:
     """One panel per tag: our mean and 95% band over the recorded mean and band."""
     import matplotlib
 
@@ -112,7 +112,7 @@ def draw(path: Path, title: str, curves: dict[str, np.ndarray], bands: dict[str,
         axis.fill_between(band["steps"], band["ci95_low"], band["ci95_high"], color="tab:orange", alpha=0.3, linewidth=0)
         axis.plot(band["steps"], band["mean"], color="tab:orange", linewidth=1.2, label="lm-human-preference-details")
         axis.fill_between(band["steps"], ours.mean(0) - half, ours.mean(0) + half, color="tab:blue", alpha=0.3, linewidth=0)
-        axis.plot(band["steps"], ours.mean(0), color="tab:blue", linewidth=1.2, label=f"ours ({len(ours)} seeds)")
+        axis.plot(band["steps"], ours.mean(0), color="tab:blue", linewidth=1.2, label=f"{label} ({len(ours)} seeds)")
         low = min(np.min(band["ci95_low"]), ours.mean(0).min())
         high = max(np.max(band["ci95_high"]), ours.mean(0).max())
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -139,7 +139,7 @@ def write_metrics(path: Path, seeds: dict[int, list[dict]]) -> None:
                     file.write(json.dumps({"seed": seed, "step": line["step"], **kept}, separators=(",", ":")) + "\n")
 
 
-def main(runs: Path, bands: Path, output_dir: Path) -> int:
+def main(runs: Path, bands: Path, output_dir: Path, label: str = "ours") -> int:
     """Writes the files; returns the number of judged tags that disagree."""
     name, recorded, seeds = runs.name.split("_metrics.")[0], json.loads(bands.read_text()), read_runs(runs)
     curves, results = {}, {}
@@ -164,7 +164,7 @@ def main(runs: Path, bands: Path, output_dir: Path) -> int:
             band, sd = recorded["tags"][TAGS[tag]], values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
             for i, step in enumerate(band["steps"]):
                 writer.writerow([tag, step, *(f"{x:.6g}" for x in (values[:, i].mean(), sd[i], band["mean"][i], band["sd"][i]))])
-    draw(output_dir / f"{name}.png", f"{name}: mean and 95% band over seeds", curves, recorded["tags"])
+    draw(output_dir / f"{name}.png", f"{name}: mean and 95% band over seeds", curves, recorded["tags"], label)
     if runs.is_dir():
         write_metrics(output_dir / f"{name}_metrics.jsonl.gz", seeds)
         (output_dir / f"{name}_runs.jsonl").write_text((runs / "runs.jsonl").read_text())
@@ -178,4 +178,5 @@ if __name__ == "__main__":
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--bands", required=True, type=Path)
     parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--label", default="ours", help="name of the runs in the picture")
     main(**vars(parser.parse_args()))
