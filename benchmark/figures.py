@@ -17,13 +17,19 @@ LABELS = {"sft": "SFT", "ppo_s": "PPO-S", "ppo_m": "PPO-M", "bon": "PF-PPO BoN",
           "iterative_dpo": "Iterative-DPO", "w_r2": "w chosen by R²"}  # fmt: skip
 
 
+def legend_below(figure, axes) -> None:
+    """One legend for all panels, where it covers no line."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncol=min(8, max(1, len(names))), fontsize=8)
+
+
 def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
 def save(figure, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path
 
@@ -102,7 +108,7 @@ def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
     for axes in (reward, greedy, sampled):
         axes.set_xlabel("update")
         axes.grid(alpha=0.3)
-    greedy.legend(fontsize=8)
+    legend_below(figure, greedy)
     return save(figure, path)
 
 
@@ -120,7 +126,7 @@ def budget_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("sampled pass@1, validation problems")
-    panels[0].legend(fontsize=8)
+    legend_below(figure, panels[0])
     return save(figure, path)
 
 
@@ -134,7 +140,7 @@ def mean_points(curves: list[dict[str, list]], *names: str) -> np.ndarray:
 def over_optimisation(panels: dict[str, dict[str, list[dict[str, list]]]], path: Path) -> Path:
     """One panel a title: for every method the mean sampled pass@1 (line) and reward (dotted, right axis) against KL."""
     columns = min(3, len(panels))
-    figure, grid = plt.subplots(-(-len(panels) // columns), columns, figsize=(5 * columns, 3.4 * -(-len(panels) // columns)), squeeze=False)
+    figure, grid = plt.subplots(-(-len(panels) // columns), columns, figsize=(5 * columns, 3.4 * -(-len(panels) // columns)), squeeze=False, sharey=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, runs) in zip(grid.flat, panels.items()):
@@ -143,10 +149,11 @@ def over_optimisation(panels: dict[str, dict[str, list[dict[str, list]]]], path:
             points = mean_points(curves, "kl", "sampled_pass1", "sampled_reward")
             axes.plot(points[:, 0], points[:, 1], color=COLOURS.get(method), marker="o", markersize=3, label=label(method))
             right.plot(points[:, 0], points[:, 2], color=COLOURS.get(method), linestyle=":")
+        right.set(ylabel="reward", ylim=(-0.1, 0.8))
         axes.set(title=title, xlabel="KL to π_SFT, nats", ylabel="sampled pass@1")
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
-    grid[0][0].legend(fontsize=7)
+    legend_below(figure, grid[0][0])
     return save(figure, path)
 
 
@@ -166,7 +173,7 @@ def alarm_curves(runs: dict[str, list[tuple[dict, dict]]], path: Path) -> Path:
     right.set(xlabel="update", ylabel="sampled pass@1, validation problems")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    legend_below(figure, right)
     return save(figure, path)
 
 

@@ -479,8 +479,8 @@ def map_tables(units: Units) -> list[Table]:
     """When does filtering help: each cell's differences at equal rollouts (test) and at equal training passes (validation)."""
     header = ["pairs", "noise", "KL coefficient", "N", "pair accuracy", "R² none / BR / BW", "PPO-M, sampled pass@1", "BR to PPO-M", "BW to PPO-M",
               "BR to random", "BW to random"]  # fmt: skip
-    rows, passes, wins = [], [], defaultdict(list)
-    for cell in map_cells(units):
+    rows, passes, wins, pooled = [], [], defaultdict(list), defaultdict(lambda: ({}, {}))
+    for index, cell in enumerate(map_cells(units)):
         name = cell["variant"]
         sft = units.of("sft", f"pairs={cell['pairs']} noise={cell['noise']}")
         accuracy = [u["rm_accuracy"] for u in sft.values()]
@@ -493,12 +493,14 @@ def map_tables(units: Units) -> list[Table]:
             if cell["n"] == "2":
                 cells.append(NOT_THERE), even.append(NOT_THERE)
                 continue
-            d = paired_difference(units.values(a, "sampled_pass1", name), units.values(b, "sampled_pass1", name))
-            cells.append(with_p(d))
-            wins[a, b].append((d, cell))
-            d = paired_difference(*(at_budget(units, m, "kept_rows", min(ends, default=0), variant=name) for m in (a, b)))
-            even.append(with_p(d))
-            wins[a, b, "passes"].append((d, cell))
+            rollouts = [units.values(m, "sampled_pass1", name) for m in (a, b)]
+            equal = [at_budget(units, m, "kept_rows", min(ends, default=0), variant=name) for m in (a, b)]
+            for key, values, into in (((a, b), rollouts, cells), ((a, b, "passes"), equal, even)):
+                d = paired_difference(*values)
+                into.append(with_p(d))
+                wins[key].append((d, cell))
+                for together, one in zip(pooled[key], values):  # all cells of a world are one world's
+                    together.update({(world, (index, seed)): value for (world, seed), value in one.items()})
         rows.append([*start, None if None in r2 else " / ".join(f"{v:.2f}" for v in r2), with_interval(base.values()), *cells])
         passes.append([*start[:4], *even])
     sentences = []
@@ -510,7 +512,9 @@ def map_tables(units: Units) -> list[Table]:
         text = (f"{figures.label(a)} against {figures.label(b)} at {where}: better in {len(better)}, worse in {len(worse)} of {len(known)} "
                 f"cells with enough units (95%, uncorrected; {0.05 * len(known):.1f} expected by chance)")  # fmt: skip
         text += f"; better: {'; '.join(better)}" if better else ""
-        sentences.append(text + (f"; worse: {'; '.join(worse)}" if worse else "") + ".")
+        text += f"; worse: {'; '.join(worse)}" if worse else ""
+        d = paired_difference(*pooled[(a, b, *rest)])
+        sentences.append(text + ("." if d is None else f". All cells together: {with_p(d)} ({d.pairs} pairs): **{outcome(d)}**."))
     trend = []
     for d, cell in wins.get(("bw", "random"), []):
         accuracy = [u["rm_accuracy"] for u in units.of("sft", f"pairs={cell['pairs']} noise={cell['noise']}").values()]
@@ -612,6 +616,8 @@ def training_sentences(units: Units) -> list[str]:
             says = "about equal" if paper == 0 else "higher"
             judged = verdict(d, 1) if paper else {"wins": "higher here", "loses": "lower here"}.get(outcome(d), outcome(d))
             found.append(f"{figures.label(method)} against PPO-M at the end, {words}: paper {says}; here {with_p(d) or 'missing'}: **{judged}**.")
+    if units.of("oracle"):
+        found.append("PPO-M with the oracle reward is drawn with its own reward, passing or not, which is on another scale.")
     return found
 
 

@@ -132,6 +132,14 @@ def test_figure_2_is_judged_on_the_last_evaluation():
     assert "+0.100" in sentence and "agrees, also over worlds" in sentence
 
 
+def test_cells_of_the_map_are_also_judged_together():
+    cells = ["pairs=300 noise=0.0 kl=0.05 n=5", "pairs=all noise=0.0 kl=0.05 n=5"]
+    lines = [{**unit(m, w, 1, 0.5 + 0.001 * w + gain), "variant": cell} for cell in cells for w in (1, 2, 3) for m, gain in (("ppo_m", 0.0), ("br", 0.02))]
+    table = tables.map_tables(tables.Units(lines))[0]
+    sentence = next(s for s in table.sentences if s.startswith("PF-PPO BR against PPO-M at equal rollouts"))
+    assert "All cells together: +0.020 [+0.020, +0.020]" in sentence and "(6 pairs): **wins**" in sentence
+
+
 def test_every_method_of_the_issue_has_a_row():
     names = "sft raft bond dpo ipo kto iterative_dpo ppo_s ppo_m bon br bw random top top_random top_bottom pow_1 pow_2 pow_3 oracle"
     assert set(reproduce.ORDER) == set(names.split())
