@@ -143,14 +143,14 @@ def over_optimisation(panels: dict[str, dict[str, list[dict[str, list]]]], path:
     figure, grid = plt.subplots(-(-len(panels) // columns), columns, figsize=(5 * columns, 3.4 * -(-len(panels) // columns)), squeeze=False, sharey=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    for axes, (title, runs) in zip(grid.flat, panels.items()):
+    for i, (axes, (title, runs)) in enumerate(zip(grid.flat, panels.items())):
         right = axes.twinx()
         for method, curves in runs.items():
             points = mean_points(curves, "kl", "sampled_pass1", "sampled_reward")
             axes.plot(points[:, 0], points[:, 1], color=COLOURS.get(method), marker="o", markersize=3, label=label(method))
             right.plot(points[:, 0], points[:, 2], color=COLOURS.get(method), linestyle=":")
-        right.set(ylabel="reward", ylim=(-0.1, 0.8))
-        axes.set(title=title, xlabel="KL to π_SFT, nats", ylabel="sampled pass@1")
+        right.set(ylabel="reward" if i % columns == columns - 1 else "", ylim=(-0.1, 0.8))
+        axes.set(title=title, xlabel="KL to π_SFT, nats", ylabel="sampled pass@1" if i % columns == 0 else "")
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
     legend_below(figure, grid[0][0])

@@ -100,6 +100,18 @@ def test_readme_line_counts_are_those_of_the_files(readme):
             assert int(lines) == len((ROOT / script.group()).read_text("utf-8").splitlines()), script.group()
 
 
+def test_readme_tables_of_the_study_are_those_that_were_made(readme):
+    folder, section = re.search(r"<!-- study: (\S+) -->\n(.*?)<!-- end of study -->", readme, re.S).groups()
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    made = (ROOT / folder / "tables.md").read_text("utf-8").splitlines()
+    assert rows and set(rows) <= set(made)
+
+
+def test_readme_links_and_pictures_exist(readme):
+    links = re.findall(r"\]\(([^)#]+)\)", readme)
+    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+
+
 def test_readme_equations_name_functions_that_exist(readme):
     for equation, code, scripts in table_under(readme, "paper", "in code", "script"):
         modules = [importlib.import_module(f"{name.strip()}_single") for name in scripts.split(",")]
