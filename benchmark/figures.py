@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import matplotlib.ticker  # noqa: E402
 import numpy as np  # noqa: E402
+from scipy import stats  # noqa: E402
 
 COLOURS = {"sft": "#7f7f7f", "ppo_m": "#1f77b4", "br": "#d62728", "bw": "#2ca02c", "random": "#9467bd", "ppo_s": "#17becf", "bon": "#ff7f0e",
            "oracle": "#000000"}  # fmt: skip
@@ -15,6 +16,9 @@ LABELS = {"sft": "SFT", "ppo_s": "PPO-S", "ppo_m": "PPO-M", "bon": "PF-PPO BoN",
           "oracle": "PPO-M, oracle reward", "none": "no filter", "top": "top", "top_random": "top-random", "top_bottom": "top-bottom",
           "pow_1": "pow-1", "pow_2": "pow-2", "pow_3": "pow-3", "raft": "RAFT", "bond": "BOND", "dpo": "DPO", "ipo": "IPO", "kto": "KTO",
           "iterative_dpo": "Iterative-DPO", "w_r2": "w chosen by R²"}  # fmt: skip
+
+
+BANDS = ("ppo_m", "br", "random")  # the arms whose intervals are drawn: more of them cover each other
 
 
 def legend_below(figure, axes) -> None:
@@ -72,13 +76,15 @@ def reliability_panels(worlds: dict[str, list[dict]], path: Path) -> Path:
         for repeat in repeats:
             axes.plot(repeat["reward"], repeat["actual"], marker="o", markersize=3, linewidth=1, alpha=0.7)
         axes.set(xlabel="reward R (group mean)", title=title)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=5))
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("share that passes")
     return save(figure, path)
 
 
 def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, **style) -> None:
-    """Mean of y over runs at every x that all have, with 1.96 standard errors around it; entries that are None are left out."""
+    """Mean of y over runs at every x that all have, with Student's 95% interval around it where method is one of BANDS; entries that are None
+    are left out."""
     found: dict[float, list[float]] = {}
     for curve in curves:
         for a, b in zip(curve[x], curve[y]):
@@ -87,8 +93,8 @@ def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, **style) -
     xs = [a for a in sorted(found) if len(found[a]) == len(curves)]
     mean = np.array([np.mean(found[a]) for a in xs])
     axes.plot(xs, mean, color=colour, **style)
-    if len(curves) > 1 and "label" in style:
-        error = np.array([1.96 * np.std(found[a], ddof=1) / np.sqrt(len(found[a])) for a in xs])
+    if len(curves) > 1 and style.get("label") in map(label, BANDS):
+        error = np.array([stats.t.ppf(0.975, len(found[a]) - 1) * np.std(found[a], ddof=1) / np.sqrt(len(found[a])) for a in xs])
         axes.fill_between(xs, mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
 
 
@@ -98,8 +104,9 @@ def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
     figure, (reward, greedy, sampled) = plt.subplots(1, 3, figsize=(14, 4))
     for method, curves in runs.items():
         colour = COLOURS.get(method)
-        band(reward, curves, "update", "score", colour, label=label(method))
-        band(reward, curves, "update", "kept_score", colour, linestyle=":", linewidth=1)
+        if method != "oracle":  # its reward is on another scale
+            band(reward, curves, "update", "score", colour, label=label(method))
+            band(reward, curves, "update", "kept_score", colour, linestyle=":", linewidth=1)
         band(greedy, curves, "update", "greedy_pass1", colour, label=label(method))
         band(sampled, curves, "update", "sampled_pass1", colour, label=label(method))
     reward.set(ylabel="reward", title="Reward: policy's samples (line), kept samples (dotted)")
@@ -107,6 +114,7 @@ def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
     sampled.set(title="Sampled pass@1, validation problems")
     for axes in (reward, greedy, sampled):
         axes.set_xlabel("update")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     legend_below(figure, greedy)
     return save(figure, path)

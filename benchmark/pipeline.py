@@ -9,7 +9,7 @@ kept beside its output. Stages:
     preferences  N samples of π_SFT per prompt, executed; the (passing, failing) pair of largest edit distance
                                                                                                        DIR/preferences.jsonl
     rm           rm_single.py                                                                          DIR/rm/model/
-    r2           R² of every filter on π_SFT samples, before any RL                                    DIR/r2_sft.json
+    r2           R² of every filter on π_SFT samples, before any RL                                    DIR/r2_filters.json
     ppo          pfppo_single.py, one folder a method                                                  DIR/METHOD/policy/
     result       greedy and sampled pass@1, reward, KL, R² on a split                                  DIR/METHOD/test.json
 """
@@ -296,32 +296,58 @@ def select(samples: dict[str, np.ndarray], name: str, generator: torch.Generator
         args.threshold_high, args.threshold_low, args.pow_k).numpy()  # fmt: skip
 
 
-def filter_r2(samples: dict[str, np.ndarray], name: str, seed: int = 0, draws: int = 10, num_groups: int = 20) -> float:
-    """R² of a filter: mean over `draws` draws of μ_θ; `num_groups` groups of equal count."""
-    generator = pfppo.random_generator("cpu", seed, 5)
-    picks = [select(samples, name, generator) for _ in range(draws)]
-    values = [pfppo.reward_r2(samples["reward"][z], samples["actual"][z], num_groups) for z in picks if len(z) >= 2 * num_groups]
+def regroup(samples: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    """Samples with k * n adjacent responses a prompt -> k groups of n each: what a filter chooses from when it trains with N = n."""
+    have = int(np.bincount(samples["prompt_ids"]).max())
+    if have % n:
+        raise ValueError(f"{have} responses a prompt cannot be cut into groups of {n}; sample a multiple of {n}")
+    return {**samples, "prompt_ids": np.arange(len(samples["prompt_ids"])) // n}
+
+
+def filter_r2(
+    samples: dict[str, np.ndarray], name: str, seed: int = 0, draws: int = 10, num_groups: int = 20, rows: int | None = None
+) -> float:
+    """R² of a filter: mean over `draws` draws of μ_θ; `num_groups` groups of equal count. With `rows`, that many random rows of a
+    draw: means of small groups are noisy, which lowers R², so filters are compared at the same number of rows."""
+    generator, values = pfppo.random_generator("cpu", seed, 5), []
+    for _ in range(draws):
+        z = select(samples, name, generator)
+        if rows is not None and rows < len(z):
+            z = z[torch.randperm(len(z), generator=generator)[:rows].numpy()]
+        if len(z) >= 2 * num_groups:
+            values.append(pfppo.reward_r2(samples["reward"][z], samples["actual"][z], num_groups))
     return float(np.mean(values)) if values else float("nan")
 
 
-def filter_r2_interval(samples: dict[str, np.ndarray], name: str, seed: int = 0, resamples: int = 200) -> dict[str, float]:
+def filter_r2_interval(samples: dict[str, np.ndarray], name: str, seed: int = 0, resamples: int = 200, rows: int | None = None) -> dict[str, float]:
     """filter_r2 with a 95% percentile bootstrap interval over prompts (a resampled prompt counts as a prompt of its own). Repeated
     prompts make group means noisier, so the interval lies low: the estimate can stand near its upper end."""
     ids, rng, values = samples["prompt_ids"], np.random.default_rng(seed), []
     by_prompt = np.argsort(ids, kind="stable").reshape(len(np.unique(ids)), -1)  # (prompts, N)
     for b in range(resamples):
-        rows = by_prompt[rng.integers(len(by_prompt), size=len(by_prompt))]
-        again = {"prompt_ids": np.repeat(np.arange(len(rows)), rows.shape[1]), **{k: samples[k][rows.ravel()] for k in ("reward", "actual")}}
-        values.append(filter_r2(again, name, seed + b, draws=1))
+        picked = by_prompt[rng.integers(len(by_prompt), size=len(by_prompt))]
+        again = {"prompt_ids": np.repeat(np.arange(len(picked)), picked.shape[1]), **{k: samples[k][picked.ravel()] for k in ("reward", "actual")}}
+        values.append(filter_r2(again, name, seed + b, draws=1, rows=rows))
     low, high = np.nanquantile(values, [0.025, 0.975])
-    return {"r2": filter_r2(samples, name, seed), "low": float(low), "high": float(high)}
+    return {"r2": filter_r2(samples, name, seed, rows=rows), "low": float(low), "high": float(high)}
 
 
-def r2_table(policy_dir: Path, rm_dir: Path, rows: list[dict], out: Path, seed: int, n: int = 5, names=R2_FILTERS) -> dict:
-    """{filter: {r2, low, high}} on n samples per row of a policy, kept as JSON."""
+def r2_of_filters(samples: dict[str, np.ndarray], names, seed: int, n: int = 5, intervals: bool = False) -> dict[str, dict[str, float]]:
+    """filter -> {r2, all_rows, rows (, low, high)} on groups of n responses: `r2` at the number of rows that the strictest filter
+    leaves, the same for all; `all_rows` on everything that a filter keeps (no filter: 1 / fraction kept times as many)."""
+    samples = regroup(samples, n)
+    rows = min(len(select(samples, name, pfppo.random_generator("cpu", seed, 5))) for name in names)
+    table = {}
+    for name in names:
+        found = filter_r2_interval(samples, name, seed, rows=rows) if intervals else {"r2": filter_r2(samples, name, seed, rows=rows)}
+        table[name] = {**found, "all_rows": filter_r2(samples, name, seed), "rows": rows}
+    return table
+
+
+def r2_table(policy_dir: Path, rm_dir: Path, rows: list[dict], out: Path, seed: int, samples: int = 10, n: int = 5, names=R2_FILTERS) -> dict:
+    """r2_of_filters with intervals on `samples` responses to each row of a policy, kept as JSON."""
     if not out.is_file():
-        samples = scored_samples(policy_dir, rm_dir, rows, n, seed)
-        table = {name: filter_r2_interval(samples, name, seed) for name in names}
+        table = r2_of_filters(scored_samples(policy_dir, rm_dir, rows, samples, seed), names, seed, n, intervals=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {"filters": table, "prompts": len(rows), "responses_per_prompt": n, "groups": 20, "grouping": "equal count"})
+        write_json(out, {"filters": table, "prompts": len(rows), "responses_per_prompt": samples, "N": n, "groups": 20, "grouping": "equal count"})
     return json.loads(out.read_text())["filters"]

@@ -81,7 +81,7 @@ def main(args: Args) -> dict:
     figures.reliability(json.loads((folder / "rm/reliability.json").read_text())["repeats"], folder / "reliability.png")
     valid = pipeline.read_rows(folder / "world/valid.jsonl")
     table = stage("r2", "5/7 R² of every filter on the SFT policy, before any RL",
-                  lambda: pipeline.r2_table(sft, rm, valid, folder / "r2_sft.json", args.seed, n=10))  # fmt: skip
+                  lambda: pipeline.r2_table(sft, rm, valid, folder / "r2_filters.json", args.seed))  # fmt: skip
     figures.r2_bars(table, folder / "r2.png")
     print(figures.markdown_table(["filter", "R²", "95% low", "95% high"], [[n, t["r2"], t["low"], t["high"]] for n, t in table.items()]))
 

@@ -45,11 +45,11 @@ import pfppo_single as pfppo  # noqa: E402
 import rm_single  # noqa: E402, F401  imported before the fork
 import sft_single  # noqa: E402, F401
 from benchmark import pipeline, tables  # noqa: E402
-from benchmark.run import git_commit, hardware  # noqa: E402
+from benchmark.run import hardware  # noqa: E402
 
-VERSION = 1  # of what a unit measures; a cached unit of another version is measured again (its training is kept)
+VERSION = 2  # of r2_filters (2: equal rows, groups of N = 5); a finished unit of an older version has them measured again, not its training
 TABLE1_METHODS = ("ppo_m", "bon", "br", "bw")  # R² on their middle and last policy
-TABLE1_FILTERS = ("none", "bon", "br", "bw")
+TABLE1_FILTERS = ("none", "random", "bon", "br", "bw")
 
 # Order of work within a seed.
 ORDER = ("sft", "ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle", "top_bottom", "pow_1", "pow_2", "pow_3", "top_random", "top",
@@ -209,19 +209,6 @@ def plan_table4(args: Args) -> list[Unit]:
         for seed in seeds for name, changes in REWARDS.items() for method in ("ppo_s", "br") for world in args.worlds]  # fmt: skip
 
 
-MAP_QUALITY = ((300, 0.0), (1000, 0.0), (0, 0.0), (0, 0.5), (0, 1.0))  # preference pairs (0: all), noise in the middle of the range
-MAP_KL = (0.01, 0.05, 0.2)
-MAP_N = (2, 5, 10, 16)
-
-
-def map_cells(full: bool) -> list[tuple[int, float, float, int]]:
-    """(pairs, noise, kl_coef, N): a cross through the middle, or every combination."""
-    if full:
-        return [(*quality, kl, n) for quality in MAP_QUALITY for kl in MAP_KL for n in MAP_N]
-    cross = [(*quality, 0.05, 5) for quality in MAP_QUALITY]
-    return cross + [(1000, 0.0, kl, 5) for kl in (0.01, 0.2)] + [(0, 0.0, 0.05, n) for n in (2, 10, 16)]
-
-
 def map_changes(noise: float, kl: float, n: int, rm: str) -> tuple:
     """Flags of a cell: always 320 responses per update; two rows of each prompt are kept, so the share falls with N."""
     batch = pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"] // n
@@ -233,12 +220,12 @@ def plan_map(args: Args) -> list[Unit]:
     """When does filtering help: reward-model quality x KL coefficient x N; one seed a world, with --full two and every combination.
     At N = 2 all two-row filters keep both rows and are PPO-M."""
     units = []
-    for pairs, noise in MAP_QUALITY:
+    for pairs, noise in tables.MAP_QUALITY:
         changes = (("reward", f"benchmark.study_rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),)
         variant = f"pairs={pairs or 'all'} noise={noise}"
         units += [Unit(world, args.seeds[0], "sft", variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
     for seed in args.seeds[: 2 if args.full else 1]:
-        for pairs, noise, kl, n in map_cells(args.full):
+        for pairs, noise, kl, n in tables.planned_cells(args.full):
             for method in ("ppo_m", "br", "bw", "random") if n > 2 else ("ppo_m",):
                 changes = map_changes(noise, kl, n, Unit(0, 0, pairs=pairs).rm)
                 kept = dict(changes)["batch_size"] * (2 if method != "ppo_m" else n)
@@ -492,19 +479,42 @@ def pair_accuracy(reward: str, pairs: list[dict]) -> float:
     return float(np.mean((better > 0) + 0.5 * (better == 0)))
 
 
+def has_r2(unit: Unit, study: str) -> bool:
+    """Whether a table of the study reads r2_filters of the unit."""
+    return (unit.method == "sft" and study in ("table2", "map")) or (unit.method in TABLE1_METHODS and not unit.variant and study == "table2")
+
+
+def outdated(unit: Unit, line: dict, study: str) -> bool:
+    return line.get("version", 1) < VERSION and has_r2(unit, study)
+
+
+def measure_r2(unit: Unit, place: Workplace) -> dict[str, dict]:
+    """r2_filters: policy -> filter -> R² on 10 responses to each validation problem. A method's policies are its first kept one
+    ("middle") and its last, an SFT unit has "sft"."""
+    folder, changes = place.world(unit.world), dict(unit.changes)
+    valid = pipeline.read_rows(folder / "world/valid.jsonl")
+    if unit.method == "sft" and "reward" in changes:
+        samples = function_samples(folder / "sft/model", changes["reward"].replace("{world}", str(folder)), valid, 10, unit.world)
+        return {"sft": pipeline.r2_of_filters(samples, TABLE1_FILTERS, unit.world)}
+    if unit.method == "sft":
+        return {"sft": pipeline.r2_table(folder / "sft/model", folder / "rm/model", valid, folder / "r2_filters.json", unit.world)}
+    out, table = Path(place.run(unit)[1]["output_dir"]), {}
+    middle = sorted(out.glob("policy_[0-9]*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    for name, policy in (("middle", middle[0] if middle else None), ("final", out / "policy")):
+        if policy is not None:
+            samples = pipeline.scored_samples(policy, folder / unit.rm / "model", valid, 10, unit.seed)
+            table[name] = pipeline.r2_of_filters(samples, TABLE1_FILTERS, unit.seed)
+    return table
+
+
 def run_sft(unit: Unit, place: Workplace) -> dict:
     """The SFT row, with what is known about its world: pairs, reward model, reliability, R² of every filter before any RL."""
-    folder = place.world(unit.world)
-    valid, changes = pipeline.read_rows(folder / "world/valid.jsonl"), dict(unit.changes)
+    folder, changes = place.world(unit.world), dict(unit.changes)
     if "reward" in changes:
-        reward = changes["reward"].replace("{world}", str(folder))
-        samples = function_samples(folder / "sft/model", reward, valid, 10, unit.world)
-        table = {name: {"r2": pipeline.filter_r2(samples, name, unit.world)} for name in TABLE1_FILTERS}
-        accuracy = pair_accuracy(reward, pipeline.read_rows(folder / "preferences_valid.jsonl"))
+        accuracy = pair_accuracy(changes["reward"].replace("{world}", str(folder)), pipeline.read_rows(folder / "preferences_valid.jsonl"))
     else:
-        table = pipeline.r2_table(folder / "sft/model", folder / "rm/model", valid, folder / "r2_sft.json", unit.world, n=10)
         accuracy = [row["test/accuracy"] for row in pipeline.read_rows(folder / "rm/metrics.jsonl") if "test/accuracy" in row][-1]
-    return {**measure(folder / "sft/model", unit, place), "r2_filters": {"sft": table}, "rm_accuracy": accuracy,
+    return {**measure(folder / "sft/model", unit, place), "r2_filters": measure_r2(unit, place), "rm_accuracy": accuracy,
             "preferences": json.loads((folder / "preferences.json").read_text()),
             "reliability": json.loads((folder / unit.rm / "reliability.json").read_text()),
             "command": (folder / "sft.sh").read_text().strip()}  # fmt: skip
@@ -554,14 +564,8 @@ def run_method(unit: Unit, place: Workplace) -> dict:
     line["seconds_per_update"] = {tag.removeprefix("seconds/"): round(value / updates, 4) for tag, value in phases.items()}
     if rows.get("updates"):
         line["rows_per_update"] = {name: count / rows["updates"] for name, count in rows.items() if name != "updates"}
-    if unit.method in TABLE1_METHODS and not unit.variant:
-        valid = pipeline.read_rows(place.world(unit.world) / "world/valid.jsonl")
-        middle = sorted(out.glob("policy_[0-9]*"), key=lambda path: int(path.name.rpartition("_")[2]))
-        line["r2_filters"] = {}
-        for name, policy in (("middle", middle[0] if middle else None), ("final", out / "policy")):
-            if policy is not None:
-                samples = pipeline.scored_samples(policy, place.world(unit.world) / unit.rm / "model", valid, 10, unit.seed)
-                line["r2_filters"][name] = {f: pipeline.filter_r2(samples, f, unit.seed) for f in TABLE1_FILTERS}
+    if has_r2(unit, place.args.study):
+        line["r2_filters"] = measure_r2(unit, place)
     if unit.method == "w_r2":
         line["weights"] = json.loads((place.world(unit.world) / "weights.json").read_text())
     if unit.variant == "alarm":
@@ -572,17 +576,19 @@ def run_method(unit: Unit, place: Workplace) -> dict:
     return line
 
 
-def run_unit(unit: Unit, place: Workplace, result: Path) -> None:
-    """Do the unit and leave its numbers in `result`."""
+def run_unit(unit: Unit, place: Workplace, result: Path, old: dict | None = None) -> None:
+    """Do the unit and leave its numbers in `result`; a finished one, given as its `old` line, only has its R² measured again."""
     start = time.time()
     if unit.stage:
         run_stage(unit, place)
         line = {}
+    elif old and (unit.method == "sft" or (Path(place.run(unit)[1]["output_dir"]) / "policy").is_dir()):
+        line = {**old, "r2_filters": measure_r2(unit, place)}
     else:
         line = run_sft(unit, place) if unit.method == "sft" else run_method(unit, place)
     line.setdefault("seconds", round(time.time() - start, 1))
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # children: graders
-    line["cpu_seconds"] = round(sum(u.ru_utime + u.ru_stime for u in used), 1)
+    line.setdefault("cpu_seconds", round(sum(u.ru_utime + u.ru_stime for u in used), 1))
     result.parent.mkdir(parents=True, exist_ok=True)
     pipeline.write_json(result, line)
 
@@ -597,7 +603,7 @@ def die_with_parent() -> None:
         pass  # elsewhere the lock that children inherit refuses the restart until they end
 
 
-def child(unit: Unit, place: Workplace, result: Path, log: Path) -> None:
+def child(unit: Unit, place: Workplace, result: Path, log: Path, old: dict | None) -> None:
     """Body of a forked process: output to the log, environment as `accelerate launch --cpu --num_processes 1` makes it."""
     die_with_parent()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -608,7 +614,7 @@ def child(unit: Unit, place: Workplace, result: Path, log: Path) -> None:
     torch.set_num_threads(1)
     pipeline.launch = run_here
     try:
-        run_unit(unit, place, result)
+        run_unit(unit, place, result, old)
     except BaseException:
         traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
@@ -700,9 +706,17 @@ def check_study(args: Args, output_dir: Path) -> None:
                                "hardware": hardware()})  # fmt: skip
 
 
-def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str, float]) -> list[Unit]:
-    """Work through the units, `parallel` at a time; returns those that failed or could not start."""
-    place, commit, context = Workplace(args), git_commit(), multiprocessing.get_context("fork")
+def keep_last_lines(path: Path) -> None:
+    """One line a unit: of a unit measured again the old line goes, in one rename."""
+    lines = {key_of(line): line for line in read_lines(path)}
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    os.replace(aside, path)
+
+
+def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str, float], old: dict[tuple, dict]) -> list[Unit]:
+    """Work through the units, `parallel` at a time; returns those that failed or could not start. `old`: finished lines by key."""
+    place, commit, context = Workplace(args), pipeline.commit(), multiprocessing.get_context("fork")
     pending, running, failed, start, finished = list(units), {}, [], time.time(), 0
 
     def blockers(unit: Unit) -> list[Unit]:
@@ -723,7 +737,7 @@ def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str,
                 folder = place.world(unit.world) / "units"
                 result, log = folder / f"{name}.json", folder / f"{name}.log"
                 result.unlink(missing_ok=True)
-                process = context.Process(target=child, args=(unit, place, result, log))
+                process = context.Process(target=child, args=(unit, place, result, log, old.get(unit.key)))
                 process.start()
                 running[process.sentinel] = (unit, process, result, log, time.time())
         if not running:
@@ -738,8 +752,8 @@ def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str,
                 print(f"FAILED {unit} (exit status {process.exitcode}); log {log}:\n{end}", flush=True)
                 continue
             numbers = json.loads(result.read_text())
-            line = {"method": unit.stage or unit.method, "variant": unit.variant, "world": unit.world, "seed": unit.seed, **numbers,
-                    "commit": commit, "version": VERSION}  # fmt: skip
+            line = {"method": unit.stage or unit.method, "variant": unit.variant, "world": unit.world, "seed": unit.seed, "commit": commit,
+                    **numbers, "version": VERSION}  # fmt: skip  of a unit measured again, `commit` stays the training's
             if unit.stage:
                 append_line(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "variant", "world", "seed", "seconds", "cpu_seconds", "commit")})
             else:
@@ -763,8 +777,8 @@ def main(args: Args) -> int:
     check_study(args, output_dir)
     borrow_worlds(place)
     lines = read_lines(output_dir / "units.jsonl")
-    done = {key_of(line) for line in lines}
-    runs = [unit for unit in units if not unit.stage and unit.key not in done]
+    done = {key_of(line): line for line in lines}
+    runs = [unit for unit in units if not unit.stage and (unit.key not in done or (done[unit.key].get("version", 1) < VERSION and has_r2(unit, args.study)))]
     needed = {part for unit in runs for part in parts_needed(unit)}
     todo = [unit for unit in units if unit in needed and not stage_done(unit, place)] + runs
     measured = measured_seconds(read_lines(output_dir / "stages.jsonl") + lines)
@@ -774,7 +788,9 @@ def main(args: Args) -> int:
     for method in {unit.method for unit in todo if unit.method in BASELINES}:  # imported before the fork
         baseline_settings(place.root, method, 0, args.updates, {})
     torch.set_num_threads(1)
-    failed = run_all(todo, args, output_dir, measured)
+    failed = run_all(todo, args, output_dir, measured, done)
+    if (output_dir / "units.jsonl").is_file():
+        keep_last_lines(output_dir / "units.jsonl")
     tables.write(output_dir)
     if failed:
         print(f"{len(failed)} units are missing: {'; '.join(map(str, failed))}. The same command tries them again.")

@@ -6,12 +6,14 @@ writes `tables.md`, one `NAME.csv` per table and the pictures into that folder. 
 `missing`, `–` marks a cell that does not exist. Below each table stand sentences made from the numbers: what the paper says, what we
 found, and whether it agrees, where "agrees" needs a 95% interval that leaves out 0.
 
-Intervals are Student t over units. Units of one world share mistakes, SFT policy and reward model, so the same is also computed
-over the means of worlds (few of them, hence wide); differences are paired by (world, seed).
+Intervals are Student t. Units of one world share mistakes, SFT policy and reward model: an interval of a level is over the means of
+worlds (few of them, hence wide). Differences are paired by (world, seed), so that worlds drop out; their interval is over pairs, and
+the same is computed over the means of worlds, which alone decides where many cells are pooled.
 """
 
 import csv
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -39,6 +41,7 @@ PAPER_TABLE3 = {
 # PAPER, Table 6: prompts x responses, reward-model forwards, policy and critic forward+backward.
 PAPER_TABLE6 = {"ppo_s": ("5n x 1", 5, 5), "ppo_m": ("n x 5", 5, 5), "bon": ("n x 5", 5, None), "br": ("n x 5", 5, 2), "bw": ("n x 5", 5, 2),
                 "random": ("n x 5", None, None)}  # fmt: skip
+BASELINE_ROWS = ("raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")
 FILTER_OF = {"ppo_m": "none"}  # a method's filter has its own name otherwise
 NOT_THERE = "–"
 
@@ -74,6 +77,20 @@ def t_test(values: list[float]) -> float | None:
         return float(x[0] == 0)
     t = x.mean() / (x.std(ddof=1) / np.sqrt(len(x)))
     return float(2 * stats.t.sf(abs(t), len(x) - 1))
+
+
+# Study map: preference pairs (0: all) and noise in the middle of the reward range; KL coefficients; responses a prompt.
+MAP_QUALITY = ((300, 0.0), (1000, 0.0), (0, 0.0), (0, 0.5), (0, 1.0))
+MAP_KL = (0.01, 0.05, 0.2)
+MAP_N = (2, 5, 10, 16)
+
+
+def planned_cells(full: bool) -> list[tuple[int, float, float, int]]:
+    """(pairs, noise, kl_coef, N) of study map: a cross through the middle, or every combination."""
+    if full:
+        return [(*quality, kl, n) for quality in MAP_QUALITY for kl in MAP_KL for n in MAP_N]
+    cross = [(*quality, 0.05, 5) for quality in MAP_QUALITY]
+    return cross + [(1000, 0.0, kl, 5) for kl in (0.01, 0.2)] + [(0, 0.0, 0.05, n) for n in (2, 10, 16)]
 
 
 def world_means(values: dict[tuple[int, int], float]) -> list[float]:
@@ -139,10 +156,15 @@ class Units:
         return {(u["world"], u["seed"]): u for u in self.lines if u["method"] == method and u.get("variant", "") == variant}
 
     def values(self, method: str, name: str, variant: str = "") -> dict[tuple[int, int], float]:
-        """{(world, seed): value}; `best.NAME` reads the best checkpoint's. The SFT policy of a world stands for all its seeds elsewhere."""
+        """{(world, seed): value}; `best.NAME` reads the best checkpoint's."""
         best, _, inner = name.rpartition(".")
         found = {key: (u.get(best) or {} if best else u).get(inner) for key, u in self.of(method, variant).items()}
         return {key: value for key, value in found.items() if value is not None}
+
+    def r2(self, method: str, policy: str, name: str, key: str = "r2", variant: str = "") -> dict[tuple[int, int], float]:
+        """{(world, seed): R² of filter `name` on the samples of a policy (sft, middle, final)}; what was measured at unequal rows is missing."""
+        found = {unit: u.get("r2_filters", {}).get(policy, {}).get(name) for unit, u in self.of(method, variant).items()}
+        return {unit: r2[key] for unit, r2 in found.items() if isinstance(r2, dict) and "rows" in r2 and np.isfinite(r2[key])}
 
     def methods(self) -> list[str]:
         return list(dict.fromkeys(u["method"] for u in self.lines))
@@ -152,12 +174,11 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     return NOT_THERE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def with_interval(values) -> str | None:
-    """`0.612 [0.590, 0.634]`, or None (missing) without values."""
-    values = list(values)
+def with_interval(values: dict[tuple, float]) -> str | None:
+    """{(world, ...): value} -> `0.612 [0.590, 0.634]`, mean and interval over the means of worlds, or None (missing) without values."""
     if not values:
         return None
-    mean, low, high = mean_interval(values)
+    mean, low, high = mean_interval(world_means(values))
     return number(mean) if low is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -185,13 +206,15 @@ def verdict(difference: Difference | None, paper_sign: int) -> str:
     return sign + (", also over worlds" if sure else ", but not over so few worlds")
 
 
-def outcome(difference: Difference | None) -> str:
-    """`wins`, `loses` or `no difference shown`, where the paper says nothing; `too few units` without an interval."""
-    if difference is None or difference.low is None:
+def outcome(difference: Difference | None, over_worlds: bool = False) -> str:
+    """`wins`, `loses` or `no difference shown`, where the paper says nothing; `too few units` without an interval. With `over_worlds`
+    the means of worlds alone decide, as where many units of few worlds are pooled."""
+    if difference is None or difference.low is None or (over_worlds and difference.world_low is None):
         return "too few units"
-    if difference.low <= 0 <= difference.high:
+    over = difference.world_low is not None and not difference.world_low <= 0 <= difference.world_high
+    if not over if over_worlds else difference.low <= 0 <= difference.high:
         return "no difference shown"
-    return "wins" if difference.mean > 0 else "loses"
+    return ("wins" if difference.mean > 0 else "loses") + (", also over worlds" if over else ", but not over so few worlds")
 
 
 def compare(units: Units, a: str, b: str, paper: str, paper_sign: int, name: str = "sampled_pass1", variant: str = "") -> str:
@@ -208,29 +231,30 @@ def compare(units: Units, a: str, b: str, paper: str, paper_sign: int, name: str
 
 
 def table1(units: Units) -> Table:
-    """R² of filters on the SFT, middle and last policy; mean over the runs that have it, all trained methods together."""
-    names = ("none", "bon", "br", "bw")
-    header = ["policy", "units", *[f"{figures.label(n)} (paper)" for n in names]]
+    """R² of filters on the SFT, middle and last policy, all trained methods together."""
+    names, columns = ("none", "random", "bon", "br", "bw"), {"none": 0, "bon": 1, "br": 2, "bw": 3}
+    header = ["policy", "units", *[figures.label(n) + (" (paper)" if n in columns else "") for n in names]]
     rows, found = [], {}
     for stage in ("sft", "middle", "final"):
-        lines = [u for u in units.lines if stage in (u.get("r2_filters") or {})]
-        cells = []
-        for name, paper in zip(names, PAPER_TABLE1[stage]):
-            got = {(u["world"], f"{u['method']} {u['seed']}"): u["r2_filters"][stage][name] for u in lines}
-            got = {key: value["r2"] if isinstance(value, dict) else value for key, value in got.items()}
-            found[stage, name] = {key: value for key, value in got.items() if np.isfinite(value)}
-            shown = with_interval(found[stage, name].values())
-            cells.append(None if shown is None else f"{shown} ({paper:.3f})")
-        rows.append([stage, len(lines), *cells])
+        for key in ("r2", "all_rows"):
+            for name in names:
+                found[stage, name, key] = {(world, f"{method} {seed}"): value for method in units.methods()
+                                           for (world, seed), value in units.r2(method, stage, name, key).items()}  # fmt: skip
+        shown = [with_interval(found[stage, name, "r2"]) for name in names]
+        cells = [text and text + (f" ({PAPER_TABLE1[stage][columns[name]]:.3f})" if name in columns else "") for text, name in zip(shown, names)]
+        rows.append([stage, len(found[stage, "none", "r2"]), *cells])
     sentences = []
     for stage in ("sft", "middle", "final"):
         for a, b in (("bon", "none"), ("br", "none"), ("bw", "none")):
-            d = paired_difference(found[stage, a], found[stage, b])
-            paper = PAPER_TABLE1[stage][names.index(a)] - PAPER_TABLE1[stage][0]
+            d = paired_difference(found[stage, a, "r2"], found[stage, b, "r2"])
+            paper = PAPER_TABLE1[stage][columns[a]] - PAPER_TABLE1[stage][0]
             sentences.append(f"R² of {figures.label(a)} against no filter on the {stage} policy: paper {paper:+.3f}; here "
                              f"{'missing' if d is None else with_p(d)}: **{verdict(d, 1 if paper > 0 else -1)}**.")  # fmt: skip
-    return Table("table1", "Table 1: R² of each filter by policy (20 groups of equal count, 10 responses per validation problem)",
-                 header, rows, sentences)  # fmt: skip
+    every = [f"{figures.label(name)} {np.mean(list(values.values())):.3f}" for name in names if (values := found["sft", name, "all_rows"])]
+    sentences.append("Why equal rows: small groups have noisy means, which lowers R², so on all rows that a filter keeps no filter (N rows a prompt) "
+                     "would lead for its size alone. That way, on the sft policy: " + (", ".join(every) or "missing") + ".")  # fmt: skip
+    return Table("table1", "Table 1: R² of each filter by policy (20 groups of equal count from as many rows of every filter as BoN leaves; validation "
+                 "problems, 10 responses each, in groups of N = 5)", header, rows, sentences)  # fmt: skip
 
 
 def results_rows(units: Units, names) -> list[list]:
@@ -240,7 +264,7 @@ def results_rows(units: Units, names) -> list[list]:
         paper = PAPER_TABLE2.get(name)
         best = "" if name == "sft" else "best."
         rows.append([figures.label(name), NOT_THERE if paper is None else " / ".join(map(str, paper)), len(units.of(name)),
-                     *[with_interval(units.values(name, key).values()) for key in
+                     *[with_interval(units.values(name, key)) for key in
                        ("greedy_pass1", "sampled_pass1", best + "greedy_pass1", best + "sampled_pass1", "kl")]])  # fmt: skip
     return rows
 
@@ -255,121 +279,165 @@ def table2(units: Units) -> list[Table]:
               compare(units, "bw", "ppo_m", "+2.2 / +1.2 / +0.6, by its best checkpoints", 1, "best.greedy_pass1"),
               compare(units, "br", "random", "has no such control", 0), compare(units, "bw", "random", "has no such control", 0)]  # fmt: skip
     claims += [compare(units, "ppo_m", name, f"{PAPER_TABLE2['ppo_m'][0] - PAPER_TABLE2[name][0]:+.1f} on HumanEval",
-                       1 if PAPER_TABLE2["ppo_m"][0] > PAPER_TABLE2[name][0] else -1)
-               for name in ("raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")]  # fmt: skip
+                       1 if PAPER_TABLE2["ppo_m"][0] > PAPER_TABLE2[name][0] else -1, key)
+               for name in BASELINE_ROWS for key in ("sampled_pass1", "best.greedy_pass1")]  # fmt: skip
     return [
-        Table("table2", "Table 2: all methods on the test problems, mean [95% interval over units]; best: chosen on validation problems",
+        Table("table2", "Table 2: all methods on the test problems, mean [95% interval over worlds]; best: chosen on validation problems",
               header, results_rows(units, PAPER_TABLE2), claims),
-        differences(units, [name for name in PAPER_TABLE2 if name != "sft"], "table2_differences", "Table 2, differences paired by world and seed"),
-        tuned(units), budgets(units),
+        differences(units, PAPER_TABLE2, "table2_differences", "Table 2, differences paired by world and seed"),
+        tuned(units), *budgets(units),
     ]  # fmt: skip
 
 
 def tuned(units: Units) -> Table:
-    """PPO-M and PF-PPO each at the learning rate that the grid on validation problems prefers; without a unit `tuned` that is the shared one."""
-    names = [name for name in ("ppo_m", "br", "bw") if units.of(name)]
+    """The arms of PPO each at the learning rate that the grid on validation problems prefers; without a unit `tuned` that is the shared one."""
+    names = ("ppo_s", "ppo_m", "br", "bw", "random")
     variant = {name: "tuned" if units.of(name, "tuned") else "" for name in names}
     rows = []
     for name in names:
         rates = {u.get("command", "").partition("--lr ")[2].split(" ")[0] for u in units.of(name, variant[name]).values()}
-        rows.append([figures.label(name), " ".join(sorted(rates)), len(units.of(name, variant[name])),
-                     *[with_interval(units.values(name, key, variant[name]).values()) for key in
+        rows.append([figures.label(name), "/".join(sorted(rates)) or None, len(units.of(name, variant[name])),
+                     *[with_interval(units.values(name, key, variant[name])) for key in
                        ("greedy_pass1", "sampled_pass1", "best.greedy_pass1", "best.sampled_pass1", "kl")]])  # fmt: skip
+    pairs = [("br", "ppo_m", 1), ("bw", "ppo_m", 1), ("ppo_m", "ppo_s", 1), ("br", "random", 0), ("bw", "random", 0), ("ppo_m", "random", 0)]
+    pairs += [("ppo_m", name, 1 if PAPER_TABLE2["ppo_m"][0] > PAPER_TABLE2[name][0] else -1) for name in BASELINE_ROWS]
     sentences = []
-    for a in ("br", "bw"):
-        for key, words in (("sampled_pass1", "sampled"), ("greedy_pass1", "greedy"), ("best.sampled_pass1", "sampled, best checkpoint")):
-            d = None if not {a, "ppo_m"} <= set(names) else paired_difference(
-                units.values(a, key, variant[a]), units.values("ppo_m", key, variant["ppo_m"]))  # fmt: skip
+    for a, b, sign in pairs:
+        for key, words in (("sampled_pass1", "sampled"), ("greedy_pass1", "greedy"), ("best.greedy_pass1", "greedy, best checkpoint")):
+            d = paired_difference(units.values(a, key, variant[a]), units.values(b, key, variant.get(b, "")))
             found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs)"
-            sentences.append(f"Tuned {figures.label(a)} against tuned PPO-M, {words} pass@1: {found}: **{verdict(d, 1)}** with the paper.")
+            sentences.append(f"Tuned {figures.label(a)} against tuned {figures.label(b)}, {words} pass@1: {found}: "
+                             + (f"**{verdict(d, sign)}** with the paper." if sign else f"**{outcome(d)}**."))  # fmt: skip
     return Table("table2_tuned", "Table 2 again, each arm at the learning rate its own grid prefers", ["method", "lr", "units", "greedy pass@1, last",
                  "sampled pass@1, last", "greedy, best", "sampled, best", "KL"], rows, sentences)  # fmt: skip
 
 
+def spread(values: dict[tuple[int, int], float], like: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    """One value a world -> the same value for every (world, seed) of another method: the SFT policy stands for all seeds of its world."""
+    by_world = {world: value for (world, _), value in values.items()}
+    return {(world, seed): by_world[world] for world, seed in like if world in by_world}
+
+
 def differences(units: Units, names, name: str, title: str) -> Table:
     """Paired differences of every method to PPO-M and to random 2 of 5. The p-values are not corrected for their number."""
-    header = ["method", "sampled, to PPO-M", "sampled, to random 2 of 5", "greedy, to PPO-M", "greedy, to random 2 of 5"]
+    header = ["method", "sampled, to PPO-M", "sampled, to random 2 of 5", "greedy, to PPO-M", "greedy, to random 2 of 5", "greedy of best, to PPO-M"]
     rows = []
     for method in names:
         cells = []
-        for key in ("sampled_pass1", "greedy_pass1"):
-            for other in ("ppo_m", "random"):
-                d = paired_difference(units.values(method, key), units.values(other, key))
-                cells.append(NOT_THERE if method == other else with_p(d))
+        for key, other in (("sampled_pass1", "ppo_m"), ("sampled_pass1", "random"), ("greedy_pass1", "ppo_m"), ("greedy_pass1", "random"),
+                           ("best.greedy_pass1", "ppo_m")):  # fmt: skip
+            base = units.values(other, key)
+            own = spread(units.values("sft", key.removeprefix("best.")), base) if method == "sft" else units.values(method, key)
+            cells.append(NOT_THERE if method == other else with_p(paired_difference(own, base)))
         rows.append([figures.label(method), *cells])
-    count = 4 * len(rows) - 4
+    count = 5 * len(rows) - 5
     return Table(name, title, header, rows, [f"Up to {count} comparisons, p-values uncorrected: about {count / 20:.0f} below 0.05 would come "
                                              "from chance alone if nothing differed."])  # fmt: skip
 
 
+def axis_values(unit: dict, axis: str) -> list:
+    """A run's `axis` at its evaluations. Optimizer steps and rows trained on do not count while the critic warms up alone, which is so many
+    updates of each: they would charge most to the arm that keeps most rows."""
+    values = unit.get("curve", {}).get(axis, [])
+    warmup = unit.get("command", "").partition("--critic_warmup_updates ")[2].split(" ")[0]
+    if not warmup.isdigit() or axis not in ("optimizer_step", "kept_rows"):
+        return values
+    spent = value_at(unit["curve"]["update"], values, int(warmup))
+    return [max(0.0, value - spent) for value in values]
+
+
 def at_budget(units: Units, method: str, axis: str, x: float, name: str = "sampled_pass1", variant: str = "") -> dict[tuple[int, int], float]:
-    """{(world, seed): validation pass@1 where the run's `axis` (update, optimizer_step, kl, kept_rows, episodes) first reaches x}."""
+    """{(world, seed): validation pass@1 where the run's `axis` (update, optimizer_step, kl, kept_rows, episodes) first reaches x, linear
+    between evaluations}."""
     found = {}
     for key, unit in units.of(method, variant).items():
-        points = [(a, b) for a, b in zip(unit.get("curve", {}).get(axis, []), unit.get("curve", {}).get(name, [])) if a is not None and b is not None]
+        points = [(a, b) for a, b in zip(axis_values(unit, axis), unit.get("curve", {}).get(name, [])) if a is not None and b is not None]
         value = value_at([p[0] for p in points], [p[1] for p in points], x) if points else None
         if value is not None:
             found[key] = value
     return found
 
 
-def budgets(units: Units) -> Table:
-    """Curves compared at equal rollouts, equal optimizer steps and equal KL (of unfiltered samples), on validation problems."""
-    names = [name for name in ("ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle") if units.of(name)]
-    last = [u["curve"]["update"][-1] for name in names for u in units.of(name).values()]
-    steps = [u["curve"]["optimizer_step"][-1] for name in ("br", "bw", "random") for u in units.of(name).values()]
-    columns = [("update", round(max(last, default=30) * f)) for f in (1 / 3, 2 / 3, 1)]
-    columns += [("optimizer_step", round(min(steps, default=180) * f)) for f in (1 / 3, 2 / 3, 1)]
-    reached = [u["curve"]["kl"][-1] for name in ("ppo_m", "br", "bw", "random") for u in units.of(name).values()]  # by all of these runs
+def curve_means(units: Units, method: str, end: float, name: str) -> dict[tuple[int, int], float]:
+    """{(world, seed): mean height of the curve of `name` over responses generated, from 0 to `end` (trapezoids)}; runs that end before,
+    or generate nothing, are left out."""
+    found = {}
+    for key, unit in units.of(method).items():
+        points = [(a, b) for a, b in zip(axis_values(unit, "episodes"), unit.get("curve", {}).get(name, [])) if a is not None and b is not None]
+        last = value_at([p[0] for p in points], [p[1] for p in points], end)
+        if last is not None:
+            points = [p for p in points if p[0] < end] + [(end, last)]
+            found[key] = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(points, points[1:])) / end
+    return found
+
+
+def budgets(units: Units) -> list[Table]:
+    """Curves compared at equal rollouts (points and whole), equal optimizer steps and equal KL (of unfiltered samples), on validation
+    problems: one table for sampled and one for greedy pass@1."""
+    names = ("ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle", *BASELINE_ROWS)
+    filtered = ("br", "bw", "random")
+    last = [u["curve"]["episodes"][-1] for name in ("ppo_m", *filtered) for u in units.of(name).values()]
+    steps = [axis_values(u, "optimizer_step")[-1] for name in filtered for u in units.of(name).values()]
+    end = min(last, default=6400)
+    columns = [("episodes", round(end * f)) for f in (1 / 3, 2 / 3, 1)]
+    columns += [("optimizer_step", round(min(steps, default=108) * f)) for f in (1 / 3, 2 / 3, 1)]
+    reached = [u["curve"]["kl"][-1] for name in ("ppo_m", *filtered) for u in units.of(name).values()]  # by all of these runs
     columns += [("kl", float(f"{min(reached, default=1) * f:.2g}")) for f in (1 / 3, 2 / 3, 0.99)]
-    titles = {"update": "update", "optimizer_step": "step", "kl": "KL"}
-    rows = []
-    for name in names:
-        cells = []
-        for axis, x in columns:
-            got = at_budget(units, name, axis, x)
-            d = paired_difference(got, at_budget(units, "ppo_m", axis, x))
-            text = f"{np.mean(list(got.values())):.3f}" if got else NOT_THERE
-            cells.append(text + (f" ({d.mean:+.3f}, {p_value(d.p)})" if d and name != "ppo_m" else ""))
-        rows.append([figures.label(name), *cells])
-    sentences = []
-    for axis, words in (("update", "equal rollouts"), ("optimizer_step", "equal optimizer steps"), ("kl", "equal KL")):
-        x = [c[1] for c in columns if c[0] == axis][2]
-        for a in ("br", "bw"):
-            for b in ("ppo_m", "random"):
-                d = paired_difference(at_budget(units, a, axis, x), at_budget(units, b, axis, x))
-                found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs)"
-                sentences.append(f"{figures.label(a)} against {figures.label(b)} at {words} ({titles[axis]} {x}): {found}: "
-                                 f"**{outcome(d)}**.")  # fmt: skip
-    return Table("table2_budgets", "Sampled pass@1 on validation problems at equal rollouts, optimizer steps and KL (difference to PPO-M); "
-                 "– where no run gets there", ["method", *[f"{titles[a]} {x}" for a, x in columns]], rows, sentences)  # fmt: skip
+    titles = {"episodes": "responses", "optimizer_step": "step", "kl": "KL"}
+    tables = []
+    for key, words in (("sampled_pass1", "Sampled"), ("greedy_pass1", "Greedy")):
+        rows = []
+        for name in names:
+            cells = []
+            for axis, x in [*columns, ("whole", end)]:
+                got, base = (curve_means(units, m, end, key) if axis == "whole" else at_budget(units, m, axis, x, key) for m in (name, "ppo_m"))
+                d = paired_difference(got, base)
+                text = f"{np.mean(list(got.values())):.3f}" if got else NOT_THERE if units.of(name) else None
+                cells.append(text if not got or d is None or name == "ppo_m" else f"{text} ({d.mean:+.3f}, {p_value(d.p)})")
+            rows.append([figures.label(name), *cells])
+        sentences = []
+        for axis, words_of_axis in (("episodes", "equal rollouts"), ("whole", "equal rollouts, mean over the whole curve"),
+                                    ("optimizer_step", "equal optimizer steps"), ("kl", "equal KL")):  # fmt: skip
+            x = end if axis == "whole" else [c[1] for c in columns if c[0] == axis][2]
+            for a in ("br", "bw"):
+                for b in ("ppo_m", "random"):
+                    d = paired_difference(*(curve_means(units, m, end, key) if axis == "whole" else at_budget(units, m, axis, x, key) for m in (a, b)))
+                    found = "missing" if d is None else f"{with_p(d)} ({d.pairs} pairs)"
+                    sentences.append(f"{figures.label(a)} against {figures.label(b)} at {words_of_axis}"
+                                     f"{'' if axis == 'whole' else f' ({titles[axis]} {x})'}: {found}: **{outcome(d)}**.")  # fmt: skip
+        tables.append(Table("table2_budgets" if key == "sampled_pass1" else "table2_budgets_greedy", f"{words} pass@1 on validation problems at equal "
+                            "rollouts, optimizer steps (critic warm-up not counted) and KL, linear between evaluations (difference to PPO-M); – where "
+                            "a run does not get there or generates nothing",
+                            ["method", *[f"{titles[a]} {x}" for a, x in columns], "whole curve"], rows, sentences))  # fmt: skip
+    return tables
 
 
 def table3(units: Units) -> Table:
     """Filters: R² on the SFT policy and results; does R² predict the result?"""
-    header = ["filter", "paper R², HumanEval, MBPP", "R² on SFT samples", "units", "greedy pass@1", "sampled pass@1", "sampled, to PPO-M",
+    header = ["filter", "paper R², HumanEval, MBPP", "R² on SFT samples", "units", "greedy pass@1", "sampled pass@1", "greedy, best", "sampled, to PPO-M",
               "sampled, to random 2 of 5"]  # fmt: skip
     rows, points = [], []
     for name, paper in PAPER_TABLE3.items():
-        r2 = [u["r2_filters"]["sft"][FILTER_OF.get(name, name)]["r2"] for u in units.of("sft").values()
-              if FILTER_OF.get(name, name) in u.get("r2_filters", {}).get("sft", {})]  # fmt: skip
-        sampled = units.values(name, "sampled_pass1")
+        r2, sampled = units.r2("sft", "sft", FILTER_OF.get(name, name)), units.values(name, "sampled_pass1")
         if name != "ppo_s" and r2 and sampled:
-            points.append((name, float(np.mean(r2)), float(np.mean(world_means(sampled)))))
+            points.append((name, float(np.mean(world_means(r2))), float(np.mean(world_means(sampled)))))
         rows.append([figures.label(name), NOT_THERE if paper is None else f"{paper[0]:.3f}, {paper[1]}, {paper[2]}",
-                     NOT_THERE if name == "ppo_s" else with_interval(r2), len(sampled), with_interval(units.values(name, "greedy_pass1").values()),
-                     with_interval(sampled.values()),
+                     NOT_THERE if name == "ppo_s" else with_interval(r2), len(sampled), with_interval(units.values(name, "greedy_pass1")),
+                     with_interval(sampled), with_interval(units.values(name, "best.greedy_pass1")),
                      *[NOT_THERE if name == other else with_p(paired_difference(sampled, units.values(other, "sampled_pass1")))
                        for other in ("ppo_m", "random")]])  # fmt: skip
-    paper_points = [p for name, p in PAPER_TABLE3.items() if p and name != "ppo_s"]
     sentences = []
     for benchmark, column in (("HumanEval", 1), ("MBPP", 2)):
-        rho, p = rank_correlation([x[0] for x in paper_points], [x[column] for x in paper_points])
-        sentences.append(f"Does R² predict the result? The paper's own figures, {benchmark}: Spearman ρ {rho:+.2f} ({p_value(p)}) over "
-                         f"{len(paper_points)} filters.")  # fmt: skip
+        found = []
+        for words, r2_of_br, left_out in (("as its table has them, without PPO-S, which has no filter over N = 5", 0.841, ("ppo_s",)),
+                                          ("with BR's R² of its Table 1 (.922) and with PPO-S", 0.922, ())):  # fmt: skip
+            points_of_paper = [p if name != "br" else (r2_of_br, *p[1:]) for name, p in PAPER_TABLE3.items() if p and name not in left_out]
+            rho, p = rank_correlation([x[0] for x in points_of_paper], [x[column] for x in points_of_paper])
+            found.append(f"Spearman ρ {rho:+.2f} ({p_value(p)}) over {len(points_of_paper)} rows {words}")
+        sentences.append(f"Does R² predict the result? The paper's own figures, {benchmark}: {'; '.join(found)}.")
     sentences.append("Here: " + correlation_sentence(points))
     sentences.append("Here, without BoN: " + correlation_sentence([x for x in points if x[0] != "bon"]))
-    return Table("table3", "Table 3: filters, their R² on the SFT policy before any RL, and their result", header, rows, sentences)
+    return Table("table3", "Table 3: filters, their R² on the SFT policy before any RL (equal rows, as in Table 1), and their result", header, rows, sentences)
 
 
 def correlation_sentence(points: list[tuple[str, float, float]]) -> str:
@@ -383,9 +451,8 @@ def correlation_sentence(points: list[tuple[str, float, float]]) -> str:
 
 def table5(units: Units) -> Table:
     """Best of 1 (a sample) and best of 5 by the reward model."""
-    names = [name for name in PAPER_TABLE2 if units.of(name)]
-    rows = [[figures.label(n), len(units.of(n)), *[with_interval(units.values(n, k).values()) for k in ("sampled_pass1", "best_of_5")],
-             with_p(paired_difference(units.values(n, "best_of_5"), units.values(n, "sampled_pass1")))] for n in names]  # fmt: skip
+    rows = [[figures.label(n), len(units.of(n)), *[with_interval(units.values(n, k)) for k in ("sampled_pass1", "best_of_5")],
+             with_p(paired_difference(units.values(n, "best_of_5"), units.values(n, "sampled_pass1")))] for n in PAPER_TABLE2]  # fmt: skip
     sentences = [compare(units, name, "ppo_s", "PF-PPO above PPO-S in best of 1 and best of 5", 1, key) for name in ("br", "bw") for key in
                  ("sampled_pass1", "best_of_5")]  # fmt: skip
     return Table("table5", "Table 5: best of 1 and best of 5 by the reward model, test problems", ["method", "units", "best of 1", "best of 5", "gain"],
@@ -438,7 +505,7 @@ def over_optimisation(units: Units, names: list[str] | None) -> Table:
                 best = max(range(len(points)), key=lambda i: points[i][0])
                 drops[key], gains[key] = points[-1][0] - points[best][0], points[-1][1] - points[best][1]
         if drops:
-            rows.append([figures.label(name), variant or NOT_THERE, len(drops), with_interval(gains.values()), with_interval(drops.values())])
+            rows.append([figures.label(name), variant or NOT_THERE, len(drops), with_interval(gains), with_interval(drops)])
     return Table("over_optimisation", "Over-optimisation: change from the peak of sampled pass@1 (validation) to the end of the run (the peak is the "
                  "highest of noisy points, so a small fall means nothing)", ["method", "variant", "units", "reward", "sampled pass@1"], rows, [])  # fmt: skip
 
@@ -456,39 +523,43 @@ def table4(units: Units) -> Table:
     for name, (paper_s, paper_br, gain) in PAPER_TABLE4.items():
         for method, paper in (("ppo_s", paper_s), ("br", paper_br)):
             rows.append([name, figures.label(method), paper, len(units.of(method, name)),
-                         *[with_interval(units.values(method, key, name).values()) for key in
+                         *[with_interval(units.values(method, key, name)) for key in
                            ("greedy_pass1", "sampled_pass1", "best.greedy_pass1", "kl")]])  # fmt: skip
         for key in ("sampled_pass1", "greedy_pass1"):
             sentences.append(f"{name}: " + compare(units, "br", "ppo_s", f"{gain:+.1f} on Ape210K", 1, key, name))
     for method in ("ppo_s", "br"):
-        for a, b, sign in (("orm", "oracle", 1), ("crm", "orm", -1)):
+        for a, b in (("orm", "oracle"), ("crm", "orm")):
+            numbers = [tuple(map(float, PAPER_TABLE4[name][method == "br"].split(" / "))) for name in (a, b)]
+            signs = {math.copysign(1, x - y) for x, y in zip(*numbers)}
+            sign = signs.pop() if len(signs) == 1 else 0
             d = paired_difference(units.values(method, "sampled_pass1", a), units.values(method, "sampled_pass1", b))
-            sentences.append(f"{figures.label(method)}, {a} against {b} (the paper has {a} {'above' if sign > 0 else 'below'}): "
-                             f"{'missing' if d is None else with_p(d)}: **{verdict(d, sign)}**.")  # fmt: skip
+            sentences.append(f"{figures.label(method)}, {a} against {b} (the paper has {a} {'above' if sign > 0 else 'below' if sign else 'above once and below once'}): "
+                             f"{'missing' if d is None else with_p(d)}: **{verdict(d, sign) if sign else outcome(d)}**.")  # fmt: skip
     return Table("table4", "Table 4: learned reward (orm), executed tests (oracle), both combined (crm)",
                  ["reward", "method", "paper Ape210K / CMATH", "units", "greedy pass@1", "sampled pass@1", "greedy, best", "KL"], rows, sentences)  # fmt: skip
 
 
 def map_cells(units: Units) -> list[dict[str, str]]:
-    """The cells of study map that have PPO-M, as {"pairs": ..., "noise": ..., "kl": ..., "n": ...} and the variant's name."""
-    names = dict.fromkeys(u["variant"] for u in units.lines if u["method"] == "ppo_m" and "kl=" in u.get("variant", ""))
+    """The planned cells of study map and others that have units, as {"pairs": ..., "noise": ..., "kl": ..., "n": ...} and the variant's name."""
+    names = dict.fromkeys(f"pairs={pairs or 'all'} noise={noise} kl={kl} n={n}" for pairs, noise, kl, n in planned_cells(False))
+    names |= dict.fromkeys(u["variant"] for u in units.lines if "kl=" in u.get("variant", ""))
     return [dict(part.split("=") for part in name.split()) | {"variant": name} for name in names]
 
 
 def map_tables(units: Units) -> list[Table]:
     """When does filtering help: each cell's differences at equal rollouts (test) and at equal training passes (validation)."""
-    header = ["pairs", "noise", "KL coefficient", "N", "pair accuracy", "R² none / BR / BW", "PPO-M, sampled pass@1", "BR to PPO-M", "BW to PPO-M",
+    header = ["pairs", "noise", "KL coefficient", "N", "pair accuracy", "R² none / BR / BW (N = 5)", "PPO-M, sampled pass@1", "BR to PPO-M", "BW to PPO-M",
               "BR to random", "BW to random"]  # fmt: skip
     rows, passes, wins, pooled = [], [], defaultdict(list), defaultdict(lambda: ({}, {}))
     for index, cell in enumerate(map_cells(units)):
         name = cell["variant"]
-        sft = units.of("sft", f"pairs={cell['pairs']} noise={cell['noise']}")
-        accuracy = [u["rm_accuracy"] for u in sft.values()]
-        r2 = [np.nanmean([u["r2_filters"]["sft"][f]["r2"] for u in sft.values()]) if sft else None for f in ("none", "br", "bw")]
+        quality = f"pairs={cell['pairs']} noise={cell['noise']}"
+        accuracy = units.values("sft", "rm_accuracy", quality)
+        r2 = [units.r2("sft", "sft", f, variant=quality) for f in ("none", "br", "bw")]
         start = [cell["pairs"], cell["noise"], cell["kl"], cell["n"], with_interval(accuracy)]
         base = units.values("ppo_m", "sampled_pass1", name)
         cells, even = [], []
-        ends = [u["curve"]["kept_rows"][-1] for f in ("br", "bw", "random") for u in units.of(f, name).values()]
+        ends = [axis_values(u, "kept_rows")[-1] for f in ("br", "bw", "random") for u in units.of(f, name).values()]
         for a, b in (("br", "ppo_m"), ("bw", "ppo_m"), ("br", "random"), ("bw", "random")):
             if cell["n"] == "2":
                 cells.append(NOT_THERE), even.append(NOT_THERE)
@@ -501,7 +572,8 @@ def map_tables(units: Units) -> list[Table]:
                 wins[key].append((d, cell))
                 for together, one in zip(pooled[key], values):  # all cells of a world are one world's
                     together.update({(world, (index, seed)): value for (world, seed), value in one.items()})
-        rows.append([*start, None if None in r2 else " / ".join(f"{v:.2f}" for v in r2), with_interval(base.values()), *cells])
+        rows.append([*start, " / ".join(f"{np.mean(list(v.values())):.2f}" for v in r2) if all(r2) else None,
+                     with_interval(base), *cells])  # fmt: skip
         passes.append([*start[:4], *even])
     sentences = []
     for (a, b, *rest), found in wins.items():
@@ -514,16 +586,20 @@ def map_tables(units: Units) -> list[Table]:
         text += f"; better: {'; '.join(better)}" if better else ""
         text += f"; worse: {'; '.join(worse)}" if worse else ""
         d = paired_difference(*pooled[(a, b, *rest)])
-        sentences.append(text + ("." if d is None else f". All cells together: {with_p(d)} ({d.pairs} pairs): **{outcome(d)}**."))
-    trend = []
+        sentences.append(text + ("." if d is None else f". All cells together: {with_p(d)} ({d.pairs} pairs): **{outcome(d, over_worlds=True)}**, judged by worlds."))
+    done = {key: sum(d is not None for d, _ in found) for key, found in wins.items()}
+    sentences.append(f"Units: {min(done.values())} of {len(rows) - sum(row[3] == '2' for row in rows)} cells with N above 2 have all four arms.")
+    by_quality = defaultdict(list)  # cells of one reward model are one point
     for d, cell in wins.get(("bw", "random"), []):
-        accuracy = [u["rm_accuracy"] for u in units.of("sft", f"pairs={cell['pairs']} noise={cell['noise']}").values()]
-        trend += [(float(np.mean(accuracy)), d.mean)] if d is not None and accuracy else []
+        if d is not None:
+            by_quality[f"pairs={cell['pairs']} noise={cell['noise']}"].append(d.mean)
+    trend = [(float(np.mean(list(accuracy.values()))), float(np.mean(gains))) for quality, gains in by_quality.items()
+             if (accuracy := units.values("sft", "rm_accuracy", quality))]  # fmt: skip
     found = rank_correlation([t[0] for t in trend], [t[1] for t in trend])
-    sentences.append("Does BW gain more over random where the reward model is worse? Spearman ρ of pair accuracy and BW - random over cells: "
-                     + ("missing." if found is None else f"{found[0]:+.2f} ({p_value(found[1])}, {len(trend)} cells)."))  # fmt: skip
+    sentences.append("Does BW gain more over random where the reward model is worse? Spearman ρ of pair accuracy and BW - random over reward models: "
+                     + ("missing." if found is None else f"{found[0]:+.2f} ({p_value(found[1])}, {len(trend)} reward models)."))  # fmt: skip
     return [Table("map", "Map: sampled pass@1 on test problems at equal rollouts; – where N = 2 makes all filters one", header, rows, sentences),
-            Table("map_passes", "Map: the same differences at equal training passes (rows trained on), validation problems",
+            Table("map_passes", "Map: the same differences at equal training passes (rows trained on once the critic is warm), validation problems",
                   [*header[:4], *header[-4:]], passes, []), over_optimisation(units, None)]  # fmt: skip
 
 
@@ -545,9 +621,9 @@ def beyond_tables(units: Units) -> list[Table]:
                     [against("R² of the chosen w against the best named filter, held-out prompts", gap, dict.fromkeys(gap, 0.0)),
                      *[against(f"Trained with the chosen w against {figures.label(b)}, {words}", units.values("w_r2", key), units.values(b, key))
                        for b in ("ppo_m", "br", "bw", "random") for key, words in passes]])  # fmt: skip
-    plain = [(name, variant) for name in ("ppo_m", "br", "bw", "random", "pow_2", "w_r2") for variant in ("", "centred") if units.of(name, variant)]
+    plain = [(name, "") for name in ("ppo_m", "br", "bw", "random", "pow_2", "w_r2")] + [(name, "centred") for name in ("ppo_m", "bw", "pow_2")]
     results = Table("beyond", "Beyond the paper: results on test problems", ["method", "reward", "units", "greedy pass@1", "sampled pass@1", "KL"],
-                    [[figures.label(n), v or "as it is", len(units.of(n, v)), *[with_interval(units.values(n, k, v).values()) for k in
+                    [[figures.label(n), v or "as it is", len(units.of(n, v)), *[with_interval(units.values(n, k, v)) for k in
                       ("greedy_pass1", "sampled_pass1", "kl")]] for n, v in plain],
                     [against(f"Reward centred per prompt, {figures.label(n)}, {words}", units.values(n, key, "centred"), units.values(n, key))
                      for n in ("ppo_m", "bw", "pow_2") for key, words in passes])  # fmt: skip
@@ -560,7 +636,7 @@ def beyond_tables(units: Units) -> list[Table]:
         rang = [x for x in at if x is not None]
         when = f", mean update {np.mean(rang):.0f}" if rang else ""
         rows.append([figures.label(method), len(runs), f"{len(rang)} of {len(at)}{when}" if at else None,
-                     *[with_interval(x.values()) for x in (last, stopped, best)]])  # fmt: skip
+                     *[with_interval(x) for x in (last, stopped, best)]])  # fmt: skip
         sentences += [against(f"{figures.label(method)}, stopped by the alarm against fixed length", stopped, last),
                       against(f"{figures.label(method)}, stopped by the alarm against the best of validation problems", stopped, best)]  # fmt: skip
     alarm = Table("alarm", "R² as an alarm: a reward model that is over-optimised, twice the updates; sampled pass@1 on test problems",
@@ -614,10 +690,10 @@ def training_sentences(units: Units) -> list[str]:
                                    ("sampled_pass1", "sampled pass@1", 1), ("greedy_pass1", "greedy pass@1", 1)):  # fmt: skip
             d = paired_difference(*({key: u["curve"][name][-1] for key, u in units.of(m).items()} for m in (method, "ppo_m")))
             says = "about equal" if paper == 0 else "higher"
-            judged = verdict(d, 1) if paper else {"wins": "higher here", "loses": "lower here"}.get(outcome(d), outcome(d))
+            judged = verdict(d, 1) if paper else outcome(d).replace("wins", "higher here").replace("loses", "lower here")
             found.append(f"{figures.label(method)} against PPO-M at the end, {words}: paper {says}; here {with_p(d) or 'missing'}: **{judged}**.")
     if units.of("oracle"):
-        found.append("PPO-M with the oracle reward is drawn with its own reward, passing or not, which is on another scale.")
+        found.append("PPO-M with the oracle reward is left out of the first panel: its reward, passing or not, is on another scale.")
     return found
 
 
@@ -628,7 +704,7 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str, lis
     if worlds:
         first, *others = sorted(worlds)
         figures.reliability(worlds[first], folder / "figure1.png", f"world {first}")
-        made.append(("figure1.png", "Figure 1: mean actual score of reward groups, ten repeats", reliability_sentences(worlds)))
+        made.append(("figure1.png", "Figure 1: mean actual score of reward groups, one line per repeat of the sampling", reliability_sentences(worlds)))
         if others:
             figures.reliability_panels({f"world {w}": worlds[w] for w in others}, folder / "figure3.png")
             made.append(("figure3.png", "Figure 3: the same in the other worlds", ["Counted in the sentences of Figure 1."]))
@@ -636,7 +712,7 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str, lis
         panels = {}
         for cell in map_cells(units):
             found = {m: [u["curve"] for u in units.of(m, cell["variant"]).values()] for m in ("ppo_m", "br", "bw", "random")}
-            panels[cell["variant"]] = {m: curves for m, curves in found.items() if curves}
+            panels |= {cell["variant"]: {m: curves for m, curves in found.items() if curves}} if any(found.values()) else {}
         if panels:
             figures.over_optimisation(panels, folder / "over_optimisation.png")
             made.append(("over_optimisation.png", "Over-optimisation: reward (dotted, right axis) and sampled pass@1 (line) as KL grows", []))
@@ -654,7 +730,8 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str, lis
     if runs:
         figures.study_curves(runs, folder / "figure2.png")
         figures.budget_curves(runs, folder / "budgets.png")
-        made += [("figure2.png", "Figure 2: reward and pass@1 over training, mean and 95% interval over units", training_sentences(units)),
+        made += [("figure2.png", "Figure 2: reward and pass@1 over training, mean, and Student's 95% interval over units for three arms (worlds differ, so most of "
+                  "it is between worlds)", training_sentences(units)),
                  ("budgets.png", "Sampled pass@1 against rollouts, optimizer steps and KL", [])]  # fmt: skip
     return made
 
@@ -679,6 +756,6 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("usage: python -m benchmark.tables FOLDER (a folder of benchmark.reproduce)")
     write(Path(sys.argv[1]))

@@ -2,9 +2,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
-from benchmark import reproduce, study_rewards, tables
+from benchmark import pipeline, reproduce, study_rewards, tables
 
 # ---------------------------------------------------------------- statistics
 
@@ -76,6 +77,20 @@ def test_verdict_needs_an_interval_without_zero(a, sign, expected):
     assert tables.verdict(d, sign).startswith(expected)
 
 
+def test_pooled_cells_are_judged_by_worlds_alone():
+    over_units = tables.Difference(0.2, 0.1, 0.3, 0.01, -0.1, 0.5, 0.2, 12, 3)
+    assert tables.outcome(over_units) == "wins, but not over so few worlds"
+    assert tables.outcome(over_units, over_worlds=True) == "no difference shown"
+    over_worlds = tables.Difference(-0.2, -0.3, 0.1, 0.2, -0.3, -0.1, 0.01, 12, 3)
+    assert tables.outcome(over_worlds, over_worlds=True) == "loses, also over worlds"
+
+
+def test_level_has_the_interval_of_its_worlds():
+    # world means .4 and .6 whatever their seeds: mean .5, standard error .1, t(0.975, 1) = 12.7062
+    assert tables.with_interval({(1, 1): 0.3, (1, 2): 0.5, (2, 1): 0.6}) == f"0.500 [{0.5 - 1.27062:.3f}, {0.5 + 1.27062:.3f}]"
+    assert tables.with_interval({(1, 1): 0.3, (1, 2): 0.5}) == "0.400"
+
+
 def test_verdict_without_units_is_no_verdict():
     assert tables.verdict(None, 1).startswith("cannot tell")
 
@@ -120,6 +135,47 @@ def test_comparison_at_equal_optimizer_steps_reads_the_curve():
     assert tables.at_budget(units, "br", "optimizer_step", 30) == {(1, 1): pytest.approx(0.38)}  # 30/75 of the way from .3 to .5
 
 
+def test_critic_warm_up_costs_no_steps_and_no_rows():
+    curve = {"update": [0, 5, 10], "optimizer_step": [0, 75, 150], "kept_rows": [0.0, 1600.0, 3200.0], "episodes": [0, 1600, 3200]}
+    run = {"command": "accelerate launch pfppo_single.py --lr 0.0001 --critic_warmup_updates 2 --kl_coef 0.05", "curve": curve}
+    assert tables.axis_values(run, "optimizer_step") == [0, 45, 120]  # 2 of 5 updates: 30 of 75 steps
+    assert tables.axis_values(run, "kept_rows") == [0, 960, 2560]
+    assert tables.axis_values(run, "episodes") == [0, 1600, 3200]  # they are generated all the same
+    assert tables.axis_values({**run, "command": "accelerate launch -m benchmark.baselines.dpo"}, "optimizer_step") == [0, 75, 150]
+
+
+def test_whole_curve_is_the_mean_height():
+    units = tables.Units([unit("br", 1, 1, 0.5), unit("dpo", 1, 1, 0.5)])
+    assert tables.curve_means(units, "br", 800, "sampled_pass1") == {(1, 1): pytest.approx(0.35)}  # from .3 to .4 in a line
+    units.lines[1]["curve"]["episodes"] = [0, 0]  # generates nothing
+    assert tables.curve_means(units, "dpo", 800, "sampled_pass1") == {}
+
+
+def test_sft_stands_for_every_seed_of_its_world():
+    assert tables.spread({(1, 1): 0.4, (2, 1): 0.5}, {(1, 1): 0, (1, 2): 0, (3, 1): 0}) == {(1, 1): 0.4, (1, 2): 0.4}
+
+
+def samples(prompts=400, n=10, seed=1):
+    rng = np.random.default_rng(seed)
+    reward = rng.uniform(-1, 1, prompts * n)
+    actual = (rng.uniform(size=prompts * n) < 0.5 + 0.4 * reward).astype(float)  # s is linear in R: every filter's R² would be 1
+    return {"prompt_ids": np.repeat(np.arange(prompts), n), "reward": reward, "actual": actual}
+
+
+def test_filters_are_compared_at_the_same_number_of_rows():
+    table = pipeline.r2_of_filters(samples(), ("none", "random", "bon"), seed=1, n=5)
+    assert {entry["rows"] for entry in table.values()} == {800}  # BoN: one row of each of 400 * 10 / 5 groups
+    assert table["none"]["all_rows"] > table["none"]["r2"]  # 4000 rows have less noisy group means than 800
+    assert table["none"]["r2"] == pytest.approx(table["random"]["r2"], abs=0.03)  # the same distribution
+
+
+def test_regrouped_samples_keep_neighbours_together():
+    found = pipeline.regroup({"prompt_ids": np.array([7, 7, 7, 7, 8, 8, 8, 8]), "reward": np.arange(8)}, 2)
+    assert found["prompt_ids"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(ValueError, match="groups of 3"):
+        pipeline.regroup(found, 3)
+
+
 def test_spread_of_repeats_beside_what_counting_gives():
     repeats = [{"actual": [0.0, 0.0, 0.4, 1.0, 1.0], "count": [25] * 5}, {"actual": [0.0, 0.0, 0.6, 1.0, 0.8], "count": [25] * 5}]
     # variances over the two repeats: 0 0 .02 0 .02; at the ends p is 0 0 1 .9, in the middle .5
@@ -137,7 +193,7 @@ def test_cells_of_the_map_are_also_judged_together():
     lines = [{**unit(m, w, 1, 0.5 + 0.001 * w + gain), "variant": cell} for cell in cells for w in (1, 2, 3) for m, gain in (("ppo_m", 0.0), ("br", 0.02))]
     table = tables.map_tables(tables.Units(lines))[0]
     sentence = next(s for s in table.sentences if s.startswith("PF-PPO BR against PPO-M at equal rollouts"))
-    assert "All cells together: +0.020 [+0.020, +0.020]" in sentence and "(6 pairs): **wins**" in sentence
+    assert "All cells together: +0.020 [+0.020, +0.020]" in sentence and "(6 pairs): **wins, also over worlds**" in sentence
 
 
 def test_every_method_of_the_issue_has_a_row():
@@ -321,11 +377,14 @@ def pretend(monkeypatch, tmp_path):
     done, broken = tmp_path / "done", tmp_path / "broken"
     done.mkdir()
 
-    def run_unit(unit, place, result):
+    def run_unit(unit, place, result, old=None):
         if unit.stage:
             (done / str(unit)).touch()
         elif unit.method == "bw" and unit.world == 2 and broken.exists():
             raise RuntimeError("planted failure")
+        if old:
+            numbers = {**old, "r2_filters": "new"}
+            return result.write_text(json.dumps(numbers))
         numbers = {name: unit.seed / 10 for name in ("greedy_pass1", "sampled_pass1", "kl", "seconds", "cpu_seconds")}
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps({**numbers, "command": "accelerate launch ..."} | ({} if not unit.stage else {"seconds": 0.1})))
@@ -359,6 +418,18 @@ def test_a_failed_unit_is_reported_and_tried_again_and_finished_ones_are_not(pre
     pretend.unlink()
     assert reproduce.main(study_args(tmp_path)) == 0
     assert len(lines_of(tmp_path)) == 8 and "2 units to do" in capfd.readouterr().out
+
+
+def test_r2_of_an_older_version_is_measured_again_and_nothing_else(pretend, tmp_path):
+    args = study_args(tmp_path)
+    assert reproduce.main(args) == 0
+    path = tmp_path / "results/units.jsonl"
+    old = [{**line, "version": 1, "commit": "then"} for line in lines_of(tmp_path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert reproduce.main(args) == 0
+    lines = lines_of(tmp_path)
+    assert len(lines) == len(old) and all(line["version"] == reproduce.VERSION and line["r2_filters"] == "new" for line in lines)
+    assert {line["commit"] for line in lines} == {"then"} and [line["kl"] for line in lines] == [line["kl"] for line in old]
 
 
 def test_dry_run_prints_the_budget_and_does_nothing(pretend, tmp_path, capfd):

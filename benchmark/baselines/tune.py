@@ -24,9 +24,11 @@ import pfppo_single
 from benchmark import figures, pipeline
 
 GRID = {  # method -> script, learning rates, further settings
-    "ppo_m": ("pfppo", (5e-5, 1e-4, 2e-4), {}),  # pfppo_single.py with the same budget
+    "ppo_s": ("pfppo", (5e-5, 1e-4, 2e-4), {}),  # pfppo_single.py with the same budget
+    "ppo_m": ("pfppo", (5e-5, 1e-4, 2e-4), {}),
     "br": ("pfppo", (5e-5, 1e-4, 2e-4), {}),
     "bw": ("pfppo", (5e-5, 1e-4, 2e-4), {}),
+    "random": ("pfppo", (5e-5, 1e-4, 2e-4), {}),
     "dpo": ("dpo", (2e-5, 5e-5, 1e-4), {}),
     "ipo": ("dpo", (2e-5, 5e-5, 1e-4), {"loss_type": "ipo"}),
     "kto": ("kto", (5e-5, 1e-4, 2e-4), {}),
