@@ -117,7 +117,7 @@ class Args:
     """responses per rank that are generated at a time; 0: forward_batch_size. Generation likes many rows, forward passes fit in a cache"""
     # reward
     missing_stop: Literal["none", "replace", "subtract"] = "none"
-    """response without stop token: keep its score, replace it by penalty_value, or subtract penalty_value from it"""
+    """response without stop token: keep its score, replace it by penalty_value, or subtract penalty_value (above 0) from it"""
     penalty_value: float = -1.0
     """see missing_stop; on the scale of the score after normalisation"""
     normalize_reward: bool = True
@@ -800,6 +800,8 @@ def check_args(args: Args, num_processes: int) -> dict[str, int]:
         need(getattr(args, field) >= 1, f"--{field} must be at least 1, not {getattr(args, field)}")
     need(args.generation_batch_size >= 0, f"--generation_batch_size must be at least 1, or 0 for forward_batch_size, not {args.generation_batch_size}")
     need(args.temperature > 0, f"--temperature must be above 0, not {args.temperature}; evaluation decodes greedily by itself")
+    need(args.missing_stop != "subtract" or args.penalty_value > 0,
+         f"--penalty_value {args.penalty_value} would reward a missing stop token; with --missing_stop subtract give one above 0")  # fmt: skip
     need(b % num_processes == 0, f"--batch_size {b} must be a multiple of the {num_processes} processes")
     need(not args.rank_weights or len(args.rank_weights) == n, f"--rank_weights needs num_responses = {n} numbers, best first")
     need(not args.rank_weights or (min(args.rank_weights) >= 0 and abs(sum(args.rank_weights) - 1) < 1e-6),
@@ -1178,7 +1180,8 @@ def main(args: Args) -> None:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the preset's values over the defaults."""
     argv = sys.argv[1:] if argv is None else argv
-    name = next((argv[i + 1] for i, flag in enumerate(argv[:-1]) if flag == "--preset"), "pfppo")
+    words = [word for flag in argv for word in (flag.split("=", 1) if flag.startswith("--preset=") else [flag])]
+    name = dict(zip(words, words[1:])).get("--preset", "pfppo")
     return tyro.cli(Args, args=argv, default=Args(preset=name, **PRESETS[name]) if name in PRESETS else None)
 
 

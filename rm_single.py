@@ -939,7 +939,8 @@ def main(args: Args) -> None:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the preset's values over the defaults."""
     argv = sys.argv[1:] if argv is None else argv
-    name = next((argv[i + 1] for i, flag in enumerate(argv[:-1]) if flag == "--preset"), "pfppo")
+    words = [word for flag in argv for word in (flag.split("=", 1) if flag.startswith("--preset=") else [flag])]
+    name = dict(zip(words, words[1:])).get("--preset", "pfppo")
     return tyro.cli(Args, args=argv, default=Args(preset=name, **PRESETS[name]) if name in PRESETS else None)
 
 

@@ -715,13 +715,14 @@ FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', 
     (dict(minibatch_size=5), "--minibatch_size 5 must divide the kept rows 4 x 2 = 8"),
     (dict(total_episodes=8), "--total_episodes 8 is less than one update"),
     (dict(temperature=0.0), "--temperature must be above 0"),
+    (dict(missing_stop="subtract"), "--penalty_value -1.0 would reward .* --missing_stop subtract"),
     (dict(batch_size=0), "--batch_size must be at least 1"),
     (dict(generation_batch_size=-1), "--generation_batch_size must be at least 1, or 0"),
     (dict(stop_token="nosuch"), "--stop_token nosuch"),
     (dict(policy="{files}/nopad"), "nopad: the tokenizer has no pad token.*--pad_token"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_a_model_is_loaded(make_args, tmp_path, world, monkeypatch, changes, message):
-    # PITFALLS AVG-6, TOK-8 and the rest: an error that names the field, in seconds, and no folder left behind
+    # PITFALLS AVG-6, GAE-7, TOK-8 and the rest: an error that names the field, in seconds, and no folder left behind
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     make_tokenizer(pad=None).save_pretrained(tmp_path / "nopad")
@@ -745,7 +746,7 @@ def test_a_folder_of_another_run_is_refused(uninterrupted, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--filter", "best"], "filter"), (["--preset", "other"], "preset"), (["--lr", "fast"], "lr")]
+    "flags, message", [(["--filter", "best"], "filter"), (["--preset", "other"], "preset"), (["--preset=other"], "preset"), (["--lr", "fast"], "lr")]
 )
 def test_unknown_values_of_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -761,4 +762,5 @@ def test_flags_win_over_the_preset():
         and args.temperature == 0.7
         and args.preset == "lm_human_preferences"
     )
+    assert pf.parse_args(["--preset=lm_human_preferences", "--lr", "0.5", "--rank_weights", "0.5", "0", "0.5"]) == args
     assert pf.parse_args([]) == pf.Args()

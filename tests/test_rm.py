@@ -225,6 +225,7 @@ def test_a_tokenizer_without_pad_token_is_refused(world, tmp_path):
 
 def test_the_preset_is_the_default_and_flags_win():
     args = rm.parse_args(["--preset", "lm_human_preferences", "--lr", "0.002"])
+    assert rm.parse_args(["--lr=0.002", "--preset=lm_human_preferences"]) == args
     assert (args.lr, args.adam_style, args.bound, args.label_pad_id) == (0.002, "tensorflow", "none", 50259)
     assert rm.parse_args([]) == rm.Args()
 
