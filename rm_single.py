@@ -717,6 +717,14 @@ def open_run(args, num_processes: int) -> None:
     (folder / "args.json.tmp").rename(folder / "args.json")
 
 
+def refuse_sharding(distributed_type: str) -> None:
+    """Raises ValueError for launchers under which weights are sharded (generation then waits for ranks that have stopped) or
+    `accelerator.backward` steps by itself, at every micro-batch."""
+    if distributed_type in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise ValueError(f"{distributed_type} does not work here: weights must be whole on every rank and step once a minibatch; "
+                         "launch with --multi_gpu (or --cpu), without a DeepSpeed, FSDP or Megatron configuration")  # fmt: skip
+
+
 def check_args(args: Args, num_processes: int) -> None:
     """Raises ValueError that names the field and the fix, before anything is loaded."""
 
@@ -744,6 +752,7 @@ def check_args(args: Args, num_processes: int) -> None:
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: everything that can be refused is refused here
     accelerator = Accelerator()
+    refuse_sharding(accelerator.distributed_type.value)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_args(args, world)
     tokenizer = load_tokenizer(args.model, args.pad_token)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from conftest import EOS, causal_lm, make_tokenizer, read_metrics, tiny_settings, write_jsonl
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -19,6 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel
 
 import pfppo_single as pf
+import rm_single
+import sft_single
+from benchmark.baselines import common
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -520,6 +525,34 @@ def test_sizes_must_divide_over_the_processes(make_args, changes, message):
         pf.check_args(make_args(**changes), 2)
 
 
+def test_policy_and_critic_step_together_after_all_micro_batches(run, monkeypatch):
+    # PITFALLS SYS-3: one wrapper, one optimizer over both; each step sees the 3 micro-batches of its minibatch, and nothing
+    # but a step moves a weight
+    pairs, steps = [], []
+    losses = Spies(monkeypatch).on(pf, "minibatch_loss", lambda out, model, *_: pairs.append(model))
+
+    def weights_now():
+        return [[p.detach().clone() for p in part.parameters()] for part in (pairs[0].policy, pairs[0].critic)]
+
+    def before(optimizer, *_):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in pairs[0].parameters()} and set(map(type, pairs)) == {pf.PolicyAndCritic}
+        assert all(any(p.grad is not None and p.grad.any() for p in part.parameters()) for part in (pairs[0].policy, pairs[0].critic))
+        now = weights_now()
+        assert not steps or all(torch.equal(a, b) for old, new in zip(steps[-1][1], now) for a, b in zip(old, new))
+        steps.append((len(losses), now))
+
+    def after(optimizer, *_):
+        moved = weights_now()
+        assert all(any(not torch.equal(a, b) for a, b in zip(old, new)) for old, new in zip(steps[-1][1], moved))
+        steps[-1] = (steps[-1][0], moved)
+
+    handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    run(total_episodes=16, minibatch_size=8, micro_batch_size=3)
+    [handle.remove() for handle in handles]
+    assert [count for count, _ in steps] == [3, 6]
+
+
 # ---------------------------------------------------------------- killed and continued runs
 
 # A deterministic reward that kills its process: SIGKILL at the 7th call when the file named behind "@" exists.
@@ -637,6 +670,16 @@ def test_a_finished_run_stays_as_it_is(uninterrupted):
 
 
 # ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+@pytest.mark.parametrize("script", [pf, rm_single, sft_single, common], ids=lambda module: module.__name__)
+def test_launchers_that_shard_weights_are_refused(script, kind, monkeypatch):
+    # PITFALLS SYS-6: rollouts under sharded weights could dead-lock; refused before anything else is looked at
+    pf.refuse_sharding("MULTI_GPU"), pf.refuse_sharding("NO")
+    monkeypatch.setattr(script, "Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType(kind)))
+    with pytest.raises(ValueError, match=f"^{kind} does not work here.*--multi_gpu"):
+        getattr(script, "main", getattr(script, "Run", None))(script.Args())
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])

@@ -148,6 +148,7 @@ class Run:
     def __init__(self, args: Args):
         """Everything that can be refused without a model: processes, tokenizer, evaluation prompts, functions."""
         self.args, self.accelerator = args, Accelerator(mixed_precision="no")
+        pfppo.refuse_sharding(self.accelerator.distributed_type.value)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"a baseline runs on one process, not {self.accelerator.num_processes}; use --num_processes 1")
         self.device, self.output_dir = self.accelerator.device, Path(args.output_dir)
