@@ -526,7 +526,8 @@ def minibatch_loss(
     pg_loss, vf_loss = (pg_losses * weights).sum(), (vf_losses * weights).sum()
     loss = pg_loss + vf_coef * vf_loss
     with torch.no_grad():
-        vpred, log_ratio, batch["ratio"] = torch.where(mask, vpred, 0.0), ratio.log(), ratio
+        log_ratio = torch.where(mask, new_logprobs - batch["logprobs"], 0.0)  # not ratio.log(): exp may have underflowed
+        vpred, batch["ratio"] = torch.where(mask, vpred, 0.0), ratio
         per_token = (token_entropy(logits, temperature), 0.5 * log_ratio.square(), pg_clipped, ratio, vf_clipped, vpred,
                      (vpred - batch["returns"]).square())  # fmt: skip
         means = [(torch.where(mask, x.float(), 0.0) * weights).sum() for x in per_token]
@@ -633,7 +634,7 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
         raise FileNotFoundError(f"--{field} {path}: no such file")
     if Path(path).suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):  # splitlines cuts at U+2028 too
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:

@@ -319,7 +319,7 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
         raise FileNotFoundError(f"--{field} {path}: no such file")
     if Path(path).suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):  # splitlines cuts at U+2028 too
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:

@@ -188,6 +188,15 @@ def model():
     return pf.PolicyAndCritic(causal_lm("gpt2"), reward_model()).eval()
 
 
+def test_logged_kl_of_an_update_is_finite_where_the_ratio_underflows():
+    # log π_new = -200, log π_old = 0: the ratio is 0 in float32, 0.5 · 200² is logged all the same
+    ones, zeros = torch.ones(1, 1), torch.zeros(1, 1)
+    batch = {"response_mask": ones.bool(), "mask": ones.bool(), "query_responses": zeros.long(), "responses": zeros.long(), "loss_weights": ones,
+             **dict.fromkeys(("logprobs", "advantages", "values", "returns"), zeros)}  # fmt: skip
+    _, stats = pf.minibatch_loss(lambda *_: (torch.tensor([[[0.0, 200.0]]]), zeros), batch, 1.0, 0.2, 0.2, 0.1)
+    assert batch["ratio"].item() == 0 and stats[pf.STATS.index("ppo/policy/approxkl")].item() == 20000
+
+
 @pytest.mark.parametrize("average", ["token", "sequence"])
 def test_minibatch_loss_and_stats_equal_the_naive_formulas(model, average):
     # PITFALLS AVG-2: one setting for policy, value and entropy terms; LP-8 within the whole loss

@@ -672,6 +672,16 @@ def test_a_finished_run_stays_as_it_is(uninterrupted):
 # ---------------------------------------------------------------- refusals
 
 
+def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path):
+    # U+2028, U+2029 and U+0085 may stand unescaped in a JSON string; the number of a bad line behind them is right
+    text = "a\u2028b\u2029c\x85d"
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "{text}"}}\r\n\n{{"prompt": "e"}}', encoding="utf-8", newline="")
+    assert pf.load_rows(str(tmp_path / "rows.jsonl"), "prompts") == [{"prompt": text}, {"prompt": "e"}]
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "{text}"}}\n{{"prompt"', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        pf.load_rows(str(tmp_path / "rows.jsonl"), "prompts")
+
+
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 @pytest.mark.parametrize("script", [pf, rm_single, sft_single, common], ids=lambda module: module.__name__)
 def test_launchers_that_shard_weights_are_refused(script, kind, monkeypatch):
