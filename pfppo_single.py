@@ -91,7 +91,7 @@ class Args:
     query_length: int = 1024
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_end", "keep_start"] = "drop"
-    """what happens to a query longer than query_length"""
+    """what happens to a query longer than query_length; one of eval_prompts is never dropped but refused"""
     reshuffle: bool = True
     """every pass over the prompts in a new order; off: all passes in the first one's, as LMHP-details"""
     # rollout
@@ -852,7 +852,9 @@ def stop_token_id(tokenizer, token: str) -> int:
 
 
 def encode_queries(tokenizer, rows: list[dict], args: Args, field: str) -> list[dict]:
-    """Rows with `query_ids` added; queries over query_length are dropped or cut, as long_queries says."""
+    """Rows with `query_ids` added; queries over query_length are dropped or cut, as long_queries says. Raises ValueError where no
+    row is left, or where one of `eval_prompts` is not: what is measured would be the short prompts alone."""
+    found = len(rows)
     rows = [{**row, "query_ids": encode_prompt(tokenizer, row[args.prompt_field])} for row in rows]
     cut = {"keep_end": slice(-args.query_length, None), "keep_start": slice(args.query_length)}.get(args.long_queries)
     if cut is None:
@@ -862,6 +864,9 @@ def encode_queries(tokenizer, rows: list[dict], args: Args, field: str) -> list[
     rows = [row for row in rows if row["query_ids"]]
     if not rows:
         raise ValueError(f"--{field}: every query is empty or longer than --query_length {args.query_length}; raise it, or set --long_queries")
+    if len(rows) < found and field == "eval_prompts":
+        raise ValueError(f"--eval_prompts: {found - len(rows)} of {found} queries are empty or longer than --query_length {args.query_length}; "
+                         "raise it, or set --long_queries to keep_end or keep_start")  # fmt: skip
     return rows
 
 
@@ -892,7 +897,8 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.policy, args.pad_token)
     pad_id = tokenizer.pad_token_id
     stop_id = stop_token_id(tokenizer, args.stop_token)
-    rows = encode_queries(tokenizer, rows, args, "prompts")
+    found, rows = len(rows), encode_queries(tokenizer, rows, args, "prompts")
+    accelerator.print(f"{'prompts left out':>22}: {found - len(rows)} of {found}, empty or longer than --query_length")
     eval_rows = encode_queries(tokenizer, eval_rows, args, "eval_prompts") if eval_rows else []
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None

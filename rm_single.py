@@ -537,7 +537,9 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def encode_queries(tokenizer, rows: list[dict], args: Args, field: str) -> list[dict]:
-    """Rows with `query_ids` added; queries over query_length are dropped or cut, as long_queries says."""
+    """Rows with `query_ids` added; queries over query_length are dropped or cut, as long_queries says. Raises ValueError where no
+    row is left, or where one of `eval_prompts` is not: what is measured would be the short prompts alone."""
+    found = len(rows)
     rows = [{**row, "query_ids": encode_prompt(tokenizer, row[args.prompt_field])} for row in rows]
     cut = {"keep_end": slice(-args.query_length, None), "keep_start": slice(args.query_length)}.get(args.long_queries)
     if cut is None:
@@ -547,6 +549,9 @@ def encode_queries(tokenizer, rows: list[dict], args: Args, field: str) -> list[
     rows = [row for row in rows if row["query_ids"]]
     if not rows:
         raise ValueError(f"--{field}: every query is empty or longer than --query_length {args.query_length}; raise it, or set --long_queries")
+    if len(rows) < found and field == "eval_prompts":
+        raise ValueError(f"--eval_prompts: {found - len(rows)} of {found} queries are empty or longer than --query_length {args.query_length}; "
+                         "raise it, or set --long_queries to keep_end or keep_start")  # fmt: skip
     return rows
 
 

@@ -83,7 +83,7 @@ class Args:
     query_length: int = 1024
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_end", "keep_start"] = "drop"
-    """what happens to a query longer than query_length"""
+    """what happens to a query longer than query_length; one of eval_prompts is never dropped but refused"""
     response_length: int = 1024
     """longest response in tokens, the stop token included"""
     long_responses: Literal["drop", "cut"] = "drop"
@@ -371,7 +371,9 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def encode_queries(tokenizer, rows: list[dict], args: Args, field: str) -> list[dict]:
-    """Rows with `query_ids` added; queries over query_length are dropped or cut, as long_queries says."""
+    """Rows with `query_ids` added; queries over query_length are dropped or cut, as long_queries says. Raises ValueError where no
+    row is left, or where one of `eval_prompts` is not: what is measured would be the short prompts alone."""
+    found = len(rows)
     rows = [{**row, "query_ids": encode_prompt(tokenizer, row[args.prompt_field])} for row in rows]
     cut = {"keep_end": slice(-args.query_length, None), "keep_start": slice(args.query_length)}.get(args.long_queries)
     if cut is None:
@@ -381,6 +383,9 @@ def encode_queries(tokenizer, rows: list[dict], args: Args, field: str) -> list[
     rows = [row for row in rows if row["query_ids"]]
     if not rows:
         raise ValueError(f"--{field}: every query is empty or longer than --query_length {args.query_length}; raise it, or set --long_queries")
+    if len(rows) < found and field == "eval_prompts":
+        raise ValueError(f"--eval_prompts: {found - len(rows)} of {found} queries are empty or longer than --query_length {args.query_length}; "
+                         "raise it, or set --long_queries to keep_end or keep_start")  # fmt: skip
     return rows
 
 
@@ -566,7 +571,7 @@ def main(args: Args) -> None:
     config = AutoConfig.from_pretrained(args.model or args.model_config)
 
     # ------------------------------------------------ 1. tokenise prompt and response apart
-    found = len(rows)
+    found, eval_found = len(rows), len(eval_rows)
     rows = encode_examples(tokenizer, rows, args, "train_data", stop_id)
     eval_rows = encode_examples(tokenizer, eval_rows, args, "eval_data", stop_id) if eval_rows else []
     answer_rows = encode_queries(tokenizer, answer_rows, args, "eval_prompts") if answer_rows else eval_rows
@@ -577,7 +582,7 @@ def main(args: Args) -> None:
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     num_steps = steps_per_epoch * args.epochs
     sizes = {"processes": world, "rows": len(rows), "rows left out as too long": found - len(rows), "held-out rows": len(eval_rows),
-             "response tokens": sum(len(row["response_ids"]) for row in rows), "rows per step and rank": args.batch_size / world,
+             "held-out rows left out": eval_found - len(eval_rows), "response tokens": sum(len(row["response_ids"]) for row in rows), "rows per step and rank": args.batch_size / world,
              "optimizer steps": num_steps}  # fmt: skip
     accelerator.print("\n".join(f"{name:>26}: {value}" for name, value in sizes.items()))
     if args.dry_run:

@@ -511,6 +511,17 @@ def test_derived_sizes_are_printed_before_training(make_args, capsys):
     }
 
 
+def test_prompts_that_are_left_out_are_counted(make_args, tmp_path, capsys, monkeypatch):
+    # PITFALLS TOK-8: training prompts may be dropped, but not in silence; evaluation prompts that are cut are all there
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "q" * n} for n in (3, 16, 17)])
+    monkeypatch.setattr(pf, "load_causal_lm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pf.main(make_args(prompts=prompts))
+    assert "prompts left out: 1 of 3" in capsys.readouterr().out
+    args = make_args(eval_prompts=prompts, long_queries="keep_end")
+    assert len(pf.encode_queries(make_tokenizer(), pf.load_rows(str(prompts), "eval_prompts"), args, "eval_prompts")) == 3
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -738,6 +749,7 @@ def test_a_reward_of_the_wrong_length_stops_the_run(run, module):
 
 
 FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n',
+         "two.jsonl": '{"prompt": "a"}\n{"prompt": "a prompt of more than sixteen tokens"}\n',
          "long.jsonl": '{"prompt": "a prompt of more than sixteen tokens"}\n'}  # fmt: skip
 
 
@@ -752,6 +764,7 @@ FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', 
     (dict(prompt_field="question"), "--prompts .*prompts.jsonl, row 1: no column question"),
     (dict(prompts="{files}/broken.jsonl"), "--prompts .*broken.jsonl, line 2: not JSON"),
     (dict(prompts="{files}/long.jsonl"), "--prompts.*--query_length 16"),
+    (dict(eval_prompts="{files}/two.jsonl"), "--eval_prompts: 1 of 2 queries .* --query_length 16; .* --long_queries"),
     (dict(reward="{files}"), "--reward .*reward_head.safetensors"),
     (dict(reward="nomodule:reward"), "--reward nomodule:reward.*nomodule"),
     (dict(reward="json:nofunction"), "--reward json:nofunction.*nofunction"),

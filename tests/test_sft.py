@@ -321,6 +321,16 @@ def test_the_folder_of_another_run_and_a_foreign_tokenizer_are_refused(train, wo
         train("other", model="", model_config=str(tmp_path / "small"), tokenizer=str(world / "gpt2"))
 
 
+def test_evaluation_prompts_that_are_too_long_are_refused(world, tmp_path, capsys, monkeypatch):
+    # PITFALLS TOK-8: pass@1 over short prompts alone would pass for pass@1; held-out rows that are left out are counted
+    monkeypatch.setattr(sft, "load_causal_lm", lambda *args: pytest.fail("a model was loaded"))
+    write_jsonl(tmp_path / "ask.jsonl", [{"prompt": "q" * n} for n in (3, 33, 34)])
+    with pytest.raises(ValueError, match="--eval_prompts: 2 of 3 queries .* --query_length 32; .* --long_queries"):
+        sft.main(sft.Args(**settings(world, tmp_path, "run", eval_prompts=str(tmp_path / "ask.jsonl"))))
+    sft.main(sft.Args(**settings(world, tmp_path, "run", dry_run=True, response_length=5)))
+    assert "held-out rows: 8" in (printed := capsys.readouterr().out) and "held-out rows left out: 3" in printed
+
+
 def test_dry_run_reads_the_data_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sft, "load_causal_lm", lambda *args: pytest.fail("a model was loaded"))
     sft.main(sft.Args(**settings(world, tmp_path, "run", dry_run=True)))
