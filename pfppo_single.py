@@ -53,7 +53,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 #   response_mask                  1 1 1 0 0     up to and including the stop token
 #   logits, values  read one column earlier than the token they belong to: Q-1 .. Q+R-2
 
-FILTERS = ("none", "random", "bon", "br", "bw", "top", "top_random", "top_bottom", "pow")
+AUTO, THRESHOLDS = ("none", "bon", "br", "bw"), ("top", "top_random", "top_bottom")  # what `filter auto` chooses from; filters by threshold
 
 
 @dataclass
@@ -128,9 +128,9 @@ class Args:
     filter: Literal["none", "random", "bon", "br", "bw", "top", "top_random", "top_bottom", "pow", "auto"] = "br"
     """which of the N responses are trained on; `auto` takes the one of none, bon, br, bw with the highest R² on π_SFT samples"""
     rank_weights: tuple[float, ...] = ()
-    """your own w over the N ranks, best first, in place of a named filter (`--rank_weights 0.5 0 0 0 0.5` is BW)"""
+    """your own w over the N ranks, best first, in place of none, random, br or bw (`--rank_weights 0.5 0 0 0 0.5` is BW)"""
     num_kept: int = 0
-    """rows kept per prompt (pow: on average); 0: N for none, 1 for bon, 2 otherwise; threshold filters decide by themselves"""
+    """rows kept per prompt (pow: on average); 0: N for none, 1 for bon, 2 otherwise; none and threshold filters take no other number"""
     draw: Literal["exact", "sample"] = "exact"
     """how z is drawn from w: `sample` num_kept times with replacement, `exact` with the same mean and least variance
     (BR with 2: the best and one random other; BW with 2: the best and the worst)"""
@@ -590,7 +590,7 @@ def filter_responses(
     if not torch.isfinite(scores).all():
         raise ValueError("the reward is not finite for some responses; look at the reward model or function")
     ranked = rank_rows(scores, prompt_ids, generator)  # (B, N)
-    if name in ("top", "top_random", "top_bottom"):  # DEPARTS PAPER: it gives no thresholds; they are fields of Args
+    if name in THRESHOLDS:  # DEPARTS PAPER: it gives no thresholds; they are fields of Args
         rows, draw = ranked.view(-1, 1), "exact"
         keep = scores[rows] > threshold_high
         keep = keep | (scores[rows] < threshold_low) if name == "top_bottom" else keep
@@ -807,6 +807,10 @@ def check_args(args: Args, num_processes: int) -> dict[str, int]:
     for field in ("batch_size", "num_responses", "response_length", "query_length", "forward_batch_size", "micro_batch_size",
                   "minibatch_size", "noptepochs", "eval_every", "checkpoint_every", "total_episodes"):  # fmt: skip
         need(getattr(args, field) >= 1, f"--{field} must be at least 1, not {getattr(args, field)}")
+    for field in ("num_kept", "stop_after", "warmup_updates", "critic_warmup_updates", "max_grad_norm", "print_samples_every", "save_policy_every"):
+        need(getattr(args, field) >= 0, f"--{field} must be at least 0, not {getattr(args, field)}")
+    need(args.normalize_samples >= 2, f"--normalize_samples must be at least 2, not {args.normalize_samples}")
+    need(not args.adaptive_kl or (args.kl_target > 0 and args.kl_horizon >= 1), "--adaptive_kl needs --kl_target and --kl_horizon above 0")
     need(args.generation_batch_size >= 0, f"--generation_batch_size must be at least 1, or 0 for forward_batch_size, not {args.generation_batch_size}")
     need(args.temperature > 0, f"--temperature must be above 0, not {args.temperature}; evaluation decodes greedily by itself")
     need(args.missing_stop != "subtract" or args.penalty_value > 0,
@@ -815,18 +819,24 @@ def check_args(args: Args, num_processes: int) -> dict[str, int]:
     need(not args.rank_weights or len(args.rank_weights) == n, f"--rank_weights needs num_responses = {n} numbers, best first")
     need(not args.rank_weights or (min(args.rank_weights) >= 0 and abs(sum(args.rank_weights) - 1) < 1e-6),
          f"--rank_weights must be at least 0 and sum to 1, they sum to {sum(args.rank_weights)}")  # fmt: skip
+    need(not args.rank_weights or args.filter in ("none", "random", "br", "bw"),
+         f"--rank_weights stands in place of a named filter; leave out --filter {args.filter}")  # fmt: skip
     need(n > 1 or (args.filter == "none" and not args.rank_weights),
          f"--filter {args.filter} needs --num_responses of 2 or more; for PPO-S use --num_responses 1 --filter none")  # fmt: skip
     need(args.filter != "auto" or args.actual_score != "", "--filter auto needs --actual_score to compute R²")
-    need(0 <= args.num_kept <= n or args.draw == "sample", f"--num_kept {args.num_kept} exceeds num_responses {n}; use --draw sample")
+    need(args.num_kept in (0, n) or args.rank_weights or args.filter not in ("none", *THRESHOLDS),
+         f"--num_kept {args.num_kept} does nothing with --filter {args.filter}; leave it out, or take --filter random")  # fmt: skip
+    need(args.num_kept <= n or args.draw == "sample", f"--num_kept {args.num_kept} exceeds num_responses {n}; use --draw sample")
     need(args.total_episodes >= b * n, f"--total_episodes {args.total_episodes} is less than one update of {b} x {n}")
     for field in ("critic_warmup_updates", "critic_init"):
         need(args.critic == "separate" or not getattr(args, field), f"--{field} needs --critic separate")
     need(not args.critic_init or (Path(args.critic_init) / "reward_head.safetensors").is_file(),
          f"--critic_init {args.critic_init}: no reward_head.safetensors there; give a folder of rm_single.py")  # fmt: skip
-    kept = num_kept(args, args.filter)
-    if args.filter not in ("top", "top_random", "top_bottom", "auto"):
-        need(b * kept % args.minibatch_size == 0, f"--minibatch_size {args.minibatch_size} must divide the kept rows {b} x {kept} = {b * kept}")
+    for name in AUTO if args.filter == "auto" else (args.filter,):
+        kept, of = num_kept(args, name), f" of {name}, which auto may choose" if args.filter == "auto" else ""
+        need(name in THRESHOLDS or b * kept % args.minibatch_size == 0,
+             f"--minibatch_size {args.minibatch_size} must divide the kept rows {b} x {kept} = {b * kept}{of}")  # fmt: skip
+    if args.filter not in THRESHOLDS:
         need(args.minibatch_size % num_processes == 0, f"--minibatch_size {args.minibatch_size} must be a multiple of {num_processes} processes")
     for field in ("prompts", "eval_prompts"):
         need(Path(getattr(args, field)).suffix not in (".jsonl", ".json", ".parquet") or Path(getattr(args, field)).is_file(),
@@ -836,9 +846,15 @@ def check_args(args: Args, num_processes: int) -> dict[str, int]:
          f"--reward {args.reward}: no reward_head.safetensors there; give a folder of rm_single.py or module:function")  # fmt: skip
     updates = args.total_episodes // (b * n)
     return {"processes": num_processes, "updates": updates, "prompts per update": b, "responses per update": b * n,
-            "kept per update": b * kept, "minibatches per epoch": max(1, round(b * kept / args.minibatch_size)),
-            "optimizer steps": updates * args.noptepochs * max(1, round(b * kept / args.minibatch_size)),
-            "local prompts": b // num_processes}  # fmt: skip
+            **(kept_sizes(args, args.filter) if args.filter != "auto" else {}), "local prompts": b // num_processes}  # fmt: skip
+
+
+def kept_sizes(args: Args, name: str) -> dict[str, int]:
+    """Sizes that follow from the filter (threshold filters: at most)."""
+    kept = args.batch_size * num_kept(args, name)
+    minibatches = max(1, round(kept / args.minibatch_size))
+    updates = args.total_episodes // (args.batch_size * args.num_responses)
+    return {"kept per update": kept, "minibatches per epoch": minibatches, "optimizer steps": updates * args.noptepochs * minibatches}
 
 
 def stop_token_id(tokenizer, token: str) -> int:
@@ -872,7 +888,7 @@ def encode_queries(tokenizer, rows: list[dict], args: Args, field: str) -> list[
 
 def num_kept(args: Args, name: str) -> int:
     """Rows kept per prompt by a filter under these settings (threshold filters: at most N)."""
-    if name in ("none", "top", "top_random", "top_bottom") and not args.rank_weights:
+    if name in ("none", *THRESHOLDS) and not args.rank_weights:
         return args.num_responses
     return args.num_kept or {"bon": 1}.get(name, min(2, args.num_responses))
 
@@ -1018,13 +1034,15 @@ def main(args: Args) -> None:
                 actual = accelerator.gather(call(actual_score, batch_rows, texts)).cpu().numpy()
                 ids = accelerator.gather(rollout["prompt_ids"]).cpu()
                 generator, r2 = random_generator("cpu", args.seed, 2), {}
-                for name in ("none", "bon", "br", "bw"):  # R² of μ_θ, mean over ten draws
+                for name in AUTO:  # R² of μ_θ, mean over ten draws
                     w, k = rank_weight_vector(name, args.num_responses), num_kept(args, name)
                     draws = [filter_responses(scores.cpu(), ids, name, w, k, args.draw, generator).numpy() for _ in range(10)]
                     r2[name] = float(np.mean([reward_r2(scores.cpu().numpy()[z], actual[z]) for z in draws]))
                 state["filter"] = max(r2, key=lambda name: (not math.isnan(r2[name]), r2[name]))
                 accelerator.print(f"filter auto: {state['filter']}, the highest R² of reward against actual score on "
                                   f"{len(scores)} π_SFT samples ({', '.join(f'{k} {v:.3f}' for k, v in r2.items())})")  # fmt: skip
+    if args.filter == "auto":
+        accelerator.print("\n".join(f"{name:>22}: {value}" for name, value in kept_sizes(args, state["filter"]).items()))
     filter_name, kept_per_prompt = state["filter"], num_kept(args, state["filter"])
     weights = list(args.rank_weights) or rank_weight_vector(filter_name, args.num_responses)
     filter_name = "own" if args.rank_weights else filter_name
@@ -1144,28 +1162,28 @@ def main(args: Args) -> None:
                             (kept["scores"] * mask.any(1)).sum(), mask.sum(), kept["returns"].sum(), kept["values"].sum(),
                             kept["returns"].square().sum(), kept["values"].square().sum()])  # fmt: skip
         count, kl_sum, nll, nsr, score_sum, tokens, ret, val, ret2, val2 = (x for x in all_sum(flat.double()).tolist())
-        count, tokens = max(count, 1), max(tokens, 1)
         metrics = {
-            "objective/kl": kl_sum / count, "objective/kl_coef": state["kl_coef"], "objective/entropy": nll / count,
-            "objective/score": all_scores.mean().item(), "objective/shaped_score": all_shaped.mean().item(),
-            "objective/score_total": (score_sum + nsr) / count, "objective/non_score_reward": nsr / count,
+            "objective/kl_coef": state["kl_coef"], "objective/score": all_scores.mean().item(), "objective/shaped_score": all_shaped.mean().item(),
             "objective/length": all_lengths.float().mean().item(), "objective/truncated": (~all_stop).float().mean().item(),
-            "filter/kept": kept_total, "filter/distinct": len(selected.unique()), "filter/score": all_scores.cpu()[selected].mean().item() if kept_total else 0.0,
-            "filter/score_std": all_scores.cpu()[selected].std().item() if kept_total > 1 else 0.0,
-            "filter/length": all_lengths.cpu()[selected].float().mean().item() if kept_total else 0.0,
-            "ppo/returns/mean": ret / tokens, "ppo/returns/var": (ret2 - ret**2 / tokens) / max(tokens - 1, 1),
-            "ppo/val/mean": val / tokens, "ppo/val/var": (val2 - val**2 / tokens) / max(tokens - 1, 1),
-            "ppo/lr": optimizer.param_groups[0]["lr"], "ppo/episode": update * sizes["responses per update"],
-            "ppo/optimizer_step": state["optimizer_step"],
+            "filter/kept": kept_total, "filter/distinct": len(selected.unique()), "ppo/lr": optimizer.param_groups[0]["lr"],
+            "ppo/episode": update * sizes["responses per update"], "ppo/optimizer_step": state["optimizer_step"],
         }  # fmt: skip
-        if stats:
+        if kept_total:  # thresholds can leave nothing to take a mean of; 0 would pass for a KL of 0
+            metrics.update({
+                "objective/kl": kl_sum / count, "objective/entropy": nll / count, "objective/score_total": (score_sum + nsr) / count,
+                "objective/non_score_reward": nsr / count, "filter/score": all_scores.cpu()[selected].mean().item(),
+                "filter/score_std": all_scores.cpu()[selected].std().item() if kept_total > 1 else 0.0,
+                "filter/length": all_lengths.cpu()[selected].float().mean().item(),
+                "ppo/returns/mean": ret / tokens, "ppo/returns/var": (ret2 - ret**2 / tokens) / max(tokens - 1, 1),
+                "ppo/val/mean": val / tokens, "ppo/val/var": (val2 - val**2 / tokens) / max(tokens - 1, 1),
+            })  # fmt: skip
             metrics.update(zip(STATS, torch.stack(stats).mean(0).tolist()))
             metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()  # 1: nothing has moved yet
             metrics["ppo/policy/first_ratio_max"] = accelerator.gather(max_ratio.view(1)).max().item()  # no mean to hide behind
         if monitor is not None:
             shares = gather_object([monitor(texts)])
             metrics.update({f"monitor/{k}": float(np.mean([part[k] for part in shares])) for k in shares[0]})
-        if args.adaptive_kl:
+        if args.adaptive_kl and kept_total:
             state["kl_coef"] = next_kl_coef(state["kl_coef"], metrics["objective/kl"], args.kl_target, args.kl_horizon, sizes["responses per update"])
         if eval_rows and (update % args.eval_every == 0 or update == num_updates):
             results = evaluate(update)

@@ -459,9 +459,12 @@ def test_a_run_repeats_for_its_seed_and_seeds_every_generator(run, module, tmp_p
 
 
 def test_thresholds_may_keep_nothing(run):
-    # PITFALLS AVG-5: an update without a kept row trains nothing, logs finite numbers and the run goes on
-    metrics, folder = run(filter="top", threshold_high=1e9)
+    # PITFALLS AVG-5: an update without a kept row trains nothing, logs finite numbers and the run goes on; there is no KL of 0
+    # that a log or the controller could take for one that was measured
+    metrics, folder = run(filter="top", threshold_high=1e9, adaptive_kl=True, kl_horizon=64)
     assert [line["filter/kept"] for line in metrics] == [0, 0]
+    assert [line["objective/kl_coef"] for line in metrics] == [0.01, 0.01]
+    assert not {"objective/kl", "objective/score_total", "filter/score", "ppo/returns/mean"} & set().union(*metrics)
     assert all(np.isfinite(value) for line in metrics for value in line.values())
     start = causal_lm("gpt2").state_dict()
     assert all(torch.equal(value, start[name]) for name, value in weights(folder / "policy").items())
@@ -485,14 +488,17 @@ def test_every_filter_runs(run, changes, kept):
 
 
 def test_filter_auto_takes_the_highest_r2_and_says_so(run, module, capsys):
-    # PITFALLS PF-11: the R² of each candidate is printed with the choice
+    # PITFALLS PF-11, AVG-6: the R² of each candidate is printed with the choice
     module("true_score", "def actual(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n")
     _, folder = run(filter="auto", actual_score="true_score:actual", total_episodes=16, normalize_samples=64)
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("filter auto: "))
+    printed = capsys.readouterr().out
+    line = next(x for x in printed.splitlines() if x.startswith("filter auto: "))
     r2 = {word[0]: float(word[1]) for word in (pair.split() for pair in line[line.index("(") + 1 : line.index(")")].split(", "))}
     chosen = line.split()[2].rstrip(",")
     assert set(r2) == {"none", "bon", "br", "bw"} and r2[chosen] == max(r2.values())
     assert json.loads(next((folder / "checkpoints").glob("*/state.json")).read_text())["filter"] == chosen
+    kept = {"none": 16, "bon": 4, "br": 8, "bw": 8}[chosen]  # the sizes wait for the choice
+    assert f"kept per update: {kept}\n" in printed and f"optimizer steps: {2 * kept // 4}\n" in printed and printed.count("kept per update") == 1
 
 
 def test_derived_sizes_are_printed_before_training(make_args, capsys):
@@ -777,7 +783,17 @@ FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', 
     (dict(rank_weights=(1.5, -0.5, 0.0, 0.0)), "--rank_weights must be at least 0"),
     (dict(num_responses=1, batch_size=16), "--filter br needs --num_responses of 2 or more.*--filter none"),
     (dict(num_kept=5), "--num_kept 5 exceeds num_responses 4; use --draw sample"),
+    (dict(num_kept=-1, draw="sample"), "--num_kept must be at least 0, not -1"),
+    (dict(filter="none", num_kept=2), "--num_kept 2 does nothing with --filter none; .* --filter random"),
+    (dict(filter="top", num_kept=2), "--num_kept 2 does nothing with --filter top"),
     (dict(filter="auto"), "--filter auto needs --actual_score"),
+    (dict(filter="auto", actual_score="json:dumps", minibatch_size=8), "--minibatch_size 8 must divide the kept rows 4 x 1 = 4 of bon, which auto may"),
+    (dict(filter="auto", rank_weights=(0.5, 0.0, 0.0, 0.5)), "--rank_weights stands in place .* leave out --filter auto"),
+    (dict(filter="bon", rank_weights=(0.5, 0.0, 0.0, 0.5)), "leave out --filter bon"),
+    (dict(filter="top", rank_weights=(0.5, 0.0, 0.0, 0.5)), "leave out --filter top"),
+    (dict(normalize_samples=1), "--normalize_samples must be at least 2, not 1"),
+    (dict(max_grad_norm=-1.0), "--max_grad_norm must be at least 0"),
+    (dict(adaptive_kl=True, kl_target=0.0), "--adaptive_kl needs --kl_target and --kl_horizon above 0"),
     (dict(minibatch_size=5), "--minibatch_size 5 must divide the kept rows 4 x 2 = 8"),
     (dict(total_episodes=8), "--total_episodes 8 is less than one update"),
     (dict(temperature=0.0), "--temperature must be above 0"),
