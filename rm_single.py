@@ -101,7 +101,8 @@ class Args:
     response_length: int = 1024
     """longest response in tokens, the stop token included: longer text labels are dropped, samples are cut"""
     stop_token: str = "eos"
-    """token that ends a sample: `eos`, `none`, a token or an id; `eos` also closes the responses of text labels"""
+    """token that ends a sample: `eos`, `none`, a token or an id; EOS, however it is named, and other special tokens also close
+    the responses of text labels"""
     stop_after: int = 0
     """a stop token counts only at this response index (from 0) or later"""
     # training
@@ -578,10 +579,11 @@ def read_labels(path: str, field: str, args: Args, tokenizer, vocab_size: int, s
         for number, row in enumerate(rows, 1):
             if not (isinstance(row[args.chosen_field], str) and isinstance(row[args.rejected_field], str)):
                 raise ValueError(f"--{field} {path}, row {number}: {args.chosen_field} and {args.rejected_field} must be texts")
-        eos_id = stop_id if args.stop_token == "eos" else -1
+        special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        closing_id = stop_id if stop_id == tokenizer.eos_token_id or stop_id in special else -1  # not ".": a text has its own
         rows = [{**row, "row": number} for number, row in enumerate(rows, 1)]
         labels = [{"query": row["query_ids"], "best": 0, "row": row["row"],
-                   "samples": [encode_response(tokenizer, row[name], eos_id) for name in (args.chosen_field, args.rejected_field)]}
+                   "samples": [encode_response(tokenizer, row[name], closing_id) for name in (args.chosen_field, args.rejected_field)]}
                   for row in encode_queries(tokenizer, rows, args, field)]  # fmt: skip
         labels = [label for label in labels if all(0 < len(sample) <= args.response_length for sample in label["samples"])]
         if not labels:

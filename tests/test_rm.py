@@ -50,10 +50,10 @@ def id_row(query=(FILE_PAD, FILE_PAD, 5, 6), best=1, **changes) -> dict:
     return {"query": list(query), "sample0": [7, 8, 9], "sample1": [7, FILE_PAD, FILE_PAD], "sample2": [7, 8, FILE_PAD], "best": best, **changes}
 
 
-def read(path: Path, rows: list[dict], **changes) -> list[dict]:
+def read(path: Path, rows: list[dict], tokenizer=None, **changes) -> list[dict]:
     write_jsonl(path, rows)
-    args = rm.Args(**{"label_pad_id": FILE_PAD, **changes})
-    return rm.read_labels(str(path), "train_data", args, make_tokenizer(), VOCAB_SIZE, EOS)
+    args, tokenizer = rm.Args(**{"label_pad_id": FILE_PAD, **changes}), tokenizer or make_tokenizer()
+    return rm.read_labels(str(path), "train_data", args, tokenizer, len(tokenizer), rm.stop_token_id(tokenizer, args.stop_token))
 
 
 # ---------------------------------------------------------------- maths
@@ -151,6 +151,17 @@ def test_texts_are_closed_with_one_stop_token(tmp_path, tokenizer):
     assert label["query"] == rm.encode_prompt(tokenizer, "ab")
     open_end = read(tmp_path / "labels.jsonl", [{"prompt": "ab", "chosen": "x", "rejected": "yz"}], stop_token="none")[0]
     assert open_end["samples"] == [tokenizer("x")["input_ids"], tokenizer("yz")["input_ids"]]
+
+
+@pytest.mark.parametrize("stop_token, closed", [("eos", EOS), ("<eos>", EOS), (str(EOS), EOS), ("<s>", EOS - 1), ("<|im_end|>", VOCAB_SIZE), ("none", None), ("x", None)])
+def test_texts_are_closed_by_whatever_special_token_stops_a_sample(tmp_path, stop_token, closed):
+    # PITFALLS RM-1: PPO reads the reward at the stop token, so labels end with it under each of its names; an ordinary token
+    # (LMHP's ".") stops samples but is not written behind texts
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    label = read(tmp_path / "labels.jsonl", [{"prompt": "ab", "chosen": "yx", "rejected": "y"}], tokenizer, stop_token=stop_token)[0]
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("yx", "y")]
+    assert label["samples"] == [ids + ([closed] if closed else []) for ids in texts]
 
 
 def test_long_text_labels_are_dropped_as_a_whole(tmp_path):
