@@ -649,7 +649,8 @@ def load_function(spec: str, field: str):
 
 
 def write_folder(path: Path, write) -> None:
-    """write(folder aside), then rename: whoever reads `path` sees the old folder or the new one, whole."""
+    """write(folder aside), then rename: what is at `path` is whole. Between two renames nothing is there; a run that dies at that
+    moment leaves the old folder as PATH.old, and `open_run` puts it back."""
     aside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -689,13 +690,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
 
 
 def open_metrics(folder: Path, step: int):
-    """TensorBoard writer; drops from metrics.jsonl and the event files what an interrupted run wrote behind its checkpoint."""
+    """TensorBoard writer; drops from metrics.jsonl, samples.jsonl and the event files what an interrupted run wrote behind its checkpoint."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    path, aside = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    aside.write_text("".join(x + "\n" for x in lines if x.endswith("}") and json.loads(x)["step"] <= step))
-    aside.rename(path)
+    for path in filter(Path.is_file, (folder / "metrics.jsonl", folder / "samples.jsonl")):
+        whole = path.read_text().split("\n")[:-1]  # a line that was cut short has no newline
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        aside.rename(path)
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
@@ -709,7 +711,8 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float]) -> N
 
 
 def open_run(args, num_processes: int) -> None:
-    """Create output_dir with args.json. Raises ValueError when it holds a run of other settings, naming them."""
+    """Create output_dir with args.json, or put back what `write_folder` had moved aside when a run died. Raises ValueError when it
+    holds a run of other settings, naming them."""
     folder = Path(args.output_dir)
     settings = {**json.loads(json.dumps(dataclasses.asdict(args))), "num_processes": num_processes}
     if (folder / "args.json").is_file():
@@ -720,6 +723,9 @@ def open_run(args, num_processes: int) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of this script; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.old"):
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
     (folder / "args.json.tmp").write_text(json.dumps(settings, indent=1))
     (folder / "args.json.tmp").rename(folder / "args.json")
 

@@ -1,5 +1,6 @@
 """Whole runs of pfppo_single.py on the tiny world: what moves, what is logged, what a kill leaves, what is refused."""
 
+import itertools
 import json
 import os
 import shutil
@@ -603,6 +604,7 @@ def uninterrupted(world, tmp_path_factory):
             kl_horizon=64,
             lr_schedule="linear",
             adam_style="tensorflow",
+            print_samples_every=1,
         )
 
     pf.main(pf.Args(**settings(folder / "whole")))
@@ -611,9 +613,11 @@ def uninterrupted(world, tmp_path_factory):
 
 
 def assert_same_run(folder, other):
-    """Metrics without times, final weights, best weights, KL coefficient and counters are equal, bit for bit."""
+    """Metrics without times, samples, final weights, best weights, KL coefficient and counters are equal, bit for bit."""
     assert timeless(read_metrics(folder)) == timeless(read_metrics(other))
     assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2, 3]
+    samples = (folder / "samples.jsonl").read_text()
+    assert samples == (other / "samples.jsonl").read_text() and [json.loads(x)["step"] for x in samples.splitlines()] == [1, 2, 3]
     for name in ("policy", "policy_best"):
         assert same(weights(folder / name), weights(other / name))
     states = [json.loads((f / "checkpoints" / "step_000003" / "state.json").read_text()) for f in (folder, other)]
@@ -676,6 +680,30 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(uninterrupted, tm
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0]
     pf.main(pf.Args(**settings(tmp_path / "run")))
     assert_same_run(tmp_path / "run", folder / "whole")
+
+
+def test_a_folder_that_was_moved_aside_when_the_run_died_is_put_back(uninterrupted, tmp_path, monkeypatch):
+    # PITFALLS SYS-10: killed between the two renames of write_folder; the best policy so far is not lost
+    settings, folder = uninterrupted
+    renames, original, rising = [], Path.rename, itertools.count()
+
+    def dies(path, target):
+        renames.append(path.name)
+        if renames.count("policy_best.tmp") == 2:
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    monkeypatch.setattr(pf, "gather_object", lambda _: [{"eval/sampled_reward": [next(rising)]}])  # every policy is the best so far
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pf.main(pf.Args(**settings(tmp_path / "run")))
+    assert not (tmp_path / "run/policy_best").exists()
+    kept = weights(tmp_path / "run/policy_best.old")
+    monkeypatch.setattr(pf, "load_causal_lm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pf.main(pf.Args(**settings(tmp_path / "run")))
+    assert same(weights(tmp_path / "run/policy_best"), kept) and not (tmp_path / "run/policy_best.old").exists()
 
 
 def test_a_finished_run_stays_as_it_is(uninterrupted):

@@ -246,7 +246,7 @@ def test_from_scratch_weights_come_from_the_seed_and_load_again(train, world, tm
 
 def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch, tmp_path):
     # PITFALLS SYS-9, SYS-10: killed in step 4, behind the checkpoint of step 2; log lines are means over 4 steps
-    metrics, weights = train("whole", log_every=4)
+    metrics, weights = train("whole", log_every=4, eval_every=3)
     scheduled_lr = sft.scheduled_lr
 
     def killed(lr, step, *rest):
@@ -256,7 +256,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch,
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sft, "scheduled_lr", killed)
-        train("killed", log_every=4, checkpoint_every=2)
+        train("killed", log_every=4, checkpoint_every=2, eval_every=3)  # a sample of step 3, behind the checkpoint
     (tmp_path / "killed/checkpoints/tmp").mkdir()  # what a kill while writing leaves behind
     resumed = settings_of(tmp_path / "killed")
     sft.main(sft.Args(**resumed))
@@ -265,6 +265,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch,
     drop = ("seconds/step",)
     assert [{k: v for k, v in m.items() if k not in drop} for m in read_metrics(tmp_path / "killed")] == [
         {k: v for k, v in m.items() if k not in drop} for m in metrics]  # fmt: skip
+    assert (tmp_path / "killed/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
     assert [path.name for path in (tmp_path / "killed/checkpoints").iterdir()] == ["step_000006"]
 
 
