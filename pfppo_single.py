@@ -677,6 +677,17 @@ def load_tokenizer(path: str, pad_token: str):
     return tokenizer
 
 
+def check_vocabulary(tokenizer, folder: str, field: str) -> None:
+    """Raises ValueError when the folder's own tokenizer, if it has one, gives other ids than the policy's (pad tokens aside): its
+    model is handed the policy's ids."""
+    if any((Path(folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        other = AutoTokenizer.from_pretrained(folder)
+        differ = {token for token, _ in tokenizer.get_vocab().items() ^ other.get_vocab().items()} - {tokenizer.pad_token, other.pad_token}
+        if differ:
+            raise ValueError(f"--{field} {folder}: its tokenizer differs from that of --policy in {len(differ)} tokens, {min(differ)!r} among "
+                             "them; take a reward model that was trained from a policy with this tokenizer")  # fmt: skip
+
+
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS (if any), chat messages its chat template (which writes BOS itself)."""
     if isinstance(prompt, str):
@@ -863,6 +874,15 @@ def kept_sizes(args: Args, name: str) -> dict[str, int]:
     return {"kept per update": kept, "minibatches per epoch": minibatches, "optimizer steps": updates * args.noptepochs * minibatches}
 
 
+def check_positions(path: str, field: str, length: int) -> None:
+    """Raises ValueError when rows of `length` tokens are longer than the model of `path` has positions (if its configuration says):
+    learned positions end the run at the first such row, rotary ones go on and read what they were never trained on."""
+    positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    if positions and 0 < positions < length:
+        raise ValueError(f"--{field} {path} has {positions} positions, but query and response can have {length} tokens together; "
+                         "lower --response_length or --query_length")  # fmt: skip
+
+
 def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Raises ValueError for an unknown token."""
     if token == "none":
@@ -925,6 +945,11 @@ def main(args: Args) -> None:
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
     reward_function = load_function(args.reward, "reward") if ":" in args.reward else None
+    longest = max(len(row["query_ids"]) for row in rows + eval_rows) + args.response_length
+    for field in ("policy", "reward", "critic_init"):
+        if getattr(args, field) and ":" not in getattr(args, field):
+            check_positions(getattr(args, field), field, longest)
+            check_vocabulary(tokenizer, getattr(args, field), field)
     if accelerator.is_main_process:  # last, so that a refused command leaves no folder behind
         open_run(args, world)
     accelerator.wait_for_everyone()

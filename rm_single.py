@@ -613,6 +613,15 @@ def id_label(row: dict, names: list[str], where: str, length: int, args: Args) -
     return {"query": query, "samples": samples, "best": row["best"]}
 
 
+def check_positions(path: str, field: str, length: int) -> None:
+    """Raises ValueError when rows of `length` tokens are longer than the model of `path` has positions (if its configuration says):
+    learned positions end the run at the first such row, rotary ones go on and read what they were never trained on."""
+    positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    if positions and 0 < positions < length:
+        raise ValueError(f"--{field} {path} has {positions} positions, but query and response can have {length} tokens together; "
+                         "lower --response_length or --query_length")  # fmt: skip
+
+
 def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Raises ValueError for an unknown token."""
     if token == "none":
@@ -791,6 +800,10 @@ def main(args: Args) -> None:
     if args.reliability_prompts:
         reliability_rows = load_rows(args.reliability_prompts, "reliability_prompts", (args.prompt_field,))
         reliability_rows = encode_queries(tokenizer, reliability_rows, args, "reliability_prompts")
+    longest = max(len(label["query"]) + max(map(len, label["samples"])) for label in labels + eval_labels)
+    asked = [row["query_ids"] for row in reliability_rows]
+    asked += queries if args.normalize_before or args.normalize_after or args.kl_samples else []
+    check_positions(args.model, "model", max([longest, *(len(query) + args.response_length for query in asked)]))
     steps_per_epoch = math.ceil(num_train / args.batch_size)
     num_steps = steps_per_epoch * args.epochs
     sizes = {"processes": world, "labels": num_train, "held-out labels": len(eval_labels), "responses per label": len(labels[0]["samples"]),

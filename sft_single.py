@@ -397,6 +397,15 @@ def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
     return (ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids) + [stop_token_id]
 
 
+def check_positions(path: str, field: str, length: int) -> None:
+    """Raises ValueError when rows of `length` tokens are longer than the model of `path` has positions (if its configuration says):
+    learned positions end the run at the first such row, rotary ones go on and read what they were never trained on."""
+    positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    if positions and 0 < positions < length:
+        raise ValueError(f"--{field} {path} has {positions} positions, but query and response can have {length} tokens together; "
+                         "lower --response_length or --query_length")  # fmt: skip
+
+
 def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Raises ValueError for an unknown token."""
     if token == "none":
@@ -585,6 +594,9 @@ def main(args: Args) -> None:
     vocab_size, largest = config.get_text_config().vocab_size, max(max(row["query_ids"] + row["response_ids"]) for row in rows)
     if largest >= vocab_size:
         raise ValueError(f"--tokenizer: token id {largest} in --train_data, but the model has {vocab_size} tokens; they must belong together")
+    longest = [len(row["query_ids"] + row["response_ids"]) for row in rows + eval_rows]
+    longest = max(longest + [len(row["query_ids"]) + args.response_length for row in answer_rows])
+    check_positions(args.model or args.model_config, "model" if args.model else "model_config", longest)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     num_steps = steps_per_epoch * args.epochs
     sizes = {"processes": world, "rows": len(rows), "rows left out as too long": found - len(rows), "held-out rows": len(eval_rows),

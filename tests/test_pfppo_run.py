@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import EOS, causal_lm, make_tokenizer, read_metrics, tiny_settings, write_jsonl
+from conftest import EOS, causal_lm, make_tokenizer, model_config, read_metrics, tiny_settings, write_jsonl
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -799,6 +799,12 @@ FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', 
     (dict(prompts="{files}/broken.jsonl"), "--prompts .*broken.jsonl, line 2: not JSON"),
     (dict(prompts="{files}/long.jsonl"), "--prompts.*--query_length 16"),
     (dict(eval_prompts="{files}/two.jsonl"), "--eval_prompts: 1 of 2 queries .* --query_length 16; .* --long_queries"),
+    (dict(response_length=120), "--policy .*gpt2 has 128 positions, .* 129 tokens together; lower --response_length"),
+    (dict(policy="{llama}", response_length=120), "--policy .*llama has 128 positions"),
+    (dict(policy="{files}/long", response_length=120), "--reward .*reward has 128 positions"),
+    (dict(policy="{files}/long", reward="json:dumps", critic_init="{reward}", response_length=120), "--critic_init .*reward has 128"),
+    (dict(policy="{files}/other"), "--reward .*reward: its tokenizer differs from that of --policy in 2 tokens, 'a' among"),
+    (dict(policy="{files}/other", reward="json:dumps", critic_init="{reward}"), "--critic_init .*reward: its tokenizer differs"),
     (dict(reward="{files}"), "--reward .*reward_head.safetensors"),
     (dict(reward="nomodule:reward"), "--reward nomodule:reward.*nomodule"),
     (dict(reward="json:nofunction"), "--reward json:nofunction.*nofunction"),
@@ -836,13 +842,35 @@ def test_bad_input_is_refused_before_a_model_is_loaded(make_args, tmp_path, worl
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     make_tokenizer(pad=None).save_pretrained(tmp_path / "nopad")
-    changes = {k: v.replace("{files}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
+    for name, positions in (("long", 256), ("other", 128)):
+        model_config("gpt2", n_positions=positions).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    vocabulary = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(vocabulary))
+    places = {"{files}": tmp_path, "{llama}": world / "llama", "{reward}": world / "reward"}
+    for place, folder in places.items():
+        changes = {k: v.replace(place, str(folder)) if isinstance(v, str) else v for k, v in changes.items()}
     for name in ("load_causal_lm", "AutoModel", "AutoModelForCausalLM"):
         monkeypatch.setattr(pf, name, None)  # loading a model would raise a TypeError or AttributeError
     start = time.process_time()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pf.main(make_args(**changes))
     assert time.process_time() - start < 5 and not (tmp_path / "run").exists()
+
+
+def test_what_fits_the_model_is_not_refused(world, tmp_path):
+    # as long as the positions; no limit in the configuration; a folder without tokenizer; a pad token that was added, or is EOS
+    pf.check_positions(str(world / "gpt2"), "policy", 128)
+    model_config("gpt2", n_positions=-1).save_pretrained(tmp_path / "endless")
+    pf.check_positions(str(tmp_path / "endless"), "policy", 10**6)
+    pf.check_vocabulary(make_tokenizer(), str(tmp_path / "endless"), "reward")
+    for pad in ("<eos>", "[PAD]"):
+        tokenizer = make_tokenizer(pad=pad)
+        pf.check_vocabulary(tokenizer, str(world / "reward"), "reward")
+        tokenizer.save_pretrained(tmp_path / pad)
+        pf.check_vocabulary(make_tokenizer(), str(tmp_path / pad), "reward")
 
 
 def test_a_folder_of_another_run_is_refused(uninterrupted, monkeypatch):

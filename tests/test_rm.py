@@ -219,6 +219,7 @@ def test_bad_label_files_are_refused_before_a_model_is_loaded(world, tmp_path, m
     (dict(num_train=20), "--num_train 20: .* has 19 labels"),
     (dict(temperature=0.0), "--temperature must be above 0"),
     (dict(actual_score="a:b"), "--reliability_prompts and --actual_score need each other"),
+    (dict(response_length=120), "--model .*gpt2 has 128 positions, .* 129 tokens together; lower --response_length"),
     (dict(normalize_prompts="none.jsonl"), "--normalize_prompts none.jsonl: no such file"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_before_a_model_is_loaded(world, tmp_path, monkeypatch, changes, message):

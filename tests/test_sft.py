@@ -295,6 +295,7 @@ def test_a_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(train, monkeypa
     (dict(actual_score="json:none", eval_data="EVAL"), "--actual_score json:none"),
     (dict(stop_token="<end>"), "--stop_token <end>"),
     (dict(query_length=2), "--query_length 2"),
+    (dict(response_length=124), "--model .*gpt2 has 128 positions, .* 130 tokens together; lower --response_length"),  # it will be asked
 ])  # fmt: skip
 def test_bad_settings_are_refused_before_a_model_is_loaded(world, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(sft, "load_causal_lm", lambda *args: pytest.fail("a model was loaded"))
@@ -330,6 +331,16 @@ def test_evaluation_prompts_that_are_too_long_are_refused(world, tmp_path, capsy
         sft.main(sft.Args(**settings(world, tmp_path, "run", eval_prompts=str(tmp_path / "ask.jsonl"))))
     sft.main(sft.Args(**settings(world, tmp_path, "run", dry_run=True, response_length=5)))
     assert "held-out rows: 8" in (printed := capsys.readouterr().out) and "held-out rows left out: 3" in printed
+
+
+def test_positions_are_counted_from_the_rows_that_are_there(world, tmp_path, capsys):
+    # without evaluation nothing is generated, so only the training rows must fit, whatever the lengths allow
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a" * 27, "response": "b" * 100}])
+    changes = dict(train_data=str(rows), eval_data="", response_length=1024, dry_run=True)
+    sft.main(sft.Args(**settings(world, tmp_path, "run", **changes)))
+    write_jsonl(rows, [{"prompt": "a" * 28, "response": "b" * 100}])
+    with pytest.raises(ValueError, match="--model .*gpt2 has 128 positions, .* 129 tokens"):
+        sft.main(sft.Args(**settings(world, tmp_path, "run", **changes)))
 
 
 def test_dry_run_reads_the_data_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
