@@ -9,7 +9,7 @@ Algorithm 2, one update (the numbers are those of the chapters in `main`):
 PPO-M is `--filter none`, PPO-S is `--num_responses 1`; nothing else changes between the methods.
 
 Run (CPU, 1 GPU, 8 GPUs; sizes are global, so the algorithm is the same):
-  accelerate launch --cpu --num_processes 1 pfppo_single.py --policy sft/ --reward rm/ --prompts rl.jsonl --output_dir run/
+  accelerate launch --cpu --num_processes 1 pfppo_single.py --policy sft/model --reward rm/model --prompts rl.jsonl --output_dir run
   accelerate launch --num_processes 1 --mixed_precision bf16 pfppo_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pfppo_single.py ...
 In:  a causal LM folder or hub id (`--policy`), a reward (`--reward`: a folder of rm_single.py, or `module:function`), JSONL prompts.
@@ -27,6 +27,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -135,7 +136,7 @@ class Args:
     """how z is drawn from w: `sample` num_kept times with replacement, `exact` with the same mean and least variance
     (BR with 2: the best and one random other; BW with 2: the best and the worst)"""
     threshold_high: float = 0.3
-    """top, top_random, top_bottom: keep R above this"""
+    """top, top_random, top_bottom: keep R above this; thresholds and pow_k are for R in [-1, 1] and warn where it is not"""
     threshold_low: float = -0.3
     """top_bottom: keep R below this too"""
     pow_k: float = 1.0
@@ -164,7 +165,8 @@ class Args:
     warmup_updates: int = 0
     """updates over which the learning rates rise linearly from 1 / warmup_updates of their value"""
     critic_warmup_updates: int = 0
-    """first updates in which only a separate critic learns"""
+    """first updates in which the policy's learning rate is 0 beside a separate critic's; the policy's gradients are still there:
+    they fill its Adam moments and count in the norm that max_grad_norm clips"""
     adam_style: Literal["torch", "tensorflow"] = "torch"
     """where epsilon enters Adam; TensorFlow's is what LMHP's curves used"""
     eps: float = 1e-5
@@ -172,7 +174,7 @@ class Args:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay"""
     max_grad_norm: float = 1.0
-    """clip the gradient norm at this; 0: never"""
+    """clip the gradient norm, one norm over policy and critic together, at this; 0: never"""
     cliprange: float = 0.2
     """policy ratio is clipped to 1 ± cliprange"""
     cliprange_value: float = 0.2
@@ -589,6 +591,9 @@ def filter_responses(
     buffer (pow). `sample` draws with replacement; `exact` is systematic sampling: row i is kept ⌊e_i⌋ or ⌈e_i⌉ times, e_i on average."""
     if not torch.isfinite(scores).all():
         raise ValueError("the reward is not finite for some responses; look at the reward model or function")
+    if name in (*THRESHOLDS, "pow") and scores.abs().max() > 1:  # ranks do not mind the scale
+        warnings.warn("thresholds and pow-k are made for R in [-1, 1], but the reward leaves it: train the reward model with "
+                      "--bound tanh, choose thresholds of that scale, or take a rank filter", stacklevel=2)  # fmt: skip
     ranked = rank_rows(scores, prompt_ids, generator)  # (B, N)
     if name in THRESHOLDS:  # DEPARTS PAPER: it gives no thresholds; they are fields of Args
         rows, draw = ranked.view(-1, 1), "exact"
@@ -605,6 +610,7 @@ def filter_responses(
         rows, expected = ranked, num_kept * torch.tensor(weights, dtype=torch.double).expand(ranked.shape)
     if draw == "sample" and name != "none":
         return rows.gather(1, torch.multinomial(expected, num_kept, replacement=True, generator=generator)).flatten().sort().values
+    # DEPARTS PAPER, which draws z ~ w (--draw sample): `exact` keeps every row as often on average, with less variance
     shuffle = torch.rand(rows.shape, generator=generator).argsort(1)  # which ranks go together is random
     rows, expected = rows.gather(1, shuffle), expected.gather(1, shuffle)
     cumulative = (F.pad(expected.cumsum(1), (1, 0)) * 1e9).round() / 1e9  # rounded: 1 + 4 · 0.25 must be 2
@@ -1122,6 +1128,8 @@ def main(args: Args) -> None:
         clock.append(time.time())
 
         # ---------------- 4. filter: every rank sees all scores and draws the same z, then takes its own rows
+        # DEPARTS PAPER's code, which draws minibatches with replacement, after whitening, by weights fixed for N = 5: here w is drawn
+        # once per prompt for every N, ties in random order, before whitening, and every kept row is trained on exactly m times
         selected = filter_responses(
             all_scores.float().cpu(), all_ids.cpu(), filter_name, weights, kept_per_prompt, args.draw,
             random_generator("cpu", args.seed, 4, update), args.threshold_high, args.threshold_low, args.pow_k,
@@ -1148,6 +1156,7 @@ def main(args: Args) -> None:
 
         # ---------------- 7. advantages and returns (GAE)
         advantages, kept["returns"] = gae(rewards, kept["values"], mask, args.gamma, args.lam)
+        # DEPARTS PAPER's code, which whitens per rank (--per_rank_statistics): one command is one algorithm on 1 or 8 GPUs
         kept["advantages"] = whiten(advantages, mask, all_sum=statistics_sum) if args.whiten_advantages else advantages
         assert kept["advantages"].shape == kept["returns"].shape == kept["logprobs"].shape == mask.shape
 

@@ -12,7 +12,7 @@ Training, normalisation and accuracy use the unbounded score. The paper has R_φ
 whoever reads the saved model (PPO, R², figures) gets tanh of the normalised score, which keeps every ranking.
 
 Run (CPU, 1 GPU, 8 GPUs; sizes are global, so the algorithm is the same):
-  accelerate launch --cpu --num_processes 1 rm_single.py --model sft/model --train_data pairs.jsonl --output_dir rm/
+  accelerate launch --cpu --num_processes 1 rm_single.py --model sft/model --train_data pairs.jsonl --output_dir rm
   accelerate launch --num_processes 1 --mixed_precision bf16 rm_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 rm_single.py ...
 In:  the SFT model (`--model`), labels (`--train_data`), prompts to sample on (`--normalize_prompts`).
@@ -441,6 +441,7 @@ def label_loss(
     return (*best_of_k_loss(rewards, best), rewards)
 
 
+# DEPARTS PAPER, which has R in [-1, 1] without a recipe: standardised on π_SFT samples, then tanh (RewardModel.score)
 def normalization(rewards: torch.Tensor) -> tuple[float, float]:
     """Rewards with gain 1 and bias 0 (samples,) -> (gain, bias) that give them mean 0 and standard deviation (n-1) 1."""
     mean, std = rewards.mean(), rewards.std()

@@ -8,7 +8,7 @@ Maximum likelihood of the response tokens (the numbers are those of the chapters
 The trained model is π_SFT: the start of the reward model, of the policy, and the reference of the KL penalty.
 
 Run (CPU, 1 GPU, 8 GPUs; sizes are global, so the algorithm is the same):
-  accelerate launch --cpu --num_processes 1 sft_single.py --model gpt2 --train_data sft.jsonl --output_dir sft/
+  accelerate launch --cpu --num_processes 1 sft_single.py --model gpt2 --pad_token '[PAD]' --train_data sft.jsonl --output_dir sft
   accelerate launch --num_processes 1 --mixed_precision bf16 sft_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 sft_single.py ...
 In:  a causal LM folder or hub id (`--model`), or a configuration to start from scratch (`--model_config`, `--tokenizer`); JSONL rows.
@@ -600,8 +600,8 @@ def main(args: Args) -> None:
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     num_steps = steps_per_epoch * args.epochs
     sizes = {"processes": world, "rows": len(rows), "rows left out as too long": found - len(rows), "held-out rows": len(eval_rows),
-             "held-out rows left out": eval_found - len(eval_rows), "response tokens": sum(len(row["response_ids"]) for row in rows), "rows per step and rank": args.batch_size / world,
-             "optimizer steps": num_steps}  # fmt: skip
+             "held-out rows left out": eval_found - len(eval_rows), "response tokens": sum(len(row["response_ids"]) for row in rows),
+             "rows per step and rank": args.batch_size / world, "optimizer steps": num_steps}  # fmt: skip
     accelerator.print("\n".join(f"{name:>26}: {value}" for name, value in sizes.items()))
     if args.dry_run:
         accelerator.print(json.dumps(dataclasses.asdict(args), indent=1))

@@ -202,7 +202,16 @@ def test_thresholds_and_pow_see_scale_and_shift(name):
     # PITFALLS PF-5
     scores, ids = torch.randn(40, generator=torch.Generator().manual_seed(0)), [i // 5 for i in range(40)]
     options = dict(threshold_high=0.3, threshold_low=-0.3)
-    assert draw(scores.tolist(), ids, name, 2, **options) != draw((7 * scores + 3).tolist(), ids, name, 2, **options)
+    with pytest.warns(UserWarning, match=r"R in \[-1, 1\]"):
+        far = draw((7 * scores + 3).tolist(), ids, name, 2, **options)
+    assert draw((scores / 4).tolist(), ids, name, 2, **options) != far
+
+
+@pytest.mark.parametrize("name, scale, warns", [("top", 1.0, False), ("pow", 1.0, False), ("top", 1.01, True), ("pow", 1.01, True), ("br", 9.0, False)])
+def test_filters_that_see_the_scale_warn_of_rewards_beyond_one(name, scale, warns, recwarn):
+    # PITFALLS PF-5: pow-k and thresholds need R in [-1, 1]; rank filters do not mind
+    draw([-scale, 0.0, 0.5 * scale, 0.1], [0, 0, 1, 1], name, 1, threshold_high=0.3)
+    assert [w.category for w in recwarn] == [UserWarning] * warns
 
 
 # ---------------------------------------------------------------- filters of the whole buffer
