@@ -124,7 +124,7 @@ class Args:
     normalize_reward: bool = True
     """subtract mean and divide by standard deviation of the reward on π_SFT samples, measured once before training (PAPER)"""
     normalize_samples: int = 512
-    """responses those two numbers (and `filter auto`) are measured on, over all ranks"""
+    """responses those two numbers (and `filter auto`, which wants thousands) are measured on, over all ranks"""
     # filter
     filter: Literal["none", "random", "bon", "br", "bw", "top", "top_random", "top_bottom", "pow", "auto"] = "br"
     """which of the N responses are trained on; `auto` takes the one of none, bon, br, bw with the highest R² on π_SFT samples"""
@@ -630,6 +630,13 @@ def reward_r2(scores: np.ndarray, actual_scores: np.ndarray, num_groups: int = 2
     return float(1 - np.square(s - slope * r - intercept).sum() / np.square(s - s.mean()).sum())
 
 
+def equal_rows(draws: dict[str, list[torch.Tensor]], generator: torch.Generator) -> dict[str, list[np.ndarray]]:
+    """{filter: kept rows of several draws} -> the same, each cut to as many random rows as the shortest has. Means of small groups
+    are noisy, which lowers R²: on all rows that each filter keeps, no filter would look better for its size alone."""
+    fewest = min(len(z) for zs in draws.values() for z in zs)
+    return {name: [z[torch.randperm(len(z), generator=generator)[:fewest]].numpy() for z in zs] for name, zs in draws.items()}
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -1070,11 +1077,12 @@ def main(args: Args) -> None:
             if args.filter == "auto":
                 actual = accelerator.gather(call(actual_score, batch_rows, texts)).cpu().numpy()
                 ids = accelerator.gather(rollout["prompt_ids"]).cpu()
-                generator, r2 = random_generator("cpu", args.seed, 2), {}
-                for name in AUTO:  # R² of μ_θ, mean over ten draws
+                generator, draws = random_generator("cpu", args.seed, 2), {}
+                for name in AUTO:  # ten draws of each μ_θ
                     w, k = rank_weight_vector(name, args.num_responses), num_kept(args, name)
-                    draws = [filter_responses(scores.cpu(), ids, name, w, k, args.draw, generator).numpy() for _ in range(10)]
-                    r2[name] = float(np.mean([reward_r2(scores.cpu().numpy()[z], actual[z]) for z in draws]))
+                    draws[name] = [filter_responses(scores.cpu(), ids, name, w, k, args.draw, generator) for _ in range(10)]
+                draws = equal_rows(draws, generator)
+                r2 = {name: float(np.mean([reward_r2(scores.cpu().numpy()[z], actual[z]) for z in zs])) for name, zs in draws.items()}
                 state["filter"] = max(r2, key=lambda name: (not math.isnan(r2[name]), r2[name]))
                 accelerator.print(f"filter auto: {state['filter']}, the highest R² of reward against actual score on "
                                   f"{len(scores)} π_SFT samples ({', '.join(f'{k} {v:.3f}' for k, v in r2.items())})")  # fmt: skip
@@ -1167,7 +1175,7 @@ def main(args: Args) -> None:
             group["lr"] = scheduled_lr(lr, update - 1, num_updates, args.lr_schedule, args.warmup_updates)
         if update <= args.critic_warmup_updates:
             optimizer.param_groups[0]["lr"] = 0.0
-        stats, max_ratio = [], torch.zeros((), device=device)
+        stats, norms, max_ratio = [], [], torch.zeros((), device=device)
         for epoch in range(args.noptepochs if kept_total else 0):
             order = torch.randperm(len(mask), generator=random_generator("cpu", args.seed, 5, update, epoch, rank)).to(device)
             for minibatch in order.tensor_split(num_minibatches):
@@ -1190,6 +1198,7 @@ def main(args: Args) -> None:
                 if not math.isfinite(loss if accelerator.scaler else loss + norm):  # fp16: a gradient may overflow, its step is skipped
                     raise FloatingPointError(f"update {update}, epoch {epoch}: the loss is {loss}, the gradient norm {norm}; the last good "
                                              f"checkpoint is kept in {output_dir / 'checkpoints'}. Lower --lr or --critic_lr")  # fmt: skip
+                norms.append(norm)
                 state["optimizer_step"] += 1
                 for group in optimizer.param_groups:
                     group["eps"] = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"])
@@ -1218,6 +1227,7 @@ def main(args: Args) -> None:
                 "ppo/val/mean": val / tokens, "ppo/val/var": (val2 - val**2 / tokens) / max(tokens - 1, 1),
             })  # fmt: skip
             metrics.update(zip(STATS, torch.stack(stats).mean(0).tolist()))
+            metrics["ppo/grad_norm"] = float(np.mean(norms))  # before clipping
             metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()  # 1: nothing has moved yet
             metrics["ppo/policy/first_ratio_max"] = accelerator.gather(max_ratio.view(1)).max().item()  # no mean to hide behind
         if monitor is not None:

@@ -675,7 +675,8 @@ def edit_distance(a, b):
 
 
 def build_pairs(rows, responses, passed):
-    """Preference data: per prompt the (passing, failing) pair of largest edit distance, the first one of equals.
+    """Preference data: per prompt the (passing, failing) pair of largest edit distance, the first one of equals. DEPARTS PAPER,
+    which takes the most distant pair of all and labels it by the tests: a pair of equal outcome has no label.
 
     responses[i] and passed[i] are the texts and verdicts of the samples of rows[i]. Returns (pairs, dropped): rows
     `task_id`, `prompt`, `chosen`, `rejected`, and the number of prompts without a passing or without a failing sample.

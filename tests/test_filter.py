@@ -285,3 +285,10 @@ def test_r2_groups_have_equal_count():
     rewards, actual = np.array([0.0, 1, 2, 3, 4, 5, 6, 1000]), np.array([0.0, 0, 1, 0, 0, 1, 1, 1])
     r, s = np.array([0.5, 2.5, 4.5, 503]), np.array([0, 0.5, 0.5, 1])
     assert pf.reward_r2(rewards, actual, num_groups=4) == pytest.approx(np.corrcoef(r, s)[0, 1] ** 2)
+
+
+def test_filter_auto_compares_equal_rows():
+    draws = {"none": [torch.arange(10), torch.arange(10)], "bon": [torch.tensor([3, 8]), torch.tensor([4, 7])]}
+    cut = pf.equal_rows(draws, torch.Generator().manual_seed(1))
+    assert [len(z) for z in cut["none"]] == [2, 2] and [sorted(z) for z in cut["bon"]] == [[3, 8], [4, 7]]
+    assert len(set(cut["none"][0])) == 2 and cut["none"][0].tolist() != cut["none"][1].tolist()  # random rows, none twice
