@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from conftest import EOS, causal_lm, make_tokenizer, model_config, read_metrics, tiny_settings, write_jsonl
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -345,6 +346,24 @@ def test_one_small_step_changes_nearly_every_weight(run, monkeypatch):
     [handle.remove() for handle in handles]
     (changed, with_gradient), *more = counts
     assert not more and sum(changed) > 0.9 * sum(with_gradient) > 10000
+
+
+def test_a_whole_run_under_bfloat16_autocast(run, monkeypatch):
+    # PITFALLS SYS-1, LP-7: as `accelerate launch --mixed_precision bf16` sets it; products in bfloat16, weights and results in float32
+    seen = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: seen.append((out := linear(*args)).dtype) or out)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        metrics, folder = run(total_episodes=16, noptepochs=1, lr=1e-3)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.bfloat16 in seen
+    assert all(np.isfinite(value) for line in metrics for value in line.values())
+    assert metrics[0]["ppo/policy/first_ratio_max"] == pytest.approx(1, abs=0.02)  # two passes differ by bfloat16's rounding alone
+    after = weights(folder / "policy")
+    assert {w.dtype for w in after.values()} == {torch.float32} and any((w != w.bfloat16().float()).any() for w in after.values())
 
 
 def test_filter_none_is_ppo_m_bit_for_bit(run, monkeypatch, tmp_path):
