@@ -233,7 +233,7 @@ def test_pairs_with_a_long_response_are_dropped(world, tmp_path):
 @pytest.fixture
 def trl(monkeypatch):
     """TRL, or a skip; its trainers compute the loss of a policy and a reference that differ, on the CPU."""
-    found = pytest.importorskip("trl", reason="TRL is an optional extra: pip install trl")
+    found = pytest.importorskip("trl", reason="TRL is an optional extra: pip install -e .[trl]")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     return found
 
