@@ -435,6 +435,10 @@ def table3(units: Units) -> Table:
             rho, p = rank_correlation([x[0] for x in points_of_paper], [x[column] for x in points_of_paper])
             found.append(f"Spearman ρ {rho:+.2f} ({p_value(p)}) over {len(points_of_paper)} rows {words}")
         sentences.append(f"Does R² predict the result? The paper's own figures, {benchmark}: {'; '.join(found)}.")
+    both = [(PAPER_TABLE3[name][0], r2) for name, r2, _ in points if PAPER_TABLE3[name]]
+    found = rank_correlation([x[0] for x in both], [x[1] for x in both])
+    sentences.append("Do R² here and in the paper order the filters alike? " + ("Missing." if found is None else
+                     f"Spearman ρ {found[0]:+.2f} ({p_value(found[1])}) over {len(both)} filters."))  # fmt: skip
     sentences.append("Here: " + correlation_sentence(points))
     sentences.append("Here, without BoN: " + correlation_sentence([x for x in points if x[0] != "bon"]))
     return Table("table3", "Table 3: filters, their R² on the SFT policy before any RL (equal rows, as in Table 1), and their result", header, rows, sentences)
