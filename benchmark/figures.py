@@ -82,39 +82,53 @@ def reliability_panels(worlds: dict[str, list[dict]], path: Path) -> Path:
     return save(figure, path)
 
 
-def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, **style) -> None:
-    """Mean of y over runs at every x that all have, with Student's 95% interval around it where method is one of BANDS; entries that are None
-    are left out."""
-    found: dict[float, list[float]] = {}
+def world_levels(runs: dict[str, list[dict[str, list]]], y: str) -> dict[tuple, float]:
+    """{(world, update): mean of y over the runs of BANDS in that world}: what the arms have in common there."""
+    found: dict[tuple, list[float]] = {}
+    for method in BANDS:
+        for curve in runs.get(method, []):
+            for update, value in zip(curve["update"], curve[y]):
+                if value is not None:
+                    found.setdefault((curve["world"], update), []).append(value)
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, levels: dict | None = None, **style) -> None:
+    """Mean of y over runs at every x that all have; entries that are None are left out. With `levels` (of world_levels) also Student's
+    95% interval of the runs less their world's level (Cousineau-Morey): how far arms can be told apart, whatever worlds do."""
+    found: dict[float, list[tuple[float, float]]] = {}
     for curve in curves:
-        for a, b in zip(curve[x], curve[y]):
+        for a, b, update in zip(curve[x], curve[y], curve["update"]):
             if a is not None and b is not None:
-                found.setdefault(a, []).append(b)
+                found.setdefault(a, []).append((b, b - levels[curve["world"], update] if levels else b))
     xs = [a for a in sorted(found) if len(found[a]) == len(curves)]
-    mean = np.array([np.mean(found[a]) for a in xs])
+    mean = np.array([np.mean([value for value, _ in found[a]]) for a in xs])
     axes.plot(xs, mean, color=colour, **style)
-    if len(curves) > 1 and style.get("label") in map(label, BANDS):
-        error = np.array([stats.t.ppf(0.975, len(found[a]) - 1) * np.std(found[a], ddof=1) / np.sqrt(len(found[a])) for a in xs])
-        axes.fill_between(xs, mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
+    if len(curves) > 1 and levels:
+        correction = np.sqrt(len(BANDS) / (len(BANDS) - 1))  # Morey: taking out a mean of J arms takes 1 / J of the variance along
+        t = correction * stats.t.ppf(0.975, len(curves) - 1) / np.sqrt(len(curves))
+        error = np.array([t * np.std([rest for _, rest in found[a]], ddof=1) for a in xs])
+        axes.fill_between(xs, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
 
 
 def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
     """Figure 2 over many runs: method -> curves of benchmark.reproduce. Reward of the policy's own samples (line) and of kept samples
     (dotted), greedy pass@1, sampled pass@1."""
     figure, (reward, greedy, sampled) = plt.subplots(1, 3, figsize=(14, 4))
+    every = {name: world_levels(runs, name) for name in ("score", "greedy_pass1", "sampled_pass1")}
     for method, curves in runs.items():
-        colour = COLOURS.get(method)
+        colour, levels = COLOURS.get(method), every if method in BANDS else dict.fromkeys(every)
         if method != "oracle":  # its reward is on another scale
-            band(reward, curves, "update", "score", colour, label=label(method))
+            band(reward, curves, "update", "score", colour, levels["score"], label=label(method))
             band(reward, curves, "update", "kept_score", colour, linestyle=":", linewidth=1)
-        band(greedy, curves, "update", "greedy_pass1", colour, label=label(method))
-        band(sampled, curves, "update", "sampled_pass1", colour, label=label(method))
+        band(greedy, curves, "update", "greedy_pass1", colour, levels["greedy_pass1"], label=label(method))
+        band(sampled, curves, "update", "sampled_pass1", colour, levels["sampled_pass1"], label=label(method))
     reward.set(ylabel="reward", title="Reward: policy's samples (line), kept samples (dotted)")
     greedy.set(title="Greedy pass@1, validation problems")
     sampled.set(title="Sampled pass@1, validation problems")
     for axes in (reward, greedy, sampled):
         axes.set_xlabel("update")
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.set_xticks(sorted({update for curves in runs.values() for curve in curves for update in curve["update"]}))
         axes.grid(alpha=0.3)
     legend_below(figure, greedy)
     return save(figure, path)
@@ -124,10 +138,11 @@ def budget_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
     """Sampled pass@1 against what it cost: responses generated, optimizer steps, and KL to π_SFT (each run's points averaged by
     update)."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4), sharey=True)
+    every = world_levels(runs, "sampled_pass1")
     for method, curves in runs.items():
         colour = COLOURS.get(method)
         for axes, x in zip(panels, ("episodes", "optimizer_step")):
-            band(axes, curves, x, "sampled_pass1", colour, label=label(method))
+            band(axes, curves, x, "sampled_pass1", colour, every if method in BANDS else None, label=label(method))
         points = mean_points(curves, "kl", "sampled_pass1")
         panels[2].plot(points[:, 0], points[:, 1], color=colour, marker="o", markersize=3, label=label(method))
     for axes, title in zip(panels, ("responses generated", "optimizer steps", "KL to π_SFT, nats per response")):

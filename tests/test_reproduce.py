@@ -1,11 +1,12 @@
 """The study's statistics against numbers worked by hand, its plan, and what survives a kill."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmark import pipeline, reproduce, study_rewards, tables
+from benchmark import figures, pipeline, reproduce, study_rewards, tables
 
 # ---------------------------------------------------------------- statistics
 
@@ -180,6 +181,20 @@ def test_spread_of_repeats_beside_what_counting_gives():
     repeats = [{"actual": [0.0, 0.0, 0.4, 1.0, 1.0], "count": [25] * 5}, {"actual": [0.0, 0.0, 0.6, 1.0, 0.8], "count": [25] * 5}]
     # variances over the two repeats: 0 0 .02 0 .02; at the ends p is 0 0 1 .9, in the middle .5
     assert tables.spread_of_repeats(repeats) == pytest.approx(((0.02 / 4) ** 0.5, (0.09 / 25 / 4) ** 0.5, 0.02**0.5, 0.1))
+
+
+def test_bands_leave_out_what_worlds_have_in_common():
+    runs = {"ppo_m": [{"world": w, "update": [0], "y": [level - 0.1]} for w, level in ((1, 0.2), (2, 0.8))],
+            "br": [{"world": w, "update": [0], "y": [level + 0.1]} for w, level in ((1, 0.2), (2, 0.8))]}  # fmt: skip
+    levels = figures.world_levels(runs, "y")
+    assert levels == {(1, 0): pytest.approx(0.2), (2, 0): pytest.approx(0.8)}
+    drawn = SimpleNamespace(plot=lambda *_, **__: None, fill_between=lambda xs, low, high, **_: bands.append((low[0], high[0])))
+    bands = []
+    figures.band(drawn, runs["br"], "update", "y", "red", levels)
+    assert bands == [(pytest.approx(0.6), pytest.approx(0.6))]  # .1 above its world in both: nothing is left
+    runs["br"][0]["y"] = [0.4]  # .2 and .1 above: standard deviation .1 / √2, standard error .05, t(.975, 1) = 12.7062, Morey √(3/2)
+    figures.band(drawn, runs["br"], "update", "y", "red", levels)
+    assert bands[1][1] - 0.65 == pytest.approx(12.7062 * 0.05 * math.sqrt(1.5), rel=1e-5)
 
 
 def test_figure_2_is_judged_on_the_last_evaluation():
