@@ -56,7 +56,7 @@ ORDER = ("sft", "ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle", "top_bo
          "raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")  # fmt: skip
 BASELINES = {"raft": ("raft", {}), "bond": ("bond", {}), "dpo": ("dpo", {}), "ipo": ("dpo", {"loss_type": "ipo"}), "kto": ("kto", {}),
              "iterative_dpo": ("iterative_dpo", {})}  # fmt: skip  module of benchmark/baselines, flags over its defaults
-TUNED = {"ppo_m": 5e-5, "bw": 5e-5}  # learning rates that benchmark/baselines/tune.py prefers to the one all arms share; further units of table2
+TUNED = {"ppo_m": 5e-5, "bw": 5e-5, "random": 2e-4}  # learning rates that benchmark/baselines/tune.py prefers to the one all arms share; further units of table2
 MAIN = ("sft", "ppo_m", "br", "bw", "random")
 CONTROLS = ("bon", "ppo_s", "oracle")
 
