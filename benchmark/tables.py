@@ -531,6 +531,10 @@ def table4(units: Units) -> Table:
                            ("greedy_pass1", "sampled_pass1", "best.greedy_pass1", "kl")]])  # fmt: skip
         for key in ("sampled_pass1", "greedy_pass1"):
             sentences.append(f"{name}: " + compare(units, "br", "ppo_s", f"{gain:+.1f} on Ape210K", 1, key, name))
+        steps = min((axis_values(u, "optimizer_step")[-1] for u in units.of("br", name).values()), default=0)
+        d = paired_difference(*(at_budget(units, m, "optimizer_step", steps, variant=name) for m in ("br", "ppo_s")))
+        sentences.append(f"{name}: PF-PPO BR against PPO-S at equal optimizer steps ({steps:.0f}), sampled pass@1 on validation problems: "
+                         f"{'missing' if d is None else with_p(d)}: **{outcome(d)}**.")  # fmt: skip
     for method in ("ppo_s", "br"):
         for a, b in (("orm", "oracle"), ("crm", "orm")):
             numbers = [tuple(map(float, PAPER_TABLE4[name][method == "br"].split(" / "))) for name in (a, b)]
