@@ -417,10 +417,12 @@ def table3(units: Units) -> Table:
     header = ["filter", "paper R², HumanEval, MBPP", "R² on SFT samples", "units", "greedy pass@1", "sampled pass@1", "greedy, best", "sampled, to PPO-M",
               "sampled, to random 2 of 5"]  # fmt: skip
     rows, points = [], []
+    there = [set(found) for name in PAPER_TABLE3 if name != "ppo_s" and (found := units.values(name, "sampled_pass1"))]
+    common = set.intersection(*there) if there else set()  # filters are ranked on the same worlds and seeds
     for name, paper in PAPER_TABLE3.items():
         r2, sampled = units.r2("sft", "sft", FILTER_OF.get(name, name)), units.values(name, "sampled_pass1")
-        if name != "ppo_s" and r2 and sampled:
-            points.append((name, float(np.mean(world_means(r2))), float(np.mean(world_means(sampled)))))
+        if name != "ppo_s" and r2 and sampled and common:
+            points.append((name, float(np.mean(world_means(r2))), float(np.mean([sampled[key] for key in common]))))
         rows.append([figures.label(name), NOT_THERE if paper is None else f"{paper[0]:.3f}, {paper[1]}, {paper[2]}",
                      NOT_THERE if name == "ppo_s" else with_interval(r2), len(sampled), with_interval(units.values(name, "greedy_pass1")),
                      with_interval(sampled), with_interval(units.values(name, "best.greedy_pass1")),
@@ -439,7 +441,7 @@ def table3(units: Units) -> Table:
     found = rank_correlation([x[0] for x in both], [x[1] for x in both])
     sentences.append("Do R² here and in the paper order the filters alike? " + ("Missing." if found is None else
                      f"Spearman ρ {found[0]:+.2f} ({p_value(found[1])}) over {len(both)} filters."))  # fmt: skip
-    sentences.append("Here: " + correlation_sentence(points))
+    sentences.append(f"Here, on the {len(common)} pairs of world and seed that all filters have: " + correlation_sentence(points))
     sentences.append("Here, without BoN: " + correlation_sentence([x for x in points if x[0] != "bon"]))
     return Table("table3", "Table 3: filters, their R² on the SFT policy before any RL (equal rows, as in Table 1), and their result", header, rows, sentences)
 
