@@ -741,13 +741,15 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str, lis
         return made
     if study == "table4":
         return made
-    runs = {name: [{**u["curve"], "world": u["world"]} for u in units.of(name).values()] for name in ("ppo_s", "ppo_m", "br", "bw", "random", "bon", "oracle")}
+    names = ("ppo_s", "ppo_m", "br", "bw", "random", "bon", "oracle")
+    runs = {name: [{**u["curve"], "optimizer_step": axis_values(u, "optimizer_step"), "world": u["world"]} for u in units.of(name).values()]
+            for name in names}  # fmt: skip
     runs = {name: curves for name, curves in runs.items() if curves}
     if runs:
         figures.study_curves(runs, folder / "figure2.png")
         figures.budget_curves(runs, folder / "budgets.png")
         made += [("figure2.png", "Figure 2: reward and pass@1 over training, mean over units; bands for three arms: 95% interval less what worlds have in common", training_sentences(units)),
-                 ("budgets.png", "Sampled pass@1 against rollouts, optimizer steps and KL", [])]  # fmt: skip
+                 ("budgets.png", "Sampled pass@1 against rollouts, optimizer steps (critic warm-up not counted) and KL", [])]  # fmt: skip
     return made
 
 
