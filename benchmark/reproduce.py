@@ -47,7 +47,8 @@ import sft_single  # noqa: E402, F401
 from benchmark import pipeline, tables  # noqa: E402
 from benchmark.run import hardware  # noqa: E402
 
-VERSION = 2  # of r2_filters (2: equal rows, groups of N = 5); a finished unit of an older version has them measured again, not its training
+VERSION = 3  # of what is measured on finished runs (2: r2_filters at equal rows, groups of N = 5; 3: pass@1 of the alarm's probe); a finished
+# unit whose numbers are older than `needed_version` has them measured again, not its training
 TABLE1_METHODS = ("ppo_m", "bon", "br", "bw")  # R² on their middle and last policy
 TABLE1_FILTERS = ("none", "random", "bon", "br", "bw")
 
@@ -484,8 +485,9 @@ def has_r2(unit: Unit, study: str) -> bool:
     return (unit.method == "sft" and study in ("table2", "map")) or (unit.method in TABLE1_METHODS and not unit.variant and study == "table2")
 
 
-def outdated(unit: Unit, line: dict, study: str) -> bool:
-    return line.get("version", 1) < VERSION and has_r2(unit, study)
+def needed_version(unit: Unit, study: str) -> int:
+    """The oldest VERSION whose numbers the tables of the study can read for this unit."""
+    return 3 if unit.variant == "alarm" else 2 if has_r2(unit, study) else 1
 
 
 def measure_r2(unit: Unit, place: Workplace) -> dict[str, dict]:
@@ -531,20 +533,33 @@ def alarm_update(updates: list[int], r2: list[float], fraction: float = 0.5, win
     return None
 
 
+def patience_updates(updates: list[int], pass1: list[float], patience: int = 2) -> tuple[int, int]:
+    """Plain early stopping: (the update where `patience` probes in a row were not above the best before them, else the last one; the
+    update of the best probe so far, whose policy is kept)."""
+    best = 0
+    for i in range(len(pass1)):
+        best = i if pass1[i] > pass1[best] else best
+        if i - best == patience:
+            return updates[i], updates[best]
+    return updates[-1], updates[best]
+
+
 def probe_alarm(unit: Unit, place: Workplace, out: Path) -> dict:
-    """R² of the reward on the current policy from a small graded probe at every kept policy of a finished run, and results of the
-    policy at which the alarm would have stopped it. Training is deterministic, so stopping later changes nothing before."""
+    """R² of the reward and pass@1 on the current policy from a small graded probe at every kept policy of a finished run, and results of
+    the policy at which the alarm would have stopped it; in `early`, of the policy that early stopping by pass@1 of the same probe keeps.
+    Training is deterministic, so stopping later changes nothing before."""
     folder = place.world(unit.world)
     rows = pipeline.read_rows(folder / "world/rl.jsonl")[-ALARM_PROMPTS:]
     policies = {0: folder / "sft/model"} | {int(path.name.rpartition("_")[2]): path for path in out.glob("policy_[0-9]*")}
-    updates, r2 = sorted(policies), []
+    updates, r2, pass1 = sorted(policies), [], []
     for update in updates:
         samples = pipeline.scored_samples(policies[update], folder / unit.rm / "model", rows, 5, 1000 * unit.seed + update)
         r2.append(pfppo.reward_r2(samples["reward"], samples["actual"], ALARM_GROUPS))
-    stop = alarm_update(updates, r2)
-    results = measure(policies[stop], unit, place) if stop is not None else {}
-    return {"updates": updates, "probe_r2": [None if np.isnan(v) else round(v, 4) for v in r2], "update": stop,
-            "executions_per_probe": 5 * len(rows), **results}  # fmt: skip
+        pass1.append(float(samples["actual"].mean()))
+    stop, (ended, kept) = alarm_update(updates, r2), patience_updates(updates, pass1)
+    results = {update: measure(policies[update], unit, place) for update in {stop, kept} if update is not None}
+    return {"updates": updates, "probe_r2": [None if np.isnan(v) else round(v, 4) for v in r2], "probe_pass1": pass1, "update": stop,
+            "executions_per_probe": 5 * len(rows), **results.get(stop, {}), "early": {"stopped": ended, "update": kept, **results[kept]}}  # fmt: skip
 
 
 def run_method(unit: Unit, place: Workplace) -> dict:
@@ -577,13 +592,16 @@ def run_method(unit: Unit, place: Workplace) -> dict:
 
 
 def run_unit(unit: Unit, place: Workplace, result: Path, old: dict | None = None) -> None:
-    """Do the unit and leave its numbers in `result`; a finished one, given as its `old` line, only has its R² measured again."""
+    """Do the unit and leave its numbers in `result`; of a finished one, given as its `old` line, only R² and the alarm's
+    probe are measured again."""
     start = time.time()
     if unit.stage:
         run_stage(unit, place)
         line = {}
     elif old and (unit.method == "sft" or (Path(place.run(unit)[1]["output_dir"]) / "policy").is_dir()):
-        line = {**old, "r2_filters": measure_r2(unit, place)}
+        line = {**old, "r2_filters": measure_r2(unit, place)} if has_r2(unit, place.args.study) else dict(old)
+        if unit.variant == "alarm":
+            line["alarm"] = probe_alarm(unit, place, Path(place.run(unit)[1]["output_dir"]))
     else:
         line = run_sft(unit, place) if unit.method == "sft" else run_method(unit, place)
     line.setdefault("seconds", round(time.time() - start, 1))
@@ -778,7 +796,7 @@ def main(args: Args) -> int:
     borrow_worlds(place)
     lines = read_lines(output_dir / "units.jsonl")
     done = {key_of(line): line for line in lines}
-    runs = [unit for unit in units if not unit.stage and (unit.key not in done or (done[unit.key].get("version", 1) < VERSION and has_r2(unit, args.study)))]
+    runs = [u for u in units if not u.stage and (u.key not in done or done[u.key].get("version", 1) < needed_version(u, args.study))]
     needed = {part for unit in runs for part in parts_needed(unit)}
     todo = [unit for unit in units if unit in needed and not stage_done(unit, place)] + runs
     measured = measured_seconds(read_lines(output_dir / "stages.jsonl") + lines)

@@ -637,26 +637,30 @@ def beyond_tables(units: Units) -> list[Table]:
                       ("greedy_pass1", "sampled_pass1", "kl")]] for n, v in plain],
                     [against(f"Reward centred per prompt, {figures.label(n)}, {words}", units.values(n, key, "centred"), units.values(n, key))
                      for n in ("ppo_m", "bw", "pow_2") for key, words in passes])  # fmt: skip
-    rows, sentences, pooled = [], [], ({}, {}, {})
+    rows, sentences, pooled = [], [], ({}, {}, {}, {})
     for method in ("ppo_m", "br", "bw", "random"):
         runs = units.of(method, "alarm")
         last, best = units.values(method, "sampled_pass1", "alarm"), units.values(method, "best.sampled_pass1", "alarm")
         stopped = {key: u["alarm"].get("sampled_pass1", u["sampled_pass1"]) for key, u in runs.items()}  # no alarm: it runs to the end
-        for together, one in zip(pooled, (stopped, last, best)):
+        early = {key: u["alarm"]["early"]["sampled_pass1"] for key, u in runs.items() if "early" in u["alarm"]}
+        for together, one in zip(pooled, (stopped, last, best, early)):
             together.update({(world, (method, seed)): value for (world, seed), value in one.items()})
         at = [u["alarm"]["update"] for u in runs.values()]
         rang = [x for x in at if x is not None]
         when = f", mean update {np.mean(rang):.0f}" if rang else ""
         rows.append([figures.label(method), len(runs), f"{len(rang)} of {len(at)}{when}" if at else None,
-                     *[with_interval(x) for x in (last, stopped, best)]])  # fmt: skip
+                     *[with_interval(x) for x in (last, stopped, early, best)]])  # fmt: skip
         sentences += [against(f"{figures.label(method)}, stopped by the alarm against fixed length", stopped, last),
                       against(f"{figures.label(method)}, stopped by the alarm against the best of validation problems", stopped, best)]  # fmt: skip
-    for words, other in (("fixed length", pooled[1]), ("the best of validation problems", pooled[2])):
-        d = paired_difference(pooled[0], other)
-        sentences.append(f"All four together, stopped by the alarm against {words}: {'missing' if d is None else with_p(d) + f' ({d.pairs} pairs)'}: "
+    for name, one, words, other in (("the alarm", pooled[0], "fixed length", pooled[1]), ("the alarm", pooled[0], "the best of validation problems", pooled[2]),
+                                    ("the alarm", pooled[0], "stopped by pass@1 of the same probes", pooled[3]),
+                                    ("pass@1 of the same probes", pooled[3], "fixed length", pooled[1])):  # fmt: skip
+        d = paired_difference(one, other)
+        sentences.append(f"All four together, stopped by {name} against {words}: {'missing' if d is None else with_p(d) + f' ({d.pairs} pairs)'}: "
                          f"**{outcome(d, over_worlds=True)}**, judged by worlds.")  # fmt: skip
     alarm = Table("alarm", "R² as an alarm: a reward model that is over-optimised, twice the updates; sampled pass@1 on test problems",
-                  ["method", "units", "alarm rang", "fixed length", "stopped by the alarm", "best on validation problems"], rows, sentences)  # fmt: skip
+                  ["method", "units", "alarm rang", "fixed length", "stopped by the alarm", "stopped by pass@1 of the same probes",
+                   "best on validation problems"], rows, sentences)  # fmt: skip
     return [weights, results, alarm]
 
 

@@ -353,6 +353,18 @@ def test_alarm_waits_for_two_low_probes():
     assert reproduce.alarm_update([0, 5, 10, 15], [0.9, 0.7, 0.6, math.nan]) == 15  # (.6 + 0) / 2 = .3
 
 
+def test_early_stopping_keeps_the_best_before_two_probes_without_a_new_one():
+    # .5 is the best; .4 and .5 are not above it: stop at 15, and the .9 that would have come is never seen
+    assert reproduce.patience_updates([0, 5, 10, 15, 20], [0.3, 0.5, 0.4, 0.5, 0.9]) == (15, 5)
+    assert reproduce.patience_updates([0, 5, 10, 15, 20], [0.3, 0.5, 0.4, 0.6, 0.5]) == (20, 15)
+
+
+def test_only_numbers_that_a_table_reads_are_measured_again():
+    assert reproduce.needed_version(reproduce.Unit(1, 1, "br", variant="alarm"), "beyond") == reproduce.VERSION
+    assert reproduce.needed_version(reproduce.Unit(1, 1, "br"), "table2") == 2
+    assert reproduce.needed_version(reproduce.Unit(1, 1, "br"), "beyond") == reproduce.needed_version(reproduce.Unit(1, 1, "dpo"), "table2") == 1
+
+
 def test_simplex_holds_every_weight_vector_once():
     found = reproduce.simplex(3, 4, 0.5)  # quarters, none above a half: the orders of (½, ½, 0) and of (½, ¼, ¼)
     assert sorted(found) == sorted([[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
