@@ -106,11 +106,11 @@ def test_pad_equal_to_eos_changes_nothing(gpt2):
     for pad in (PAD, EOS):
         queries, query_mask = pf.pad_rows([[3, EOS, 5, EOS], [EOS, 4]], pad, "left")
         generator = torch.Generator().manual_seed(0)
-        responses = pf.generate(gpt2.policy, queries, query_mask, 4, 8, 1.0, EOS, 0, pad, generator)
+        responses = pf.generate(gpt2.policy, queries, query_mask, 32, 8, 1.0, EOS, 0, pad, generator)
         mask, has_stop = pf.stop_masks(responses, EOS, 0)
         rollout = {
-            "queries": queries.repeat_interleave(4, 0),
-            "query_mask": query_mask.repeat_interleave(4, 0),
+            "queries": queries.repeat_interleave(32, 0),
+            "query_mask": query_mask.repeat_interleave(32, 0),
             "responses": responses,
             "response_mask": mask,
             "score_mask": mask,
