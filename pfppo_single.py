@@ -1198,7 +1198,7 @@ def main(args: Args) -> None:
                 if not math.isfinite(loss if accelerator.scaler else loss + norm):  # fp16: a gradient may overflow, its step is skipped
                     raise FloatingPointError(f"update {update}, epoch {epoch}: the loss is {loss}, the gradient norm {norm}; the last good "
                                              f"checkpoint is kept in {output_dir / 'checkpoints'}. Lower --lr or --critic_lr")  # fmt: skip
-                norms.append(norm)
+                norms += [norm] if math.isfinite(norm) else []
                 state["optimizer_step"] += 1
                 for group in optimizer.param_groups:
                     group["eps"] = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"])
@@ -1227,7 +1227,7 @@ def main(args: Args) -> None:
                 "ppo/val/mean": val / tokens, "ppo/val/var": (val2 - val**2 / tokens) / max(tokens - 1, 1),
             })  # fmt: skip
             metrics.update(zip(STATS, torch.stack(stats).mean(0).tolist()))
-            metrics["ppo/grad_norm"] = float(np.mean(norms))  # before clipping
+            metrics.update({"ppo/grad_norm": float(np.mean(norms))} if norms else {})  # before clipping; none: fp16 skipped every step
             metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()  # 1: nothing has moved yet
             metrics["ppo/policy/first_ratio_max"] = accelerator.gather(max_ratio.view(1)).max().item()  # no mean to hide behind
         if monitor is not None:

@@ -994,6 +994,14 @@ def interpreter_state():
     )
 
 
+def move_packages(old, new):
+    """Packages that are imported already look for their modules below `new` instead of `old`."""
+    for module in list(sys.modules.values()):
+        places = getattr(module, "__path__", None)
+        if isinstance(places, list):
+            places[:] = [new + place[len(old) :] if place.startswith(old + os.sep) else place for place in places]
+
+
 # ---------------------------------------------------------------- isolation
 
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -1224,6 +1232,7 @@ class Template:
                 # The interpreter may live where only its owner may look (/root), so the library is shown again inside.
                 if libc.mount(library.encode(), inside.encode(), None, 0x1000 | 0x4000, None) == 0:
                     sys.path[:] = [inside, os.path.join(inside, "lib-dynload")]
+                    move_packages(library, inside)
                     readable += [os.path.join(inside, name) for name in names]
                 libc.mount(b"tmpfs", b"/proc", b"tmpfs", 1 | 2 | 4, b"size=4k")
         os.mkdir(self.home, 0o711)

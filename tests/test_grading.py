@@ -360,3 +360,19 @@ def test_changes_in_place_cross_back():
     program.send("value", None)
     judge.receive()
     assert data == [[3, 4], {"k": [3, 4]}] and data[1]["k"] is data[0]
+
+
+def test_packages_imported_before_the_library_moved_find_their_modules(monkeypatch, tmp_path):
+    # a Python under /root: judge and program see its library in another place, `import unittest` needs importlib.machinery from there
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        (folder / "moved_package").mkdir(parents=True)
+    (old / "moved_package/__init__.py").touch()
+    (new / "moved_package/part.py").touch()
+    monkeypatch.syspath_prepend(old)
+    package = __import__("moved_package")
+    sandbox.move_packages(str(tmp_path / "ol"), str(new))  # another folder with the same beginning
+    assert package.__path__ == [str(old / "moved_package")]
+    sandbox.move_packages(str(old), str(new))
+    assert __import__("moved_package.part").part.__file__ == str(new / "moved_package/part.py")
+    del sys.modules["moved_package"], sys.modules["moved_package.part"]
