@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmark import figures, pipeline, reproduce, study_rewards, tables
+from benchmark import figures, pipeline, ppo_speed, reproduce, study_rewards, tables
 
 # ---------------------------------------------------------------- statistics
 
@@ -464,3 +464,10 @@ def test_dry_run_prints_the_budget_and_does_nothing(pretend, tmp_path, capfd):
     args.dry_run = True
     assert reproduce.main(args) == 0
     assert "16 units to do, 0 done; about" in capfd.readouterr().out and not (tmp_path / "results/units.jsonl").exists()
+
+
+def test_the_speed_comparison_names_what_its_world_lacks(tmp_path):
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world/rl.jsonl").touch()
+    with pytest.raises(SystemExit, match="no sft/model; give a folder of benchmark.quickstart"):
+        ppo_speed.main(ppo_speed.Args(world=str(tmp_path)))
