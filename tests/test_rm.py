@@ -307,7 +307,7 @@ def test_the_preset_runs_on_id_labels(train, tmp_path, world):
     metrics, model = train(train_data=str(tmp_path / "ids.jsonl"), eval_data="", **preset)
     assert len(metrics) == 6 and model.bound == "none"
     assert [m["train/lr"] for m in metrics[1:-1]] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    assert all(m["train/kl"] != 0 for m in metrics[2:-1]) and "test/accuracy" in metrics[1]
+    assert all(abs(m["train/kl"]) > 1e-3 for m in metrics[2:-1]) and "test/accuracy" in metrics[1]
 
 
 def test_the_start_has_no_kl_to_itself(train):
