@@ -218,21 +218,23 @@ def map_changes(noise: float, kl: float, n: int, rm: str) -> tuple:
 
 
 def plan_map(args: Args) -> list[Unit]:
-    """When does filtering help: reward-model quality x KL coefficient x N; one seed a world, with --full two and every combination.
-    At N = 2 all two-row filters keep both rows and are PPO-M."""
+    """When does filtering help: reward-model quality x KL coefficient x N; a cross through the middle at one seed a world, with
+    --full at all, and then every other combination at one. At N = 2 all two-row filters keep both rows and are PPO-M."""
     units = []
     for pairs, noise in tables.MAP_QUALITY:
         changes = (("reward", f"benchmark.study_rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),)
         variant = f"pairs={pairs or 'all'} noise={noise}"
         units += [Unit(world, args.seeds[0], "sft", variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
-    for seed in args.seeds[: 2 if args.full else 1]:
-        for pairs, noise, kl, n in tables.planned_cells(args.full):
-            for method in ("ppo_m", "br", "bw", "random") if n > 2 else ("ppo_m",):
-                changes = map_changes(noise, kl, n, Unit(0, 0, pairs=pairs).rm)
-                kept = dict(changes)["batch_size"] * (2 if method != "ppo_m" else n)
-                changes += (("minibatch_size", kept),) if kept < 64 else ()
-                variant = f"pairs={pairs or 'all'} noise={noise} kl={kl} n={n}"
-                units += [Unit(world, seed, method, variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
+    cross = tables.planned_cells(False)
+    runs = [(seed, cell) for seed in (args.seeds if args.full else args.seeds[:1]) for cell in cross]
+    runs += [(args.seeds[0], cell) for cell in tables.planned_cells(True) if args.full and cell not in cross]
+    for seed, (pairs, noise, kl, n) in runs:
+        for method in ("ppo_m", "br", "bw", "random") if n > 2 else ("ppo_m",):
+            changes = map_changes(noise, kl, n, Unit(0, 0, pairs=pairs).rm)
+            kept = dict(changes)["batch_size"] * (2 if method != "ppo_m" else n)
+            changes += (("minibatch_size", kept),) if kept < 64 else ()
+            variant = f"pairs={pairs or 'all'} noise={noise} kl={kl} n={n}"
+            units += [Unit(world, seed, method, variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
     return units
 
 

@@ -343,6 +343,15 @@ def test_every_cell_of_the_map_generates_as_many_responses_per_update():
             assert kept % changes.get("minibatch_size", 64) == 0
 
 
+def test_full_map_repeats_the_cross_over_seeds_and_every_other_combination_once():
+    units = [u for u in reproduce.planned_units(reproduce.Args(study="map", full=True, worlds=(1,))) if u.method == "ppo_m"]
+    seeds = {}
+    for unit in units:
+        seeds.setdefault(unit.variant, []).append(unit.seed)
+    assert len(seeds) == 60 and sum(len(found) == 4 for found in seeds.values()) == 10
+    assert seeds["pairs=1000 noise=0.0 kl=0.2 n=5"] == [1, 2, 3, 4] and seeds["pairs=300 noise=0.0 kl=0.2 n=16"] == [1]
+
+
 # ---------------------------------------------------------------- beyond the paper
 
 
