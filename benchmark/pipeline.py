@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 48
 BATCH = 640  # rows in one generation batch: the model is tiny, so large batches cost nothing
 FORWARD = 64  # rows in one forward pass: what is computed stays in the processor's cache
 
-# Settings of every stage, chosen on the validation split (benchmark/README.md says how). Flags of the three scripts.
+# Settings of every stage, from trials on prototypes of this world and its validation split (benchmark/README.md). Flags of the three scripts.
 SFT = dict(epochs=16, batch_size=32, lr=2e-3, lr_schedule="cosine", final_lr_fraction=0.1, warmup_steps=50, weight_decay=0.01,
            max_grad_norm=1.0, query_length=128, response_length=MAX_NEW_TOKENS, forward_batch_size=BATCH, log_every=200)  # fmt: skip
 RM = dict(epochs=4, batch_size=32, lr=1e-3, bound="tanh", query_length=128, response_length=MAX_NEW_TOKENS, forward_batch_size=BATCH,

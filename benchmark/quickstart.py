@@ -2,7 +2,7 @@
 
     python -m benchmark.quickstart --output_dir output/quickstart --seed 1
 
-About nine minutes on two CPU cores. Stages and files are those of benchmark/pipeline.py; a killed run continues. Leaves
+About eight minutes on two CPU cores. Stages and files are those of benchmark/pipeline.py; a killed run continues. Leaves
 `summary.json` (methods -> sft, ppo_m, br, bw -> greedy_pass1, greedy_pass1_se, sampled_pass1, reward, kl, r2, seconds),
 `table.md`, `training.png` (Figure 2), `reliability.png` (Figure 1) and `r2.png` in the output folder.
 """
