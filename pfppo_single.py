@@ -30,6 +30,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -39,12 +40,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 # Shapes: B prompts per update, N responses per prompt, K rows kept by the filter, Q query length, R response length, V vocabulary.
 #
@@ -55,6 +56,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 #   logits, values  read one column earlier than the token they belong to: Q-1 .. Q+R-2
 
 AUTO, THRESHOLDS = ("none", "bon", "br", "bw"), ("top", "top_random", "top_bottom")  # what `filter auto` chooses from; filters by threshold
+# what may change when a run goes on: memory and speed
+FREE = ("micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing", "checkpoint_every")
 
 
 @dataclass
@@ -112,7 +115,7 @@ class Args:
     """a stop token counts only at this response index (from 0) or later"""
     mask_after_stop: bool = True
     """Eq. 4: stop generating at the stop token, pay the score there and mask what follows; off: LMHP's fixed last slot, no mask"""
-    forward_batch_size: int = 64
+    forward_batch_size: int = 32
     """rows per rank in one forward pass without gradient (scores, log-probabilities)"""
     generation_batch_size: int = 0
     """responses per rank that are generated at a time; 0: forward_batch_size. Generation likes many rows, forward passes fit in a cache"""
@@ -154,7 +157,7 @@ class Args:
     """m: passes over the kept rows per update"""
     minibatch_size: int = 64
     """rows per optimizer step, over all ranks; threshold filters split into the nearest number of equal parts"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 8
     """rows per rank in one forward and backward pass; changes memory and speed, not the gradient"""
     lr: float = 5e-7
     """learning rate of the policy (and of a shared critic)"""
@@ -214,7 +217,7 @@ LM_HUMAN_PREFERENCES = dict(  # LMHP launch.py and train_policy.py; one table ro
     critic="shared", pad_token="[PAD]", query_length=64, long_queries="keep_start", reshuffle=False, total_episodes=1000000, batch_size=512,
     num_responses=1, response_length=24, temperature=0.7, stop_token="13", stop_after=16, mask_after_stop=False,
     missing_stop="replace", penalty_value=-1.0, normalize_reward=False, filter="none", kl_coef=0.15, adaptive_kl=True,
-    kl_target=6.0, kl_horizon=10000, noptepochs=4, minibatch_size=512, micro_batch_size=64, lr=1e-5, lr_schedule="linear",
+    kl_target=6.0, kl_horizon=10000, noptepochs=4, minibatch_size=512, micro_batch_size=64, forward_batch_size=64, lr=1e-5, lr_schedule="linear",
     adam_style="tensorflow", eps=1e-5, max_grad_norm=0.0, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, gamma=1.0, lam=0.95,
     whiten_rewards=True, whiten_advantages=True, loss_average="token", per_rank_statistics=True,
 )  # fmt: skip
@@ -333,6 +336,18 @@ def stop_masks(responses: torch.Tensor, stop_token_id: int, stop_after: int) -> 
     return ~behind, is_stop.any(1)
 
 
+class AutocastCache(DynamicCache):
+    """Key-value cache in autocast's precision. Under autocast rotary keys come in float32 and would make the whole cache so: twice the
+    memory, for digits that attention drops anyway."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """keys, values (rows, heads, new columns, head size) -> all keys and values so far."""
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, queries: torch.Tensor, query_mask: torch.Tensor, num_responses: int, response_length: int,
@@ -342,8 +357,9 @@ def generate(
 
     Rows of one query are adjacent. Temperature 0 is greedy. The query is read once for its N responses, and rows that have
     stopped leave the batch. Nothing is taken from a checkpoint's generation_config: samples are π_θ's at this temperature."""
-    output = model(**model_inputs(queries, query_mask), use_cache=True, logits_to_keep=1)
-    logits, cache = output.logits[:, -1].repeat_interleave(num_responses, 0), output.past_key_values
+    cache = AutocastCache(config=model.config)
+    output = model(**model_inputs(queries, query_mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[:, -1].repeat_interleave(num_responses, 0)
     if num_responses > 1:
         cache.batch_repeat_interleave(num_responses)
     mask = query_mask.repeat_interleave(num_responses, 0)
@@ -436,15 +452,18 @@ def reward_model_scores(
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
     """logits (rows, R, V), tokens and mask (rows, R) -> log π(token) (rows, R) in float32, 0 where masked."""
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # no copy of the largest tensor there is
     chosen = logits.gather(-1, tokens.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
 
 
 def token_entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """logits (rows, R, V) -> entropy of π at every slot (rows, R) in nats."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    entropy = []
+    for part in logits.split(4):  # a few rows at a time: three more tensors of this size for all rows would not fit
+        logprobs = (part.float() / temperature).log_softmax(-1)
+        entropy.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.cat(entropy)
 
 
 def cumulative_rewards(
@@ -734,6 +753,15 @@ def load_function(spec: str, field: str):
     return partial(found, source=source) if source else found
 
 
+def call_function(function, prompts: list, responses: list[str], rows: list[dict]) -> list[float]:
+    """A `module:function` on responses and what they answer -> one float each. Raises ValueError when it returns another number."""
+    values = function(prompts, responses, rows)
+    if len(values) != len(responses):
+        raise ValueError(f"the reward function returned {len(values)} values for {len(responses)} responses; --reward or --actual_score "
+                         "must return one per response")  # fmt: skip
+    return [float(value) for value in values]
+
+
 def write_folder(path: Path, write) -> None:
     """write(folder aside), then rename: what is at `path` is whole. Between two renames nothing is there; a run that dies at that
     moment leaves the old folder as PATH.old, and `open_run` puts it back."""
@@ -798,22 +826,31 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float]) -> N
 
 def open_run(args, num_processes: int) -> None:
     """Create output_dir with args.json, or put back what `write_folder` had moved aside when a run died. Raises ValueError when it
-    holds a run of other settings, naming them."""
-    folder = Path(args.output_dir)
+    holds a run of other settings, naming them; those of memory and speed (FREE) may change when a run goes on."""
+    folder, other = Path(args.output_dir), {}
     settings = {**json.loads(json.dumps(dataclasses.asdict(args))), "num_processes": num_processes}
     if (folder / "args.json").is_file():
         old = json.loads((folder / "args.json").read_text())
-        other = [f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)]
-        if other:
-            raise ValueError(f"--output_dir {folder} holds another run: {', '.join(other)}; name a new folder or delete this one")
+        other = {k: f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)}
+        if set(other) - set(FREE):
+            other = ", ".join(text for k, text in other.items() if k not in FREE)
+            raise ValueError(f"--output_dir {folder} holds another run: {other}; name a new folder or delete this one")
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of this script; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if other:
+        print(f"--output_dir {folder}: goes on with another {', '.join(other.values())}; rounding, and samples still to be drawn, may differ")
     for old in folder.glob("*.old"):
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
     (folder / "args.json.tmp").write_text(json.dumps(settings, indent=1))
     (folder / "args.json.tmp").rename(folder / "args.json")
+
+
+def process_settings() -> list:
+    """For Accelerator: ranks wait up to two hours for one that saves or grades (NCCL's own limit is ten minutes), and DDP keeps one
+    copy of the gradients, not two."""
+    return [InitProcessGroupKwargs(timeout=timedelta(hours=2)), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
 
 
 def refuse_sharding(distributed_type: str) -> None:
@@ -887,6 +924,13 @@ def kept_sizes(args: Args, name: str) -> dict[str, int]:
     return {"kept per update": kept, "minibatches per epoch": minibatches, "optimizer steps": updates * args.noptepochs * minibatches}
 
 
+def check_ids(rows: list[list[int]], vocab_size: int, field: str) -> None:
+    """Raises ValueError naming `field` when a token id lies outside the model's embedding (on a GPU a device-side assert, much later)."""
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"--{field}: token id {largest}, but the model has {vocab_size} tokens; tokenizer and model must belong together")
+
+
 def check_positions(path: str, field: str, length: int) -> None:
     """Raises ValueError when rows of `length` tokens are longer than the model of `path` has positions (if its configuration says):
     learned positions end the run at the first such row, rotary ones go on and read what they were never trained on."""
@@ -937,7 +981,7 @@ def num_kept(args: Args, name: str) -> int:
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: everything that can be refused is refused here
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=process_settings())
     refuse_sharding(accelerator.distributed_type.value)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     sizes = check_args(args, world)
@@ -958,6 +1002,9 @@ def main(args: Args) -> None:
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
     reward_function = load_function(args.reward, "reward") if ":" in args.reward else None
+    vocab_size = AutoConfig.from_pretrained(args.policy).get_text_config().vocab_size
+    for field, ids in (("prompts", rows), ("eval_prompts", eval_rows), ("stop_token", [{"query_ids": [stop_id]}])):
+        check_ids([row["query_ids"] for row in ids], vocab_size, field)
     longest = max(len(row["query_ids"]) for row in rows + eval_rows) + args.response_length
     for field in ("policy", "reward", "critic_init"):
         if getattr(args, field) and ":" not in getattr(args, field):
@@ -993,7 +1040,7 @@ def main(args: Args) -> None:
     groups.append({"params": model.critic.parameters(), "lr": args.critic_lr if args.critic == "separate" else args.lr})
     optimizer = torch.optim.AdamW(groups, eps=args.eps, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(model)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def all_sum(x: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(x, "sum")
@@ -1025,10 +1072,7 @@ def main(args: Args) -> None:
     def call(function, batch_rows: list[dict], texts: list[str]) -> torch.Tensor:
         """A `module:function` on the responses of batch_rows (each repeated for its responses) -> (rows,) float32."""
         repeated = [row for row in batch_rows for _ in range(len(texts) // len(batch_rows))]
-        values = function([row[args.prompt_field] for row in repeated], texts, repeated)
-        if len(values) != len(texts):
-            raise ValueError(f"the reward function returned {len(values)} values for {len(texts)} responses")
-        return torch.tensor([float(v) for v in values], device=device)
+        return torch.tensor(call_function(function, [row[args.prompt_field] for row in repeated], texts, repeated), device=device)
 
     def score(batch_rows: list[dict], rollout: dict[str, torch.Tensor], texts: list[str]) -> torch.Tensor:
         """R_φ of every response (rows,), as the reward gives it."""
@@ -1096,7 +1140,7 @@ def main(args: Args) -> None:
 
     def save_best(update: int, results: dict[str, float]) -> None:
         key = "eval/greedy_pass1" if "eval/greedy_pass1" in results else "eval/sampled_reward"
-        if key in results and (state["best"] is None or results[key] > state["best"]):
+        if math.isfinite(results.get(key, math.nan)) and (state["best"] is None or results[key] > state["best"]):
             state["best"], state["best_update"] = results[key], update
             save_policy("policy_best")
 

@@ -32,6 +32,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -41,12 +42,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 # Shapes: K responses per label, rows = labels x K with the responses of a label adjacent, Q query length, R response length.
 #
@@ -54,6 +55,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 #   query_response  P P q q q      r r . P P     queries padded left, responses padded right; "." is the stop token
 #   micro-batch         P P P P q q q r r .      `trim` moves all padding left: as wide as its longest row
 #   mask            0 0 1 1 1      1 1 1 0 0     the reward is read at the last attended column
+# what may change when a run goes on: memory and speed
+FREE = ("micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing", "checkpoint_every")
 
 
 @dataclass
@@ -146,7 +149,7 @@ class Args:
     """steps between evaluations; 0: only after the last step"""
     kl_samples: int = 0
     """responses for train/kl at each evaluation: KL of the trained backbone, as a language model, to π_SFT (LMHPD); 0: none"""
-    forward_batch_size: int = 128
+    forward_batch_size: int = 32
     """rows per rank in one forward pass without gradient (evaluation, generation)"""
     log_every: int = 10
     """steps between lines on the console and in metrics.jsonl, each a mean over these steps"""
@@ -166,7 +169,7 @@ class Args:
 
 LM_HUMAN_PREFERENCES = dict(  # LMHP launch.py and train_reward.py; LMHPD's normalize draws at least 512 samples a process
     bound="none", pad_token="[PAD]", num_train=4992, label_pad_id=50259, query_length=64, long_queries="keep_start",
-    response_length=24, stop_token="none", epochs=1, batch_size=32, micro_batch_size=32, lr=5e-5,
+    response_length=24, stop_token="none", epochs=1, batch_size=32, micro_batch_size=32, forward_batch_size=128, lr=5e-5,
     lr_schedule="linear", final_lr_fraction=0.0, warmup_steps=0, adam_style="tensorflow", eps=1e-5, weight_decay=0.0,
     max_grad_norm=0.0, normalize_before=True, normalize_after=True, normalize_samples=512, normalize_query_length=24,
     temperature=0.7, eval_every=10, kl_samples=512, log_every=1,
@@ -289,6 +292,18 @@ def stop_masks(responses: torch.Tensor, stop_token_id: int, stop_after: int) -> 
     return ~behind, is_stop.any(1)
 
 
+class AutocastCache(DynamicCache):
+    """Key-value cache in autocast's precision. Under autocast rotary keys come in float32 and would make the whole cache so: twice the
+    memory, for digits that attention drops anyway."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """keys, values (rows, heads, new columns, head size) -> all keys and values so far."""
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, queries: torch.Tensor, query_mask: torch.Tensor, num_responses: int, response_length: int,
@@ -298,8 +313,9 @@ def generate(
 
     Rows of one query are adjacent. Temperature 0 is greedy. The query is read once for its N responses, and rows that have
     stopped leave the batch. Nothing is taken from a checkpoint's generation_config: samples are π_θ's at this temperature."""
-    output = model(**model_inputs(queries, query_mask), use_cache=True, logits_to_keep=1)
-    logits, cache = output.logits[:, -1].repeat_interleave(num_responses, 0), output.past_key_values
+    cache = AutocastCache(config=model.config)
+    output = model(**model_inputs(queries, query_mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[:, -1].repeat_interleave(num_responses, 0)
     if num_responses > 1:
         cache.batch_repeat_interleave(num_responses)
     mask = query_mask.repeat_interleave(num_responses, 0)
@@ -419,7 +435,7 @@ def label_parts(batch: dict[str, torch.Tensor], num_labels: int, size: int) -> l
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
     """logits (rows, R, V), tokens and mask (rows, R) -> log π(token) (rows, R) in float32, 0 where masked."""
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # no copy of the largest tensor there is
     chosen = logits.gather(-1, tokens.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
 
@@ -614,6 +630,13 @@ def id_label(row: dict, names: list[str], where: str, length: int, args: Args) -
     return {"query": query, "samples": samples, "best": row["best"]}
 
 
+def check_ids(rows: list[list[int]], vocab_size: int, field: str) -> None:
+    """Raises ValueError naming `field` when a token id lies outside the model's embedding (on a GPU a device-side assert, much later)."""
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"--{field}: token id {largest}, but the model has {vocab_size} tokens; tokenizer and model must belong together")
+
+
 def check_positions(path: str, field: str, length: int) -> None:
     """Raises ValueError when rows of `length` tokens are longer than the model of `path` has positions (if its configuration says):
     learned positions end the run at the first such row, rotary ones go on and read what they were never trained on."""
@@ -656,6 +679,15 @@ def load_function(spec: str, field: str):
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--{field} {spec}: {error}; give a model folder or module:function") from error
     return partial(found, source=source) if source else found
+
+
+def call_function(function, prompts: list, responses: list[str], rows: list[dict]) -> list[float]:
+    """A `module:function` on responses and what they answer -> one float each. Raises ValueError when it returns another number."""
+    values = function(prompts, responses, rows)
+    if len(values) != len(responses):
+        raise ValueError(f"the reward function returned {len(values)} values for {len(responses)} responses; --reward or --actual_score "
+                         "must return one per response")  # fmt: skip
+    return [float(value) for value in values]
 
 
 def write_folder(path: Path, write) -> None:
@@ -722,22 +754,31 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float]) -> N
 
 def open_run(args, num_processes: int) -> None:
     """Create output_dir with args.json, or put back what `write_folder` had moved aside when a run died. Raises ValueError when it
-    holds a run of other settings, naming them."""
-    folder = Path(args.output_dir)
+    holds a run of other settings, naming them; those of memory and speed (FREE) may change when a run goes on."""
+    folder, other = Path(args.output_dir), {}
     settings = {**json.loads(json.dumps(dataclasses.asdict(args))), "num_processes": num_processes}
     if (folder / "args.json").is_file():
         old = json.loads((folder / "args.json").read_text())
-        other = [f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)]
-        if other:
-            raise ValueError(f"--output_dir {folder} holds another run: {', '.join(other)}; name a new folder or delete this one")
+        other = {k: f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)}
+        if set(other) - set(FREE):
+            other = ", ".join(text for k, text in other.items() if k not in FREE)
+            raise ValueError(f"--output_dir {folder} holds another run: {other}; name a new folder or delete this one")
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of this script; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if other:
+        print(f"--output_dir {folder}: goes on with another {', '.join(other.values())}; rounding, and samples still to be drawn, may differ")
     for old in folder.glob("*.old"):
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
     (folder / "args.json.tmp").write_text(json.dumps(settings, indent=1))
     (folder / "args.json.tmp").rename(folder / "args.json")
+
+
+def process_settings() -> list:
+    """For Accelerator: ranks wait up to two hours for one that saves or grades (NCCL's own limit is ten minutes), and DDP keeps one
+    copy of the gradients, not two."""
+    return [InitProcessGroupKwargs(timeout=timedelta(hours=2)), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
 
 
 def refuse_sharding(distributed_type: str) -> None:
@@ -774,7 +815,7 @@ def check_args(args: Args, num_processes: int) -> None:
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: everything that can be refused is refused here
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=process_settings())
     refuse_sharding(accelerator.distributed_type.value)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_args(args, world)
@@ -803,6 +844,8 @@ def main(args: Args) -> None:
         reliability_rows = encode_queries(tokenizer, reliability_rows, args, "reliability_prompts")
     longest = max(len(label["query"]) + max(map(len, label["samples"])) for label in labels + eval_labels)
     asked = [row["query_ids"] for row in reliability_rows]
+    for field, ids in (("normalize_prompts", queries), ("reliability_prompts", asked), ("stop_token", [[stop_id]])):
+        check_ids(ids, vocab_size, field)
     asked += queries if args.normalize_before or args.normalize_after or args.kl_samples else []
     check_positions(args.model, "model", max([longest, *(len(query) + args.response_length for query in asked)]))
     steps_per_epoch = math.ceil(num_train / args.batch_size)
@@ -827,7 +870,7 @@ def main(args: Args) -> None:
     init_head(reward_model)
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(reward_model, optimizer)
-    bare = accelerator.unwrap_model(model)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def all_sum(x: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(x, "sum")
@@ -879,9 +922,15 @@ def main(args: Args) -> None:
             results["train/kl"] = total / count
         return results
 
+    def log(step: int, metrics: dict[str, float]) -> None:
+        log_metrics(writer, output_dir, step, metrics)
+        shown = {"loss": "train/loss", "accuracy": "train/accuracy", "lr": "train/lr", "held-out": "test/accuracy", "kl": "train/kl"}
+        if accelerator.is_main_process:
+            bar.write(f"step {step}/{num_steps}  " + "  ".join(f"{k} {metrics[t]:.4g}" for k, t in shown.items() if t in metrics))
+
     # ------------------------------------------------ Continue a killed run; 2. or normalise first
     state = load_checkpoint(accelerator, output_dir / "checkpoints")
-    writer = open_metrics(output_dir, state["step"] if state else -1) if accelerator.is_main_process else None
+    writer = open_metrics(output_dir, state["step"] - ("metrics" in state) if state else -1) if accelerator.is_main_process else None
     run_start, clock = time.time(), time.time()
     if state is None:
         state = {"step": 0, "losses": [], "accuracies": [], "grad_norms": []}
@@ -914,7 +963,7 @@ def main(args: Args) -> None:
             raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; the last good checkpoint is kept in "
                                      f"{output_dir / 'checkpoints'}. Lower --lr")  # fmt: skip
         for name, value in (("losses", loss), ("accuracies", accuracy), ("grad_norms", norm)):
-            state[name].append(value)
+            state[name] += [value] if math.isfinite(value) else []
         optimizer.step()
         optimizer.zero_grad()
 
@@ -922,22 +971,27 @@ def main(args: Args) -> None:
         metrics, last = {}, step == num_steps
         if step % args.log_every == 0 or last:
             metrics = {"train/loss": float(np.mean(state["losses"])), "train/accuracy": float(np.mean(state["accuracies"])),
-                       "train/grad_norm": float(np.mean(state["grad_norms"])), "train/lr": optimizer.param_groups[0]["lr"],
+                       **({"train/grad_norm": float(np.mean(state["grad_norms"]))} if state["grad_norms"] else {}), "train/lr": optimizer.param_groups[0]["lr"],
                        "train/epoch": step / steps_per_epoch,
                        "train/gain": bare.reward_gain.item(), "train/bias": bare.reward_bias.item(),
                        "seconds/step": (time.time() - clock) / len(state["losses"])}  # fmt: skip
             state["losses"], state["accuracies"], state["grad_norms"] = [], [], []
-        if last or (args.eval_every and step % args.eval_every == 0):
+        if args.eval_every and step % args.eval_every == 0 and not last:
             metrics.update(evaluate(step))
         bar.update()
-        if metrics:
-            log_metrics(writer, output_dir, step, metrics)
-            shown = {"loss": "train/loss", "accuracy": "train/accuracy", "lr": "train/lr", "held-out": "test/accuracy", "kl": "train/kl"}
-            if accelerator.is_main_process:
-                bar.write(f"step {step}/{num_steps}  " + "  ".join(f"{k} {metrics[t]:.4g}" for k, t in shown.items() if t in metrics))
+        if last:
+            state["metrics"] = metrics
+        elif metrics:
+            log(step, metrics)
             clock = time.time()
         if step % args.checkpoint_every == 0 or last:
             save_checkpoint(accelerator, output_dir / "checkpoints", step, state)
+    if "metrics" in state:  # the last evaluation, now that what is trained is safe: it may run out of memory, --actual_score may fail
+        log(num_steps, {**state.pop("metrics"), **evaluate(num_steps)})
+        if accelerator.is_main_process:
+            saved = output_dir / "checkpoints" / f"step_{num_steps:06d}" / "state.json"
+            saved.with_suffix(".tmp").write_text(json.dumps({**state, "step": num_steps}))
+            saved.with_suffix(".tmp").rename(saved)
     bar.close()
 
     # ------------------------------------------------ 6. normalise again, save
@@ -959,8 +1013,8 @@ def main(args: Args) -> None:
                 rewards = reward_model_scores(bare, rollout, args.forward_batch_size).tolist()
             texts = decode_responses(tokenizer, rollout)
             repeated = [(i, row) for i, row in mine for _ in range(args.reliability_samples)]
-            actual = actual_score([row[args.prompt_field] for _, row in repeated], texts, [row for _, row in repeated])
-            lines = [{"prompt": i, "response": text, "reward": r, "actual": float(s)} for (i, _), text, r, s in zip(repeated, texts, rewards, actual)]
+            actual = call_function(actual_score, [row[args.prompt_field] for _, row in repeated], texts, [row for _, row in repeated])
+            lines = [{"prompt": i, "response": text, "reward": r, "actual": s} for (i, _), text, r, s in zip(repeated, texts, rewards, actual)]
         lines = sorted((line for part in gather_object([lines]) for line in part), key=lambda line: line["prompt"])
         if accelerator.is_main_process:
             rewards, actual = (np.array([line[name] for line in lines]) for name in ("reward", "actual"))

@@ -27,6 +27,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,10 +36,10 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 # Shapes: rows of one batch on one rank, Q query length, R response length, V vocabulary.
 #
@@ -47,6 +48,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 #   micro-batch         P P P P q q q r r .      `trim` moves all padding left: as wide as its longest row
 #   response_mask                  1 1 1 0 0     up to and including the stop token: what the loss is over
 #   logits          read one column earlier than the token they belong to: Q-1 .. Q+R-2
+# what may change when a run goes on: memory and speed
+FREE = ("micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing", "checkpoint_every")
 
 
 @dataclass
@@ -114,7 +117,7 @@ class Args:
     # evaluation and logging
     eval_every: int = 0
     """steps between evaluations; 0: only after the last step"""
-    forward_batch_size: int = 128
+    forward_batch_size: int = 32
     """rows per rank in one forward pass without gradient (held-out loss, generation)"""
     eval_prompts: str = ""
     """rows to answer greedily at each evaluation; empty: those of eval_data"""
@@ -183,6 +186,18 @@ def stop_masks(responses: torch.Tensor, stop_token_id: int, stop_after: int) -> 
     return ~behind, is_stop.any(1)
 
 
+class AutocastCache(DynamicCache):
+    """Key-value cache in autocast's precision. Under autocast rotary keys come in float32 and would make the whole cache so: twice the
+    memory, for digits that attention drops anyway."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """keys, values (rows, heads, new columns, head size) -> all keys and values so far."""
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, queries: torch.Tensor, query_mask: torch.Tensor, num_responses: int, response_length: int,
@@ -192,8 +207,9 @@ def generate(
 
     Rows of one query are adjacent. Temperature 0 is greedy. The query is read once for its N responses, and rows that have
     stopped leave the batch. Nothing is taken from a checkpoint's generation_config: samples are π_θ's at this temperature."""
-    output = model(**model_inputs(queries, query_mask), use_cache=True, logits_to_keep=1)
-    logits, cache = output.logits[:, -1].repeat_interleave(num_responses, 0), output.past_key_values
+    cache = AutocastCache(config=model.config)
+    output = model(**model_inputs(queries, query_mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[:, -1].repeat_interleave(num_responses, 0)
     if num_responses > 1:
         cache.batch_repeat_interleave(num_responses)
     mask = query_mask.repeat_interleave(num_responses, 0)
@@ -286,7 +302,7 @@ def response_logprobs(
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
     """logits (rows, R, V), tokens and mask (rows, R) -> log π(token) (rows, R) in float32, 0 where masked."""
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # no copy of the largest tensor there is
     chosen = logits.gather(-1, tokens.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
 
@@ -397,6 +413,13 @@ def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
     return (ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids) + [stop_token_id]
 
 
+def check_ids(rows: list[list[int]], vocab_size: int, field: str) -> None:
+    """Raises ValueError naming `field` when a token id lies outside the model's embedding (on a GPU a device-side assert, much later)."""
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"--{field}: token id {largest}, but the model has {vocab_size} tokens; tokenizer and model must belong together")
+
+
 def check_positions(path: str, field: str, length: int) -> None:
     """Raises ValueError when rows of `length` tokens are longer than the model of `path` has positions (if its configuration says):
     learned positions end the run at the first such row, rotary ones go on and read what they were never trained on."""
@@ -432,6 +455,15 @@ def load_function(spec: str, field: str):
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--{field} {spec}: {error}; give a model folder or module:function") from error
     return partial(found, source=source) if source else found
+
+
+def call_function(function, prompts: list, responses: list[str], rows: list[dict]) -> list[float]:
+    """A `module:function` on responses and what they answer -> one float each. Raises ValueError when it returns another number."""
+    values = function(prompts, responses, rows)
+    if len(values) != len(responses):
+        raise ValueError(f"the reward function returned {len(values)} values for {len(responses)} responses; --reward or --actual_score "
+                         "must return one per response")  # fmt: skip
+    return [float(value) for value in values]
 
 
 def write_folder(path: Path, write) -> None:
@@ -498,17 +530,20 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float]) -> N
 
 def open_run(args, num_processes: int) -> None:
     """Create output_dir with args.json, or put back what `write_folder` had moved aside when a run died. Raises ValueError when it
-    holds a run of other settings, naming them."""
-    folder = Path(args.output_dir)
+    holds a run of other settings, naming them; those of memory and speed (FREE) may change when a run goes on."""
+    folder, other = Path(args.output_dir), {}
     settings = {**json.loads(json.dumps(dataclasses.asdict(args))), "num_processes": num_processes}
     if (folder / "args.json").is_file():
         old = json.loads((folder / "args.json").read_text())
-        other = [f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)]
-        if other:
-            raise ValueError(f"--output_dir {folder} holds another run: {', '.join(other)}; name a new folder or delete this one")
+        other = {k: f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)}
+        if set(other) - set(FREE):
+            other = ", ".join(text for k, text in other.items() if k not in FREE)
+            raise ValueError(f"--output_dir {folder} holds another run: {other}; name a new folder or delete this one")
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of this script; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if other:
+        print(f"--output_dir {folder}: goes on with another {', '.join(other.values())}; rounding, and samples still to be drawn, may differ")
     for old in folder.glob("*.old"):
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
@@ -537,6 +572,12 @@ def encode_examples(tokenizer, rows: list[dict], args: Args, field: str, stop_id
     if not rows:
         raise ValueError(f"--{field}: every response is longer than --response_length {args.response_length}; raise it or --long_responses cut")
     return rows
+
+
+def process_settings() -> list:
+    """For Accelerator: ranks wait up to two hours for one that saves or grades (NCCL's own limit is ten minutes), and DDP keeps one
+    copy of the gradients, not two."""
+    return [InitProcessGroupKwargs(timeout=timedelta(hours=2)), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
 
 
 def refuse_sharding(distributed_type: str) -> None:
@@ -572,7 +613,7 @@ def check_args(args: Args, num_processes: int) -> None:
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: everything that can be refused is refused here
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=process_settings())
     refuse_sharding(accelerator.distributed_type.value)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_args(args, world)
@@ -591,9 +632,9 @@ def main(args: Args) -> None:
     eval_rows = encode_examples(tokenizer, eval_rows, args, "eval_data", stop_id) if eval_rows else []
     answer_rows = encode_queries(tokenizer, answer_rows, args, "eval_prompts") if answer_rows else eval_rows
     answer_rows = answer_rows if actual_score else answer_rows[: args.print_samples]
-    vocab_size, largest = config.get_text_config().vocab_size, max(max(row["query_ids"] + row["response_ids"]) for row in rows)
-    if largest >= vocab_size:
-        raise ValueError(f"--tokenizer: token id {largest} in --train_data, but the model has {vocab_size} tokens; they must belong together")
+    for field, found_rows in (("train_data", rows), ("eval_data", eval_rows), ("eval_prompts", answer_rows)):
+        check_ids([row["query_ids"] + row.get("response_ids", []) for row in found_rows], config.get_text_config().vocab_size, field)
+    check_ids([[stop_id]], config.get_text_config().vocab_size, "stop_token")
     longest = [len(row["query_ids"] + row["response_ids"]) for row in rows + eval_rows]
     longest = max(longest + [len(row["query_ids"]) + args.response_length for row in answer_rows])
     check_positions(args.model or args.model_config, "model" if args.model else "model_config", longest)
@@ -622,7 +663,7 @@ def main(args: Args) -> None:
         policy.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(policy, optimizer)
-    bare = accelerator.unwrap_model(model)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def all_sum(x: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(x, "sum")
@@ -653,8 +694,8 @@ def main(args: Args) -> None:
             answers = [{"row": rank + i * world, "step": step, "prompt": p, "response": t, "length": n, "truncated": not stopped}
                        for i, (p, t, n, stopped) in enumerate(zip(
                            prompts, texts, rollout["response_mask"].sum(1).tolist(), rollout["has_stop"].tolist()))]  # fmt: skip
-            for answer, value in zip(answers, actual_score(prompts, texts, mine) if actual_score else ()):
-                answer["greedy_pass1"] = float(value)
+            for answer, value in zip(answers, call_function(actual_score, prompts, texts, mine) if actual_score else ()):
+                answer["greedy_pass1"] = value
         answers = sorted((answer for part in gather_object([answers]) for answer in part), key=lambda answer: answer["row"])
         for name in ("length", "truncated", "greedy_pass1"):
             values = [answer[name] for answer in answers if name in answer]
@@ -667,9 +708,15 @@ def main(args: Args) -> None:
         bare.train()
         return results
 
+    def log(step: int, metrics: dict[str, float]) -> None:
+        log_metrics(writer, output_dir, step, metrics)
+        shown = {"loss": "train/loss", "lr": "train/lr", "held-out": "test/loss", "pass@1": "test/greedy_pass1"}
+        if accelerator.is_main_process:
+            bar.write(f"step {step}/{num_steps}  " + "  ".join(f"{k} {metrics[t]:.4g}" for k, t in shown.items() if t in metrics))
+
     # ------------------------------------------------ Continue a killed run
     state = load_checkpoint(accelerator, output_dir / "checkpoints")
-    writer = open_metrics(output_dir, state["step"] if state else -1) if accelerator.is_main_process else None
+    writer = open_metrics(output_dir, state["step"] - ("metrics" in state) if state else -1) if accelerator.is_main_process else None
     state = state or {"step": 0, "losses": [], "grad_norms": []}
     run_start, clock, first_step = time.time(), time.time(), state["step"]
     bar = tqdm(total=num_steps, initial=first_step, disable=not accelerator.is_main_process, desc="SFT steps", mininterval=5)
@@ -700,29 +747,35 @@ def main(args: Args) -> None:
         if not math.isfinite(loss if accelerator.scaler else loss + norm):  # under fp16 a gradient may overflow: its step is skipped
             raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; the last good checkpoint is kept in "
                                      f"{output_dir / 'checkpoints'}. Lower --lr")  # fmt: skip
-        state["losses"].append(loss), state["grad_norms"].append(norm)
+        state["losses"].append(loss)
+        state["grad_norms"] += [norm] if math.isfinite(norm) else []
         optimizer.step()
         optimizer.zero_grad()
 
         # ---------------- 4. held-out loss, sampled responses; log and save
         metrics, last = {}, step == num_steps
         if step % args.log_every == 0 or last:
-            metrics = {"train/loss": float(np.mean(state["losses"])), "train/grad_norm": float(np.mean(state["grad_norms"])),
+            metrics = {"train/loss": float(np.mean(state["losses"])), **({"train/grad_norm": float(np.mean(state["grad_norms"]))} if state["grad_norms"] else {}),
                        "train/lr": optimizer.param_groups[0]["lr"], "train/epoch": step / steps_per_epoch,
                        "seconds/step": (time.time() - clock) / len(state["losses"])}  # fmt: skip
             state["losses"], state["grad_norms"] = [], []
-        if last or (args.eval_every and step % args.eval_every == 0):
+        if args.eval_every and step % args.eval_every == 0 and not last:
             metrics.update(evaluate(step))
         bar.update()
-        if metrics:
-            log_metrics(writer, output_dir, step, metrics)
-            shown = {"loss": "train/loss", "lr": "train/lr", "held-out": "test/loss", "pass@1": "test/greedy_pass1"}
-            if accelerator.is_main_process:
-                bar.write(f"step {step}/{num_steps}  " + "  ".join(f"{k} {metrics[t]:.4g}" for k, t in shown.items() if t in metrics))
+        if last:
+            state["metrics"] = metrics
+        elif metrics:
+            log(step, metrics)
             clock = time.time()
         if step % args.checkpoint_every == 0 or last:
             save_checkpoint(accelerator, output_dir / "checkpoints", step, state)
 
+    if "metrics" in state:  # the last evaluation, now that what is trained is safe: it may run out of memory, --actual_score may fail
+        log(num_steps, {**state.pop("metrics"), **evaluate(num_steps)})
+        if accelerator.is_main_process:
+            saved = output_dir / "checkpoints" / f"step_{num_steps:06d}" / "state.json"
+            saved.with_suffix(".tmp").write_text(json.dumps({**state, "step": num_steps}))
+            saved.with_suffix(".tmp").rename(saved)
     bar.close()
     if accelerator.is_main_process:
         write_folder(output_dir / "model", lambda folder: (bare.save_pretrained(folder), tokenizer.save_pretrained(folder)))

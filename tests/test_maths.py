@@ -279,6 +279,11 @@ def test_entropy_of_uniform_and_certain_distributions():
     torch.testing.assert_close(pf.token_entropy(logits, 1.0), torch.tensor([[math.log(4), 0.0]]))
 
 
+def test_entropy_of_many_rows_is_that_of_each_row():
+    logits = torch.randn(9, 3, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pf.token_entropy(logits, 0.7), torch.cat([pf.token_entropy(row[None], 0.7) for row in logits]))
+
+
 # ---------------------------------------------------------------- KL controller, learning rate, Adam
 
 

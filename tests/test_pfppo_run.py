@@ -1,5 +1,7 @@
 """Whole runs of pfppo_single.py on the tiny world: what moves, what is logged, what a kill leaves, what is refused."""
 
+import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -854,6 +856,7 @@ FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', 
     (dict(batch_size=0), "--batch_size must be at least 1"),
     (dict(generation_batch_size=-1), "--generation_batch_size must be at least 1, or 0"),
     (dict(stop_token="nosuch"), "--stop_token nosuch"),
+    (dict(stop_token="99999"), "--stop_token: token id 99999, but the model has"),
     (dict(policy="{files}/nopad"), "nopad: the tokenizer has no pad token.*--pad_token"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_a_model_is_loaded(make_args, tmp_path, world, monkeypatch, changes, message):
@@ -890,6 +893,33 @@ def test_what_fits_the_model_is_not_refused(world, tmp_path):
         pf.check_vocabulary(tokenizer, str(world / "reward"), "reward")
         tokenizer.save_pretrained(tmp_path / pad)
         pf.check_vocabulary(make_tokenizer(), str(tmp_path / pad), "reward")
+
+
+def test_memory_and_speed_may_change_when_a_run_goes_on(tmp_path, capsys):
+    # what a run needs that has run out of memory; whatever else changes makes another run
+    args = pf.Args(output_dir=str(tmp_path / "run"), micro_batch_size=32)
+    pf.open_run(args, 1)
+    pf.open_run(dataclasses.replace(args, micro_batch_size=4), 1)
+    assert "goes on with another micro_batch_size (32 there, 4 here)" in capsys.readouterr().out
+    pf.open_run(dataclasses.replace(args, micro_batch_size=4), 1)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=r"another run: lr \(5e-07 there, 0.1 here\); name"):
+        pf.open_run(dataclasses.replace(args, micro_batch_size=2, lr=0.1), 1)
+
+
+@pytest.mark.parametrize("script", ["sft_single", "rm_single", "pfppo_single"])
+def test_ranks_wait_longer_than_a_checkpoint_takes(script, monkeypatch):
+    # NCCL's limit is ten minutes; the others wait while rank 0 writes or one rank grades
+    script, given = importlib.import_module(script), []
+
+    def accelerator(kwargs_handlers):
+        given.extend(kwargs_handlers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "Accelerator", accelerator)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(script.Args())
+    assert [handler.timeout.total_seconds() for handler in given if hasattr(handler, "timeout")] == [7200]
 
 
 def test_a_folder_of_another_run_is_refused(uninterrupted, monkeypatch):

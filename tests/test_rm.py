@@ -216,6 +216,7 @@ def test_bad_label_files_are_refused_before_a_model_is_loaded(world, tmp_path, m
 
 @pytest.mark.parametrize("changes, message", [
     (dict(model=""), "--model is needed"),
+    (dict(stop_token="99999"), "--stop_token: token id 99999, but the model has"),
     (dict(num_train=20), "--num_train 20: .* has 19 labels"),
     (dict(temperature=0.0), "--temperature must be above 0"),
     (dict(actual_score="a:b"), "--reliability_prompts and --actual_score need each other"),
@@ -335,6 +336,18 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch,
     assert steady[0] == steady[1]
     with pytest.raises(ValueError, match="holds another run: seed"):
         train("killed", log_every=4, checkpoint_every=2, seed=2)
+
+
+def test_an_evaluation_that_fails_loses_no_step(train, monkeypatch, tmp_path):
+    # PITFALLS SYS-9: the last evaluation comes behind the last checkpoint, and may be asked for less memory the second time
+    metrics, model = train("whole", kl_samples=8)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(rm, "response_logprobs", lambda *args: (_ for _ in ()).throw(MemoryError()))
+        train("failed", kl_samples=8)
+    monkeypatch.setattr(rm, "scheduled_lr", lambda *args: pytest.fail("a step was trained again"))
+    again, resumed = train("failed", kl_samples=8, gradient_checkpointing=True)
+    steady = [[{k: v for k, v in m.items() if k != "seconds/step"} for m in lines] for lines in (metrics, again)]
+    assert steady[0] == steady[1] and largest_difference(model.state_dict(), resumed.state_dict()) == 0
 
 
 def test_a_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(train, monkeypatch, tmp_path):

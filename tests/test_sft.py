@@ -269,6 +269,29 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch,
     assert [path.name for path in (tmp_path / "killed/checkpoints").iterdir()] == ["step_000006"]
 
 
+def test_an_evaluation_that_fails_loses_no_step(train, monkeypatch, module, tmp_path):
+    # PITFALLS SYS-9: the last evaluation comes behind the last checkpoint, and may be asked for less memory the second time
+    name = module("sft_failing", "def score(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n")
+    metrics, weights = train("whole", actual_score=f"{name}:score", print_samples=2)
+    module(name, "def score(prompts, responses, rows):\n    raise MemoryError\n")
+    with pytest.raises(MemoryError):
+        train("failed", actual_score=f"{name}:score", print_samples=2)
+    module(name, "def score(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n")
+    monkeypatch.setattr(sft, "scheduled_lr", lambda *args: pytest.fail("a step was trained again"))
+    for _ in range(2):  # the second time nothing is left to do
+        again, resumed = train("failed", actual_score=f"{name}:score", print_samples=2, forward_batch_size=3)
+        steady = [[{k: v for k, v in m.items() if k != "seconds/step"} for m in lines] for lines in (metrics, again)]
+        assert [m["step"] for m in again] == [1, 2, 3, 4, 5, 6] and steady[0][:-1] == steady[1][:-1]
+        assert steady[0][-1] == pytest.approx(steady[1][-1], rel=1e-5) and largest_difference(weights, resumed) == 0
+        assert (tmp_path / "failed/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
+
+
+def test_a_grader_that_returns_too_few_values_is_refused(train, module):
+    name = module("sft_short", "def short(prompts, responses, rows):\n    return [1.0] * (len(responses) - 1)\n")
+    with pytest.raises(ValueError, match="returned 10 values for 11 responses"):
+        train(actual_score=f"{name}:short")
+
+
 def settings_of(folder: Path) -> dict:
     return {k: v for k, v in json.loads((folder / "args.json").read_text()).items() if k != "num_processes"}
 
@@ -294,6 +317,7 @@ def test_a_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(train, monkeypa
     (dict(batch_size=0), "--batch_size must be at least 1"),
     (dict(actual_score="json:none", eval_data="EVAL"), "--actual_score json:none"),
     (dict(stop_token="<end>"), "--stop_token <end>"),
+    (dict(stop_token="99999"), "token id 99999, but the model has"),
     (dict(query_length=2), "--query_length 2"),
     (dict(response_length=124), "--model .*gpt2 has 128 positions, .* 130 tokens together; lower --response_length"),  # it will be asked
 ])  # fmt: skip
@@ -319,7 +343,7 @@ def test_the_folder_of_another_run_and_a_foreign_tokenizer_are_refused(train, wo
     with pytest.raises(ValueError, match=r"holds another run: lr \(0.001 there, 0.002 here\)"):
         train(lr=2e-3)
     model_config("gpt2", vocab_size=10).save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match=f"token id {EOS} .* the model has 10 tokens"):
+    with pytest.raises(ValueError, match=f"--train_data: token id {EOS}, but the model has 10 tokens"):
         train("other", model="", model_config=str(tmp_path / "small"), tokenizer=str(world / "gpt2"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, reward_model
 from scipy.stats import chisquare
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import pfppo_single as pf
 
@@ -297,6 +297,28 @@ def test_trim_says_where_its_response_columns_came_from():
 
 
 # ---------------------------------------------------------------- sampling and log-probabilities
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_cache_is_as_small_as_autocast_allows_and_gives_the_same_tokens(name, monkeypatch):
+    # PITFALLS LP-7: rotary keys are float32 under autocast and would make the cache float32
+    model, caches = causal_lm(name, seed=4), []
+    queries = pf.pad_rows([[1, 2], [3, 0, 2, 1]], 0, "left")
+
+    def kept(config):
+        caches.append(pf_cache(config=config))
+        return caches[-1]
+
+    def sampled():
+        with torch.autocast("cpu", torch.bfloat16):
+            return pf.generate(model, *queries, 3, 12, 1.0, -1, 0, 0, torch.Generator().manual_seed(0))
+
+    pf_cache = pf.AutocastCache
+    monkeypatch.setattr(pf, "AutocastCache", kept)
+    responses = sampled()
+    assert {tensor.dtype for layer in caches[0].layers for tensor in (layer.keys, layer.values)} == {torch.bfloat16}
+    monkeypatch.setattr(pf, "AutocastCache", DynamicCache)
+    assert torch.equal(sampled(), responses)
 
 
 @pytest.fixture(scope="module")
