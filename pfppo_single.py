@@ -1016,11 +1016,11 @@ def main(args: Args) -> None:
 
     frozen_dtype = getattr(torch, args.frozen_dtype)
     ref_policy = load_causal_lm(args.policy, frozen_dtype).to(device).eval().requires_grad_(False)
-    policy = load_causal_lm(args.policy)
+    policy = load_causal_lm(args.policy).to(device)
     if args.critic == "shared":
         critic = nn.Linear(policy.config.hidden_size, 1)
     elif args.critic_init or ":" not in args.reward:
-        critic = RewardModel.from_pretrained(args.critic_init or args.reward)
+        critic = RewardModel.from_pretrained(args.critic_init or args.reward).to(device)
     else:
         config = AutoConfig.from_pretrained(args.policy)
         without_dropout(config)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationMixin
 
 import pfppo_single as pfppo
 import rm_single as rm
@@ -65,6 +66,45 @@ def test_the_peers_loop_written_again_repeats_recorded_seed_1(tmp_path):
     names = {"objective/shaped_score": "objective/scores", "ppo/loss/value": "ppo/loss/value_avg"}
     for tag in ours[0].keys() - {"step"}:
         assert [row[tag] for row in ours] == pytest.approx(recorded[names.get(tag, tag)][:3], abs=2e-5), tag
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded world is not shipped; it is looked for in ../shared/reference")
+def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(tmp_path, monkeypatch):
+    # what neither tensors of one update nor curves show: state from update to update (Adam, learning rate, KL coefficient, values)
+    drawn, plain = [], GenerationMixin.generate
+
+    def kept(self, input_ids, attention_mask, **settings):
+        sequences = plain(self, input_ids=input_ids, attention_mask=attention_mask, **settings)
+        drawn.append((input_ids, attention_mask.bool(), sequences[:, input_ids.shape[1] :]))
+        return sequences
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", kept)
+        peer_policy.main(peer_policy.Args(world=str(SHARED), output_dir=str(tmp_path / "peer"), seed=11, updates=6))
+    import_reference.main(SHARED, tmp_path / "reward")
+    args = pfppo.parse_args(
+        f"--preset lm_human_preferences --policy {SHARED}/model --reward {tmp_path}/reward --prompts {SHARED}/queries.jsonl --prompt_field text "
+        "--query_length 24 --batch_size 64 --minibatch_size 64 --total_episodes 7680 --lr 0.00025 --stop_token 4 --kl_target 3 --kl_horizon 2000 "
+        f"--print_samples_every 0 --output_dir {tmp_path}/ours".split()
+    )
+    rows = pfppo.encode_queries(pfppo.load_tokenizer(args.policy, args.pad_token), pfppo.load_rows(args.prompts, "prompts"), args, "prompts")
+    where = {tuple(row["query_ids"]): i for i, row in enumerate(rows)}
+    order = [where[tuple(query[real].tolist())] for queries, mask, _ in drawn for query, real in zip(queries, mask)]
+    responses = iter([r for _, _, r in drawn])
+
+    def order_of(num_prompts, start, count, *rest):
+        if start >= len(order):
+            raise KeyboardInterrupt  # behind the last recorded update
+        return order[start : start + count]
+
+    monkeypatch.setattr(pfppo, "prompt_order", order_of)
+    monkeypatch.setattr(pfppo, "generate", lambda *rest: next(responses))
+    with pytest.raises(KeyboardInterrupt):
+        pfppo.main(args)
+    peer, ours = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("peer", "ours"))
+    assert len(peer) == len(ours) == 6
+    for tag in peer[0].keys():
+        assert [row[tag] for row in ours] == pytest.approx([row[tag] for row in peer], rel=1e-3, abs=1e-4), tag
 
 
 def test_another_architecture_and_other_sizes_are_reproduced_by_the_same_command(llama_world):  # PITFALLS RM-5
