@@ -56,8 +56,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 #   logits, values  read one column earlier than the token they belong to: Q-1 .. Q+R-2
 
 AUTO, THRESHOLDS = ("none", "bon", "br", "bw"), ("top", "top_random", "top_bottom")  # what `filter auto` chooses from; filters by threshold
-# what may change when a run goes on: memory and speed
-FREE = ("micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing", "checkpoint_every")
 
 
 @dataclass
@@ -826,14 +824,15 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float]) -> N
 
 def open_run(args, num_processes: int) -> None:
     """Create output_dir with args.json, or put back what `write_folder` had moved aside when a run died. Raises ValueError when it
-    holds a run of other settings, naming them; those of memory and speed (FREE) may change when a run goes on."""
+    holds a run of other settings, naming them; those of memory and speed may change when a run goes on."""
     folder, other = Path(args.output_dir), {}
+    free = ("micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing", "checkpoint_every")
     settings = {**json.loads(json.dumps(dataclasses.asdict(args))), "num_processes": num_processes}
     if (folder / "args.json").is_file():
         old = json.loads((folder / "args.json").read_text())
         other = {k: f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)}
-        if set(other) - set(FREE):
-            other = ", ".join(text for k, text in other.items() if k not in FREE)
+        if set(other) - set(free):
+            other = ", ".join(text for k, text in other.items() if k not in free)
             raise ValueError(f"--output_dir {folder} holds another run: {other}; name a new folder or delete this one")
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of this script; name a new folder")

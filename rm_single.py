@@ -55,8 +55,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 #   query_response  P P q q q      r r . P P     queries padded left, responses padded right; "." is the stop token
 #   micro-batch         P P P P q q q r r .      `trim` moves all padding left: as wide as its longest row
 #   mask            0 0 1 1 1      1 1 1 0 0     the reward is read at the last attended column
-# what may change when a run goes on: memory and speed
-FREE = ("micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing", "checkpoint_every")
 
 
 @dataclass
@@ -754,14 +752,15 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float]) -> N
 
 def open_run(args, num_processes: int) -> None:
     """Create output_dir with args.json, or put back what `write_folder` had moved aside when a run died. Raises ValueError when it
-    holds a run of other settings, naming them; those of memory and speed (FREE) may change when a run goes on."""
+    holds a run of other settings, naming them; those of memory and speed may change when a run goes on."""
     folder, other = Path(args.output_dir), {}
+    free = ("micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing", "checkpoint_every")
     settings = {**json.loads(json.dumps(dataclasses.asdict(args))), "num_processes": num_processes}
     if (folder / "args.json").is_file():
         old = json.loads((folder / "args.json").read_text())
         other = {k: f"{k} ({old.get(k)!r} there, {settings.get(k)!r} here)" for k in {**old, **settings} if old.get(k) != settings.get(k)}
-        if set(other) - set(FREE):
-            other = ", ".join(text for k, text in other.items() if k not in FREE)
+        if set(other) - set(free):
+            other = ", ".join(text for k, text in other.items() if k not in free)
             raise ValueError(f"--output_dir {folder} holds another run: {other}; name a new folder or delete this one")
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of this script; name a new folder")

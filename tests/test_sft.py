@@ -278,7 +278,10 @@ def test_an_evaluation_that_fails_loses_no_step(train, monkeypatch, module, tmp_
         train("failed", actual_score=f"{name}:score", print_samples=2)
     module(name, "def score(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n")
     monkeypatch.setattr(sft, "scheduled_lr", lambda *args: pytest.fail("a step was trained again"))
-    for _ in range(2):  # the second time nothing is left to do
+    state = tmp_path / "failed/checkpoints/step_000006/state.json"
+    unfinished = state.read_text()
+    for attempt in range(3):  # the second time nothing is left to do; the third, the run was killed behind its last line of metrics
+        state.write_text(unfinished) if attempt == 2 else None
         again, resumed = train("failed", actual_score=f"{name}:score", print_samples=2, forward_batch_size=3)
         steady = [[{k: v for k, v in m.items() if k != "seconds/step"} for m in lines] for lines in (metrics, again)]
         assert [m["step"] for m in again] == [1, 2, 3, 4, 5, 6] and steady[0][:-1] == steady[1][:-1]

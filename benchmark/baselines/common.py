@@ -213,10 +213,8 @@ class Run:
     def call(self, function, rows: list[dict], texts: list[str]) -> torch.Tensor:
         """A `module:function` on the responses of rows (each repeated for its responses) -> (rows,) float32."""
         repeated = [row for row in rows for _ in range(len(texts) // len(rows))]
-        values = function([row[self.args.prompt_field] for row in repeated], texts, repeated)
-        if len(values) != len(texts):
-            raise ValueError(f"the reward function returned {len(values)} values for {len(texts)} responses")
-        return torch.tensor([float(v) for v in values], device=self.device)
+        prompts = [row[self.args.prompt_field] for row in repeated]
+        return torch.tensor(pfppo.call_function(function, prompts, texts, repeated), device=self.device)
 
     def score(self, rows: list[dict], rollout: dict[str, torch.Tensor]) -> torch.Tensor:
         """R_φ of every response (rows,)."""
