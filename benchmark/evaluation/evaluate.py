@@ -11,7 +11,7 @@ answers.
 1. Read the problems (`--data FILE` in the published format, else from the hub) and check them.
 2. Read the completions (`--samples FILE.jsonl` with `task_id` and `completion`), or generate them with `--model`,
    and check them.
-3. Grade: programs in `benchmark.grading`, final answers in `benchmark.answers`. Each verdict is written as it comes;
+3. Grade: programs in `benchmark.grading`, final answers in `benchmark.evaluation.answers`. Each verdict is written as it comes;
    a run that broke off goes on where it was.
 4. Score the completions with `--reward_model`, for best-of-1 and best-of-n.
 5. Print a table; leave DIR/summary.json and DIR/verdicts.jsonl (one line per problem, in the order of the data).
@@ -34,10 +34,9 @@ from typing import Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path as well as by -m
-
-from benchmark import answers  # noqa: E402
-from benchmark.grading import CPU_SECONDS, MEMORY_BYTES, WALL_SECONDS, GradingError, as_job, grade_many  # noqa: E402
+from benchmark.evaluation import answers
+from benchmark.grading import GradingError, grade_many
+from benchmark.grading.grader import CPU_SECONDS, MEMORY_BYTES, WALL_SECONDS, as_job
 
 CODE_TASKS = ("humaneval", "mbpp", "leetcode", "minicode")
 MATH_TASKS = ("gsm8k", "ape210k", "cmath")

@@ -4,7 +4,7 @@
     {'passed': True, 'detail': 'all tests passed'}
 
 1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither
-   (`benchmark/sandbox.py`). Plain data crosses.
+   (`benchmark/grading/sandbox.py`). Plain data crosses.
 2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the
    program does not have. A judge is trusted and serves job after job; a program's process is used once, then killed
    and waited for, with all that it started.

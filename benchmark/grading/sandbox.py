@@ -1,4 +1,4 @@
-"""The inside of the grader: what runs in the two processes of one grading. `benchmark/grading.py` starts it; nothing
+"""The inside of the grader: what runs in the two processes of one grading. `benchmark/grading/grader.py` starts it; nothing
 here is an interface.
 
 1. A *template* process is started clean (a new interpreter, no environment, no tests, no threads), warms up its

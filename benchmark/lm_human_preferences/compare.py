@@ -24,14 +24,11 @@ from pathlib import Path
 
 import torch
 
-if __name__ == "__main__":  # run as a file: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from safetensors.torch import load_file
 
 import pfppo_single as pfppo
 import rm_single as rm
-from benchmark.import_reference import load_recorded, reward_model_from, reward_names
+from benchmark.lm_human_preferences.import_reference import load_recorded, reward_model_from, reward_names
 
 FORWARD, WEIGHTS, EXACT, SCHEDULE = 1e-5, 1e-6, 0.0, 1e-9
 ROUNDING_FACTOR, ROUNDING_LIMIT = 10, 10

@@ -1,6 +1,6 @@
 """Turn a recorded world of lm-human-preference-details into the files our scripts read.
 
-  python -m benchmark.import_reference FOLDER OUTPUT_DIR
+  python -m benchmark.lm_human_preferences.import_reference FOLDER OUTPUT_DIR
 
 FOLDER holds `model/` (a causal language model with its tokenizer) and `reward_model.safetensors` (the peer's reward model: a whole
 causal language model under `lm_backbone.`, a `scalar_head`, `reward_gain` and `reward_bias`). OUTPUT_DIR becomes a reward folder as

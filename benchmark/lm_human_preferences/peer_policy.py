@@ -1,6 +1,6 @@
 """lm-human-preference-details' policy stage, written a second time and on its own: more seeds of the recorded curves.
 
-    python -m benchmark.peer_policy --world WORLD --seed 11 --output_dir output/peer/seed_11
+    python -m benchmark.lm_human_preferences.peer_policy --world WORLD --seed 11 --output_dir output/peer/seed_11
 
 Ten recorded seeds are few. This loop draws its random numbers in the recorded runs' order (weights, shuffled queries, sampling by
 transformers' `generate`, one permutation per epoch), so with --seed 1 it repeats the recorded seed 1, which a test checks; other seeds

@@ -1,8 +1,8 @@
 """Our curves over recorded ones: table, csv, json and picture.
 
-  python -m benchmark.plot --runs runs/lmhp/policy_steady --bands benchmark/reference/bands_policy_steady.json --output_dir DIR
+  python -m benchmark.lm_human_preferences.plot --runs runs/lmhp/policy_steady --bands benchmark/lm_human_preferences/reference/bands_policy_steady.json --output_dir DIR
 
-`--runs` is a folder of benchmark.run (its seed_*/metrics.jsonl are read) or a `metrics.jsonl.gz` that an earlier call wrote. Writes
+`--runs` is a folder of benchmark.lm_human_preferences.run (its seed_*/metrics.jsonl are read) or a `metrics.jsonl.gz` that an earlier call wrote. Writes
 NAME.png, NAME.csv, NAME.json, NAME.md, NAME_metrics.jsonl.gz and NAME_runs.jsonl into DIR, NAME being the name of the runs folder.
 
 Per tag: `distance`, the root mean square over steps between our mean over seeds and the recorded mean; `split-half`, the same
@@ -36,7 +36,7 @@ DISTANCE_LIMIT, STANDARD_ERRORS = 1.5, 2.0
 
 
 def read_runs(path: Path) -> dict[int, list[dict]]:
-    """Seed -> lines of metrics, from a folder of benchmark.run (finished seeds only) or from a metrics.jsonl.gz."""
+    """Seed -> lines of metrics, from a folder of benchmark.lm_human_preferences.run (finished seeds only) or from a metrics.jsonl.gz."""
     seeds: dict[int, list[dict]] = {}
     if path.suffix == ".gz":
         with gzip.open(path, "rt") as file:
@@ -44,7 +44,7 @@ def read_runs(path: Path) -> dict[int, list[dict]]:
                 seeds.setdefault(line.pop("seed"), []).append(line)
         return seeds
     if not (path / "runs.jsonl").is_file():
-        raise FileNotFoundError(f"--runs {path}: no runs.jsonl; give a folder of benchmark.run with at least one finished seed")
+        raise FileNotFoundError(f"--runs {path}: no runs.jsonl; give a folder of benchmark.lm_human_preferences.run with at least one finished seed")
     for run in map(json.loads, (path / "runs.jsonl").read_text().splitlines()):
         lines = (path / f"seed_{run['seed']}" / "metrics.jsonl").read_text().splitlines()
         seeds[run["seed"]] = [json.loads(line) for line in lines]

@@ -1,6 +1,6 @@
 """One command times seeds: resumable, a few at a time, every finished run recorded.
 
-  python -m benchmark.run --name policy --root runs/lmhp --seeds 1-10 --workers 1 -- \\
+  python -m benchmark.lm_human_preferences.run --name policy --root runs/lmhp --seeds 1-10 --workers 1 -- \\
       accelerate launch --cpu --num_processes 1 pfppo_single.py ... --seed {seed} --output_dir {output_dir}
 
 `{seed}` and `{output_dir}` (ROOT/NAME/seed_SEED) are filled in. A finished run is a line in ROOT/NAME/runs.jsonl (seed, command,

@@ -112,7 +112,7 @@ def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, levels: di
 
 
 def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
-    """Figure 2 over many runs: method -> curves of benchmark.reproduce. Reward of the policy's own samples (line) and of kept samples
+    """Figure 2 over many runs: method -> curves of benchmark.study.reproduce. Reward of the policy's own samples (line) and of kept samples
     (dotted), greedy pass@1, sampled pass@1."""
     figure, (reward, greedy, sampled) = plt.subplots(1, 3, figsize=(14, 4))
     every = {name: world_levels(runs, name) for name in ("score", "greedy_pass1", "sampled_pass1")}

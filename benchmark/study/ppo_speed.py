@@ -1,8 +1,8 @@
 """Measures seconds per PPO update: ours without a filter, with BR and with BW, beside TRL's PPOTrainer, in one run.
 
-    python -m benchmark.ppo_speed --world output/quickstart
+    python -m benchmark.study.ppo_speed --world output/quickstart
     pip install --no-deps --target /tmp/trl 'trl==1.12.0'     # the last TRL with a PPOTrainer
-    PYTHONPATH=/tmp/trl python -m benchmark.ppo_speed --world output/quickstart
+    PYTHONPATH=/tmp/trl python -m benchmark.study.ppo_speed --world output/quickstart
 
 All start from the same SFT policy and reward model (a folder of benchmark.quickstart) on one thread, and do the same work per
 update: 64 prompts x 5 responses of at most 48 tokens, 3 epochs in minibatches of 64 rows, a critic of its own. TRL samples one
@@ -34,7 +34,7 @@ WAYS = {"ours, PPO-M": "none", "ours, PF-PPO BR": "br", "ours, PF-PPO BW": "bw",
 @dataclass
 class Args:
     world: str
-    """folder of benchmark.quickstart (or a world of benchmark.reproduce): world/rl.jsonl, sft/model, rm/model"""
+    """folder of benchmark.quickstart (or a world of benchmark.study.reproduce): world/rl.jsonl, sft/model, rm/model"""
     updates: int = 5
     """updates in a run, the first of which is not counted"""
     rounds: int = 3
@@ -114,7 +114,7 @@ def main(args: Args) -> None:
         best.pop("TRL, PPO")
     for round_ in range(args.rounds):
         for name in best:
-            command = [sys.executable, "-m", "benchmark.ppo_speed", "--world", str(world), "--updates", str(args.updates), "--way", WAYS[name]]
+            command = [sys.executable, "-m", "benchmark.study.ppo_speed", "--world", str(world), "--updates", str(args.updates), "--way", WAYS[name]]
             done = subprocess.run(command, capture_output=True, text=True, cwd=pipeline.ROOT)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")

@@ -1,6 +1,6 @@
 """The main job over seeds, and its table with intervals.
 
-    python -m benchmark.quickstart_seeds --seeds 1 2 3 4 5 --output_dir output/quickstart --results_dir benchmark/results/DATE-quickstart
+    python -m benchmark.study.quickstart_seeds --seeds 1 2 3 4 5 --output_dir output/quickstart --results_dir benchmark/results/DATE-quickstart
 
 A seed draws a new world, SFT policy, reward model and samples. Each seed's summary, table and pictures are copied to
 results_dir/seed_S; `seeds.md` and `seeds.json` hold mean and 95% t-interval over seeds. A killed run continues.
@@ -16,8 +16,9 @@ import numpy as np
 import tyro
 from scipy import stats
 
-from benchmark import figures, quickstart
+from benchmark import quickstart
 from benchmark.pipeline import write_json
+from benchmark.study import figures
 
 
 @dataclass

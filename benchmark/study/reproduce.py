@@ -1,9 +1,9 @@
 """The paper in miniature: methods x worlds x seeds on the embedded world, as units that survive being killed.
 
-    python -m benchmark.reproduce --study table2 --output_dir benchmark/results/DATE-table2          # about an hour
-    python -m benchmark.reproduce --study table2 --output_dir benchmark/results/DATE-table2 --full   # overnight
-    python -m benchmark.reproduce --study table2 --output_dir ... --only br --seeds 1 --worlds 1     # one row, one unit
-    python -m benchmark.tables benchmark/results/DATE-table2                                         # tables and pictures again
+    python -m benchmark.study.reproduce --study table2 --output_dir benchmark/results/DATE-table2          # about an hour
+    python -m benchmark.study.reproduce --study table2 --output_dir benchmark/results/DATE-table2 --full   # overnight
+    python -m benchmark.study.reproduce --study table2 --output_dir ... --only br --seeds 1 --worlds 1     # one row, one unit
+    python -m benchmark.study.tables benchmark/results/DATE-table2                                         # tables and pictures again
 
 A unit is one training run (method, world, seed) from the world's one SFT policy and one reward model, with its results on the
 test problems; worlds are prepared by units of their own. A finished unit is one line of `units.jsonl`, appended in one write; the
@@ -44,8 +44,9 @@ import tyro  # noqa: E402
 import pfppo_single as pfppo  # noqa: E402
 import rm_single  # noqa: E402, F401  imported before the fork
 import sft_single  # noqa: E402, F401
-from benchmark import pipeline, tables  # noqa: E402
-from benchmark.run import hardware  # noqa: E402
+from benchmark import pipeline  # noqa: E402
+from benchmark.lm_human_preferences.run import hardware  # noqa: E402
+from benchmark.study import tables  # noqa: E402
 
 VERSION = 3  # of what is measured on finished runs (2: r2_filters at equal rows, groups of N = 5; 3: pass@1 of the alarm's probe); a finished
 # unit whose numbers are older than `needed_version` has them measured again, not its training
@@ -214,7 +215,7 @@ def map_changes(noise: float, kl: float, n: int, rm: str) -> tuple:
     """Flags of a cell: always 320 responses per update; two rows of each prompt are kept, so the share falls with N."""
     batch = pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"] // n
     changes = (("kl_coef", kl), ("num_responses", n), ("batch_size", batch))
-    return changes + ((("reward", f"benchmark.study_rewards:noisy@{{world}}/{rm}/model,{noise}"),) if noise else ())
+    return changes + ((("reward", f"benchmark.study.rewards:noisy@{{world}}/{rm}/model,{noise}"),) if noise else ())
 
 
 def plan_map(args: Args) -> list[Unit]:
@@ -222,7 +223,7 @@ def plan_map(args: Args) -> list[Unit]:
     --full at all, and then every other combination at one. At N = 2 all two-row filters keep both rows and are PPO-M."""
     units = []
     for pairs, noise in tables.MAP_QUALITY:
-        changes = (("reward", f"benchmark.study_rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),)
+        changes = (("reward", f"benchmark.study.rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),)
         variant = f"pairs={pairs or 'all'} noise={noise}"
         units += [Unit(world, args.seeds[0], "sft", variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
     cross = tables.planned_cells(False)
@@ -240,7 +241,7 @@ def plan_map(args: Args) -> list[Unit]:
 
 def plan_beyond(args: Args) -> list[Unit]:
     """Weights chosen by R², rewards centred per prompt, R² as an alarm; two seeds a world, with --full all."""
-    centred, units = (("reward", "benchmark.study_rewards:centred@{world}/rm/model"),), [Unit(w, args.seeds[0], "sft") for w in args.worlds]
+    centred, units = (("reward", "benchmark.study.rewards:centred@{world}/rm/model"),), [Unit(w, args.seeds[0], "sft") for w in args.worlds]
     for seed in args.seeds if args.full else args.seeds[:2]:
         for method, variant, changes in (
             ("ppo_m", "", ()), ("br", "", ()), ("bw", "", ()), ("random", "", ()), ("pow_2", "", ()), ("w_r2", "", ()),

@@ -1,6 +1,6 @@
 """Tables, statistics and pictures of a study, from its units.jsonl alone; the paper's numbers stand beside ours.
 
-    python -m benchmark.tables benchmark/results/DATE-table2
+    python -m benchmark.study.tables benchmark/results/DATE-table2
 
 writes `tables.md`, one `NAME.csv` per table and the pictures into that folder. Nothing is filled by hand: a missing unit shows as
 `missing`, `–` marks a cell that does not exist. Below each table stand sentences made from the numbers: what the paper says, what we
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmark import figures
+from benchmark.study import figures
 
 # PAPER, Table 2: pass@1 greedy on HumanEval, MBPP, LeetCode.
 PAPER_TABLE2 = {
@@ -764,7 +764,7 @@ def write(folder: Path) -> None:
     units = Units([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else [])
     study = json.loads((folder / "study.json").read_text())["study"] if (folder / "study.json").is_file() else "table2"
     text = [f"# Study {study}: {len(units.lines)} units", "",
-            "Made by `python -m benchmark.tables` from `units.jsonl`; `missing`: no such unit yet, `–`: no such cell. Commands: field `command` of "
+            "Made by `python -m benchmark.study.tables` from `units.jsonl`; `missing`: no such unit yet, `–`: no such cell. Commands: field `command` of "
             "each line.", ""]  # fmt: skip
     for table in study_tables(units, study):
         with (folder / f"{table.name}.csv").open("w", newline="") as file:
@@ -778,5 +778,5 @@ def write(folder: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python -m benchmark.tables FOLDER (a folder of benchmark.reproduce)")
+        sys.exit("usage: python -m benchmark.study.tables FOLDER (a folder of benchmark.study.reproduce)")
     write(Path(sys.argv[1]))

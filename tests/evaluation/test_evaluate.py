@@ -12,12 +12,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedTokenizerFast
 
-from benchmark import evaluate, grading, rewards
-from benchmark.answers import answers_equal, complete, evaluate_number, extract_answer, extract_code
-from benchmark.evaluate import Args, InputError, main, pass_at_k, standard_error
+from benchmark import rewards
+from benchmark.evaluation import evaluate
+from benchmark.grading import grader as grading
+from benchmark.evaluation.answers import answers_equal, complete, evaluate_number, extract_answer, extract_code
+from benchmark.evaluation.evaluate import Args, InputError, main, pass_at_k, standard_error
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-ROOT = Path(evaluate.__file__).resolve().parents[1]
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(evaluate.__file__).resolve().parents[2]
 HE = SHARED / "HumanEval.jsonl.gz"
 
 

@@ -1,5 +1,5 @@
 """The grader: what must pass passes, what must fail fails, and nothing stays behind. Probes are in
-tests/data/probes.jsonl, one program per line."""
+tests/grading/data/probes.jsonl, one program per line."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import grading, sandbox
-from benchmark.grading import GradingError, grade, grade_many
+from benchmark.grading import GradingError, grade, grade_many, sandbox
+from benchmark.grading import grader as grading
 
 PROBES = [
     json.loads(line) for line in Path(__file__).with_name("data").joinpath("probes.jsonl").read_text().splitlines()
 ]
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "sandbox_probes.jsonl"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "sandbox_probes.jsonl"
 # They run into a time limit: graded with short ones.
 SLOW = """sleeps blocks_on_lock stopped catches_everything_and_spins ignores_signals infinite_generator infinite_print
 infinite_loop sleeps_and_catches""".split()
@@ -193,7 +193,7 @@ def test_no_process_and_no_file_stays_behind(tmp_path):  # PITFALLS EX-4
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(grading.__file__).parents[1],
+        cwd=Path(grading.__file__).parents[2],
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert "True" not in result.stdout and "False" in result.stdout, result.stderr
@@ -231,7 +231,7 @@ def test_close_ends_every_child():
 
 def test_killed_owner_takes_its_templates_along():
     script = (
-        "import time\nfrom benchmark import grading\n"
+        "import time\nfrom benchmark.grading import grader as grading\n"
         "grading.grade('def f():\\n    return 1\\n', 'assert f() == 1', 'f')\n"
         "print(*[t.process.pid for t in grading._grader.templates.values()], flush=True)\ntime.sleep(60)"
     )
@@ -239,7 +239,7 @@ def test_killed_owner_takes_its_templates_along():
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(grading.__file__).parents[1],
+        cwd=Path(grading.__file__).parents[2],
         stderr=subprocess.DEVNULL,
     )
     templates = list(map(int, owner.stdout.readline().split()))
@@ -273,7 +273,7 @@ def test_isolation_is_said_once():
         "from benchmark.grading import grade\n"
         "for _ in 'ab':\n    grade('def f():\\n    return 1\\n', 'assert f() == 1', 'f')",
     ]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=Path(grading.__file__).parents[1]).stderr
+    said = subprocess.run(command, capture_output=True, text=True, cwd=Path(grading.__file__).parents[2]).stderr
     assert said.count("isolation active") == 1 and "resource limits" in said
 
 

@@ -1,4 +1,4 @@
-"""A tiny recorded world on a Llama, by a plain second implementation: python tests/make_llama_world.py FOLDER
+"""A tiny recorded world on a Llama, by a plain second implementation: python tests/lm_human_preferences/make_llama_world.py FOLDER
 
 The files have the form that benchmark/compare_reference.py reads. Nothing is imported from the scripts under test: the algorithm is
 written once more, in the most direct way and from its description (padding by moving ids, full log-softmax, Adam with TensorFlow's

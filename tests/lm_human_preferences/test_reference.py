@@ -14,10 +14,11 @@ from transformers import GenerationMixin
 
 import pfppo_single as pfppo
 import rm_single as rm
-from benchmark import compare_reference, import_reference, peer_policy, plot, run
-from tests.make_llama_world import HYPERPARAMETERS, PENALTY, make_world
+from benchmark.lm_human_preferences import compare as compare_reference
+from benchmark.lm_human_preferences import import_reference, peer_policy, plot, run
+from make_llama_world import HYPERPARAMETERS, PENALTY, make_world
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "reference" / "lm_human_preferences"
 
 
@@ -257,7 +258,7 @@ def test_committed_metrics_give_the_committed_table(stage):
     if not folders:
         pytest.skip("no committed results")
     seeds, summary = plot.read_runs(folders[-1]), json.loads((folders[-1].parent / f"{stage}.json").read_text())
-    bands = json.loads((ROOT / "benchmark" / "reference" / summary["bands"]).read_text())["tags"]
+    bands = json.loads((ROOT / "benchmark" / "lm_human_preferences" / "reference" / summary["bands"]).read_text())["tags"]
     for tag, result in summary["tags"].items():
         found = plot.compare_tag(plot.curve(seeds, tag, bands[plot.TAGS[tag]]["steps"]), bands[plot.TAGS[tag]])
         assert found["agrees"] == result["agrees"] and found["distance"] == pytest.approx(result["distance"], rel=1e-3, abs=1e-9)
@@ -289,7 +290,7 @@ def launch_lines(path: Path) -> list[list[str]]:
     return [[word.replace("{seed}", "1").replace("$SEED", "1") for word in line] for line in lines]
 
 
-@pytest.mark.parametrize("path", ["benchmark/lm_human_preferences.sh", "benchmark/recipes/lm_human_preferences_full.sh"])
+@pytest.mark.parametrize("path", ["benchmark/lm_human_preferences/lm_human_preferences.sh", "benchmark/recipes/lm_human_preferences_full.sh"])
 def test_scripts_parse_and_their_flags_exist(path):  # PITFALLS SYS-12
     assert subprocess.run(["bash", "-n", ROOT / path]).returncode == 0
     lines = launch_lines(ROOT / path)

@@ -10,11 +10,12 @@ import types
 
 import pytest
 
-from benchmark import minicode
 from benchmark.minicode import (
-    OPERATIONS, SCALAR_OPERATIONS, World, build_pairs, edit_distance, grade_fast, is_plain, make_rows, oracle, split_of,
-    write_world,
+    World, __main__, build_pairs, grade, grade_fast, make_rows, oracle, problems, world, write_world,
 )
+from benchmark.minicode.grade import is_plain
+from benchmark.minicode.pairs import edit_distance
+from benchmark.minicode.problems import OPERATIONS, SCALAR_OPERATIONS, split_of
 
 SPLITS = ("sft", "preference", "rl", "valid", "test")
 SMALL = dict(num_sft=400, num_sft_valid=30, num_preference=150, num_rl=150, num_valid=60, num_test=60)
@@ -60,7 +61,7 @@ def test_correct_implementations_agree_on_hand_picked_lists():
     for op in OPERATIONS.values():
         for k in op.constants:
             for values in lists:
-                answers = {repr(minicode._function(text.format(k=k))(list(values))) for text in op.correct}
+                answers = {repr(problems._function(text.format(k=k))(list(values))) for text in op.correct}
                 assert len(answers) == 1, (op.name, k, values, answers)
 
 
@@ -74,7 +75,7 @@ def test_correct_implementations_agree_on_hand_picked_lists():
     ("count_above", 1, [1, 2, 3], 2), ("any_above", 2, [3], True), ("distinct", 0, [1, 1, 2], 2),
 ])
 def test_reference_by_hand(name, k, values, expected):
-    assert repr(minicode._function(OPERATIONS[name].correct[0].format(k=k))(values)) == repr(expected)
+    assert repr(problems._function(OPERATIONS[name].correct[0].format(k=k))(values)) == repr(expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- the splits
@@ -96,7 +97,7 @@ def test_split_depends_on_the_composition_alone():
 def test_split_shares():
     names = list(OPERATIONS)
     pairs = [split_of((a, b)) for a in names for b in names]
-    for split, share in minicode.SHARES.items():
+    for split, share in problems.SHARES.items():
         assert abs(pairs.count(split) / len(pairs) - share) < 0.04  # 4 standard errors of 1936 draws
 
 
@@ -132,7 +133,7 @@ def test_prompts_are_distinct_where_nothing_is_demonstrated(splits):
 
 def test_mistakes_are_systematic():
     world = World(seed=5, num_sft=1500)
-    faulty = set(minicode.faulty_operations(world))
+    faulty = set(problems.faulty_operations(world))
     assert len(faulty) == 18  # 40% of 44
     singles = [row for row in make_rows(world, "sft") if len(row["operations"]) == 1]
     rate = {
@@ -221,7 +222,7 @@ def test_garbage_fails():
 
 
 def test_looping_and_greedy_programs_fail_alone_and_soon(monkeypatch):  # PITFALLS EX-5: `v ** v` once ran 20 s
-    monkeypatch.setattr(minicode, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(grade, "CPU_SECONDS", 0.2)
     row = problem([[7, 8, 9]], [[7, 8, 9]])
     hostile = [
         "    while True:\n        pass",
@@ -342,7 +343,7 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_fail(monkeypatch):  # PITF
 
 def test_a_worker_ended_from_outside_costs_no_program_its_pass(monkeypatch):  # PITFALLS EX-3
     started = []
-    start = minicode._start_worker
+    start = grade._start_worker
 
     def killed_at_first():
         worker = start()
@@ -352,7 +353,7 @@ def test_a_worker_ended_from_outside_costs_no_program_its_pass(monkeypatch):  # 
         started.append(worker)
         return worker
 
-    monkeypatch.setattr(minicode, "_start_worker", killed_at_first)
+    monkeypatch.setattr(grade, "_start_worker", killed_at_first)
     assert verdicts(["    return x", "    return x[:]"], problem([[1]], [[1]])) == [True, True]
     assert len(started) == 2 and all(worker.returncode is not None for worker in started)
 
@@ -378,7 +379,7 @@ def test_world_is_a_function_of_its_seed(world_dir, tmp_path):
         assert (world_dir / name).read_bytes() == (again / name).read_bytes(), name
     other = World(seed=4, **SMALL)
     assert make_rows(other, "valid") != make_rows(World(seed=3, **SMALL), "valid")
-    assert minicode.faulty_operations(other) != minicode.faulty_operations(World(seed=3))
+    assert problems.faulty_operations(other) != problems.faulty_operations(World(seed=3))
 
 
 def test_tokenizer_round_trip_without_unknown(world_dir, splits):
@@ -454,15 +455,15 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 
 def _write_and_die(folder):
-    made = minicode.make_rows
+    made = world.make_rows
 
     def dies(world, split, *rest):
         if split == "rl":
             os.kill(os.getpid(), signal.SIGKILL)
         return made(world, split, *rest)
 
-    minicode.make_rows = dies
-    minicode.write_world(folder, seed=3, **SMALL)
+    world.make_rows = dies
+    write_world(folder, seed=3, **SMALL)
 
 
 def test_killed_midway_leaves_no_half_folder(tmp_path):
@@ -496,12 +497,12 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     flags = [word for name, size in SMALL.items() for word in (f"--{name}", str(min(size, 20)))]
     command = ["benchmark.minicode", "write", "--output_dir", str(tmp_path / "w"), "--seed", "9"]
     monkeypatch.setattr(sys, "argv", command + flags)
-    minicode.main()
+    __main__.main()
     assert json.loads((tmp_path / "w" / "world.json").read_text())["settings"]["seed"] == 9
     assert "preference     20 rows" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmark.minicode", "read"])
     with pytest.raises(SystemExit, match="usage: python -m benchmark.minicode write"):
-        minicode.main()
+        __main__.main()
 
 
 # ----------------------------------------------------------------------------------------------------------- the pairs

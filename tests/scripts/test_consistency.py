@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PITFALLS = ROOT.parent / "shared" / "PITFALLS.md"
 SCRIPTS = ("sft_single", "rm_single", "pfppo_single")
@@ -19,7 +19,7 @@ SECTIONS = {"TOK": 10, "LP": 10, "GAE": 10, "AVG": 6, "PF": 11, "RM": 5, "BL": 3
 
 def cited() -> set[str]:
     """Ids cited in comments of the tests: what a line starts or ends with, `PITFALLS TOK-1, TOK-2: ...` behind its mark."""
-    lines = [line for path in (ROOT / "tests").glob("test_*.py") for line in path.read_text("utf-8").splitlines()]
+    lines = [line for path in (ROOT / "tests").rglob("test_*.py") for line in path.read_text("utf-8").splitlines()]
     return {
         found
         for line in lines
@@ -136,7 +136,8 @@ def test_readme_commands_parse(readme):
             module.parse_args(flags) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=flags)
             checked += 1
         elif "-m" in words and words[words.index("-m") + 1].startswith("benchmark"):
-            assert (ROOT / (words[words.index("-m") + 1].replace(".", "/") + ".py")).is_file(), command
+            place = ROOT / words[words.index("-m") + 1].replace(".", "/")
+            assert place.with_name(place.name + ".py").is_file() or (place / "__main__.py").is_file(), command
             checked += 1
         for word in words:
             if re.fullmatch(r"(benchmark|tests)/[\w/]+\.(py|sh)", word):

@@ -29,7 +29,7 @@ import rm_single
 import sft_single
 from benchmark.baselines import common
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Spies:

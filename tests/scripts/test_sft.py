@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_single as sft
 
-ROOT, PAD = Path(__file__).resolve().parents[1], VOCAB_SIZE - 1
+ROOT, PAD = Path(__file__).resolve().parents[2], VOCAB_SIZE - 1
 ROWS = [{"prompt": "copy " + "ab3 x"[: 1 + i % 5], "response": "=" + "xy1" * (i % 4) + "z" * (i % 3)} for i in range(19)]
 HELD_OUT = [{"prompt": f"held {'q' * (i % 4)}{i}", "response": "ok" * (1 + i % 3), "n": i} for i in range(11)]
 

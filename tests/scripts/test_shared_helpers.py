@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sft_single.py", "rm_single.py", "pfppo_single.py")
 OWN = {"Args", "check_args", "main"}  # each script's own by design
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), sys.argv[2]]  # the scripts, and the folder of the reward functions
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), sys.argv[2]]  # the scripts, and the folder of the reward functions
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmark import figures, pipeline, ppo_speed, reproduce, study_rewards, tables
+from benchmark import pipeline
+from benchmark.study import figures, ppo_speed, reproduce, tables
+from benchmark.study import rewards as study_rewards
 
 # ---------------------------------------------------------------- statistics
 
