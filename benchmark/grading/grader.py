@@ -4,7 +4,7 @@
     {'passed': True, 'detail': 'all tests passed'}
 
 1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither
-   (`benchmark/grading/sandbox.py`). Plain data crosses.
+   (`benchmark/grading/sandbox/`). Plain data crosses.
 2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the
    program does not have. A judge is trusted and serves job after job; a program's process is used once, then killed
    and waited for, with all that it started.
@@ -35,17 +35,16 @@ import time
 from collections import deque
 from pathlib import Path
 
-SANDBOX = Path(__file__).with_name("sandbox.py")
-# The library of the project is not on the templates' path: they run one file, found by its place, in an empty
+# The project is not on the templates' path: they import the folder sandbox/, found by its place, in an empty
 # environment with a fixed hash seed.
-BOOT = "import sys; del sys.path[0]; exec(compile(open(sys.argv[1]).read(), sys.argv[1], 'exec'))"
+BOOT = "import sys; sys.path[0] = sys.argv[1]; from sandbox.template import main; del sys.path[0]; main(*sys.argv[2:])"
 START_SECONDS = 60  # for a template to start; more means that something is wrong
 
 END_SECONDS = 30  # for killed processes to be gone
 WALL_SECONDS = 10.0
 CPU_SECONDS = 12
 MOST_WALLS = (
-    5  # times the wall limit that a program may take which runs alone, computes all the time and waits for cores
+    5  # times the wall limit for a program that runs alone, computes all the time and waits for cores
 )
 MEMORY_BYTES = 2 << 30
 JUDGE_BYTES = 4 << 30
@@ -60,7 +59,14 @@ class Run:
     """One grading under way."""
 
     def __init__(self, name, index, job, slot, judge, again):
-        self.name, self.index, self.job, self.slot, self.judge, self.again = name, index, job, slot, judge, again
+        self.name, self.index, self.job, self.slot, self.judge, self.again = (
+            name,
+            index,
+            job,
+            slot,
+            judge,
+            again,
+        )
         self.started = time.monotonic()
         self.deadline = self.started + job["wall"]
         self.verdict = None
@@ -93,20 +99,8 @@ class Template:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A new interpreter, not a fork: the caller may hold threads, a GPU, and the tests.
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-s",
-                "-S",
-                "-X",
-                "utf8",
-                "-c",
-                BOOT,
-                str(SANDBOX),
-                role,
-                str(theirs.fileno()),
-                str(first_uid),
-                self.base,
-            ],
+            [sys.executable, *"-s -S -X utf8 -c".split(), BOOT, str(Path(__file__).parent), role]
+            + [str(theirs.fileno()), str(first_uid), self.base],
             env={"PYTHONHASHSEED": "0"},
             cwd="/",
             pass_fds=[theirs.fileno()],
@@ -132,7 +126,9 @@ class Template:
             raise GradingError(f"the {self.role} template does not answer: {error}") from None
         if not data:
             text = self.process.stderr.read().decode(errors="replace").strip()
-            raise GradingError(f"the {self.role} template ended: {text.splitlines()[-1] if text else 'no message'}")
+            raise GradingError(
+                f"the {self.role} template ended: {text.splitlines()[-1] if text else 'no message'}"
+            )
         return json.loads(data)
 
     def send(self, message, descriptors=()):
@@ -160,8 +156,12 @@ class Grader:
         if not sys.platform.startswith("linux"):
             raise GradingError("grading needs Linux: it isolates programs by means of its kernel")
         self.owner = os.getpid()
-        first_uid = 100_000 + self.owner % 20_000 * 128  # users of their own, so that limits per user hold per program
-        self.templates = {role: Template(role, first_uid + 64 * (role == "judge")) for role in ("program", "judge")}
+        first_uid = (
+            100_000 + self.owner % 20_000 * 128
+        )  # users of their own, so that limits per user hold per program
+        self.templates = {
+            role: Template(role, first_uid + 64 * (role == "judge")) for role in ("program", "judge")
+        }
         try:
             isolation = [template.hello() for template in self.templates.values()][0]
         except BaseException:
@@ -201,7 +201,9 @@ class Grader:
                 if run.verdict and len(run.exits) == run.programs:
                     del active[name]
                     if run.expired and not run.again and (run.crowded or run.program_cpu() > 1):
-                        alone.append((run.index, run.job))  # its time may have gone to others: once more, alone
+                        alone.append(
+                            (run.index, run.job)
+                        )  # its time may have gone to others: once more, alone
                     else:
                         done(run.index, self.conclude(run))
                 elif time.monotonic() > run.deadline:
@@ -222,9 +224,8 @@ class Grader:
         slot = min(set(range(len(active) + 1)) - {run.slot for run in active.values()})
         judge = self.idle.pop() if self.idle else self.new_judge()
         run = judge.run = Run(name, index, job, slot, judge, again)
-        pairs = [
-            socket.socketpair() for _ in range(run.programs)
-        ]  # the second for the part of the program that the tests' helpers come from
+        # The second one is for the part of the program that the tests' helpers come from.
+        pairs = [socket.socketpair() for _ in range(run.programs)]
         try:
             for number, (_, program_end) in enumerate(pairs):
                 request = {
@@ -319,7 +320,9 @@ class Grader:
             for run in active.values():
                 if run.judge_lost and run.judge.name == int(name):
                     if message["status"] not in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
-                        raise GradingError(f"the judge's process ended without a verdict (status {message['status']})")
+                        raise GradingError(
+                            f"the judge's process ended without a verdict (status {message['status']})"
+                        )
                     run.verdict = {"passed": False, "detail": "the tests crashed on the program's answers"}
             return
         run = active.get(int(name))
@@ -337,8 +340,13 @@ class Grader:
         run.clocks[who] = seconds
         if len(run.clocks) == 2:
             elapsed = time.monotonic() - run.started
-            fair = min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1))  # of a core, for each who wants one
-            if sum(run.clocks.values()) < 0.15 * fair * elapsed or elapsed > (MOST_WALLS - 0.5) * run.job["wall"]:
+            fair = min(
+                1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1)
+            )  # of a core, for each who wants one
+            if (
+                sum(run.clocks.values()) < 0.15 * fair * elapsed
+                or elapsed > (MOST_WALLS - 0.5) * run.job["wall"]
+            ):
                 self.expire(run)
 
     def conclude(self, run):
@@ -349,7 +357,10 @@ class Grader:
             raise GradingError(verdict["error"])
         if not verdict["passed"] and run.program_cpu() >= job["cpu"] - 0.1:
             verdict["detail"] = f"timeout: over {job['cpu']} s of CPU time"
-        return {"passed": verdict["passed"] is True, "detail": verdict["detail"].encode("utf-8", "replace").decode()}
+        return {
+            "passed": verdict["passed"] is True,
+            "detail": verdict["detail"].encode("utf-8", "replace").decode(),
+        }
 
 
 _grader, _lock, _told = None, threading.RLock(), False
@@ -399,7 +410,11 @@ def as_job(
     above = (
         []
         if helpers
-        else [name for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if re.search(rf"\b{name}\b", tests)]
+        else [
+            name
+            for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M)
+            if re.search(rf"\b{name}\b", tests)
+        ]
     )
     return {
         "program": program,
@@ -423,7 +438,9 @@ def grade(program, tests, entry_point, **limits):
     a process cannot be started.
     """
     return grade_many(
-        [{"program": program, "tests": tests, "entry_point": entry_point, **limits}], workers=1, progress=False
+        [{"program": program, "tests": tests, "entry_point": entry_point, **limits}],
+        workers=1,
+        progress=False,
     )[0]
 
 

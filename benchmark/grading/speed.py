@@ -138,7 +138,9 @@ def check_together(program, seconds=3.0):
     """HE check_correctness: one manager and one process per program."""
     manager = multiprocessing.Manager()
     result = manager.list()
-    process = multiprocessing.Process(target=run_together, args=(f"{program}\n{TESTS}\ncheck(spread)", result, seconds))
+    process = multiprocessing.Process(
+        target=run_together, args=(f"{program}\n{TESTS}\ncheck(spread)", result, seconds)
+    )
     process.start()
     process.join(timeout=seconds + 1)
     if process.is_alive():

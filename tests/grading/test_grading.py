@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.grading import GradingError, grade, grade_many, sandbox
+from benchmark.grading import GradingError, grade, grade_many
 from benchmark.grading import grader as grading
+from benchmark.grading.sandbox.isolation import move_packages
+from benchmark.grading.sandbox.judge import JudgeLink
+from benchmark.grading.sandbox.link import Malformed, ProgramEnded
+from benchmark.grading.sandbox.program import ProgramLink
 
 PROBES = [
-    json.loads(line) for line in Path(__file__).with_name("data").joinpath("probes.jsonl").read_text().splitlines()
+    json.loads(line)
+    for line in Path(__file__).with_name("data").joinpath("probes.jsonl").read_text().splitlines()
 ]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "sandbox_probes.jsonl"
 # They run into a time limit: graded with short ones.
@@ -28,13 +33,17 @@ TESTS = "assert double(4) == 8\nassert double(-1) == -2\n"
 
 
 def items_of(probes, **limits):
-    return [{**{name: probe[name] for name in ("program", "tests", "entry_point")}, **limits} for probe in probes]
+    return [
+        {**{name: probe[name] for name in ("program", "tests", "entry_point")}, **limits} for probe in probes
+    ]
 
 
 def misjudged(probes, workers=8, **limits):
     verdicts = grade_many(items_of(probes, **limits), workers=workers, progress=False)
     return [
-        (p["name"], p["why"], v["detail"]) for p, v in zip(probes, verdicts) if v["passed"] != (p["expected"] == "pass")
+        (p["name"], p["why"], v["detail"])
+        for p, v in zip(probes, verdicts)
+        if v["passed"] != (p["expected"] == "pass")
     ]
 
 
@@ -48,7 +57,10 @@ def ended():
 
 
 def test_probes_are_many_and_named_once():
-    assert sum(p["expected"] == "fail" for p in PROBES) >= 100 and sum(p["expected"] == "pass" for p in PROBES) >= 25
+    assert (
+        sum(p["expected"] == "fail" for p in PROBES) >= 100
+        and sum(p["expected"] == "pass" for p in PROBES) >= 25
+    )
     assert len({p["name"] for p in PROBES}) == len(PROBES)
 
 
@@ -70,12 +82,16 @@ def test_shared_probes():
         pytest.skip("the shared probes are not beside this checkout")
     probes = [json.loads(line) for line in SHARED.read_text().splitlines()]
     assert misjudged([p for p in probes if p["name"] not in SLOW]) == []
-    assert misjudged([p for p in probes if p["name"] in SLOW], workers=1, wall_seconds=1.5, cpu_seconds=1) == []
+    assert (
+        misjudged([p for p in probes if p["name"] in SLOW], workers=1, wall_seconds=1.5, cpu_seconds=1) == []
+    )
 
 
 def test_same_verdicts_and_order_with_1_and_16_workers():  # PITFALLS EX-5
     items = items_of([p for p in PROBES if p["name"] not in SLOW][::8])
-    verdicts = [[v["passed"] for v in grade_many(items, workers=workers, progress=False)] for workers in (1, 16)]
+    verdicts = [
+        [v["passed"] for v in grade_many(items, workers=workers, progress=False)] for workers in (1, 16)
+    ]
     assert verdicts[0] == verdicts[1] and True in verdicts[0] and False in verdicts[0]
 
 
@@ -83,7 +99,9 @@ def test_same_verdicts_and_order_with_1_and_16_workers():  # PITFALLS EX-5
 
 
 def test_cpu_limit_holds_where_wall_time_is_ample():
-    verdict = grade("def double(x):\n    while True:\n        pass\n", TESTS, "double", wall_seconds=60, cpu_seconds=1)
+    verdict = grade(
+        "def double(x):\n    while True:\n        pass\n", TESTS, "double", wall_seconds=60, cpu_seconds=1
+    )
     assert not verdict["passed"] and "CPU" in verdict["detail"]
 
 
@@ -105,7 +123,9 @@ def test_memory_limit():
 # ---------------------------------------------------------------- three outcomes
 
 
-@pytest.mark.parametrize("tests", ["", "  \n", [], "x = 1\n", "def check(candidate):\n    pass\n", "assert 1 == 1\n"])
+@pytest.mark.parametrize(
+    "tests", ["", "  \n", [], "x = 1\n", "def check(candidate):\n    pass\n", "assert 1 == 1\n"]
+)
 def test_zero_tests_is_an_error(tests):  # PITFALLS EX-3
     with pytest.raises(GradingError, match="zero tests"):
         grade(RIGHT, tests, "double")
@@ -158,7 +178,8 @@ def test_helpers_run_beside_the_tests_and_cannot_be_redefined():  # HumanEval/38
 
 def test_detail_names_the_failing_line():
     assert (
-        grade("def double(x):\n    return x\n", TESTS, "double")["detail"] == "AssertionError at: assert double(4) == 8"
+        grade("def double(x):\n    return x\n", TESTS, "double")["detail"]
+        == "AssertionError at: assert double(4) == 8"
     )
 
 
@@ -200,10 +221,14 @@ def test_no_process_and_no_file_stays_behind(tmp_path):  # PITFALLS EX-4
     marks = [
         name
         for name in os.listdir("/proc")
-        if name.isdigit() and b"sandbox.py" in read(f"/proc/{name}/cmdline") and environ_is(name, result.stdout)
+        if name.isdigit()
+        and b"sandbox.template" in read(f"/proc/{name}/cmdline")
+        and environ_is(name, result.stdout)
     ]
     assert marks == [] and list(tmp_path.iterdir()) == []
-    if "landlock" in result.stderr:  # without it only the file permissions of its user keep a program from writing
+    if (
+        "landlock" in result.stderr
+    ):  # without it only the file permissions of its user keep a program from writing
         assert not any(Path(place, "pwned").exists() for place in ("/tmp", "/var/tmp", "/dev/shm", "/work"))
 
 
@@ -248,9 +273,12 @@ def test_killed_owner_takes_its_templates_along():
     owner.wait()
     owner.stdout.close()
     end = time.monotonic() + 10
-    while any(b"sandbox.py" in read(f"/proc/{pid}/cmdline") for pid in templates) and time.monotonic() < end:
+    while (
+        any(b"sandbox.template" in read(f"/proc/{pid}/cmdline") for pid in templates)
+        and time.monotonic() < end
+    ):
         time.sleep(0.05)
-    assert not any(b"sandbox.py" in read(f"/proc/{pid}/cmdline") for pid in templates)
+    assert not any(b"sandbox.template" in read(f"/proc/{pid}/cmdline") for pid in templates)
 
 
 def test_two_threads_may_grade_at_once():
@@ -273,7 +301,9 @@ def test_isolation_is_said_once():
         "from benchmark.grading import grade\n"
         "for _ in 'ab':\n    grade('def f():\\n    return 1\\n', 'assert f() == 1', 'f')",
     ]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=Path(grading.__file__).parents[2]).stderr
+    said = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(grading.__file__).parents[2]
+    ).stderr
     assert said.count("isolation active") == 1 and "resource limits" in said
 
 
@@ -286,7 +316,7 @@ def judge_end(message):
     data = message if isinstance(message, bytes) else json.dumps(message).encode()
     theirs.sendall(data if isinstance(message, bytes) else struct.pack("!I", len(data)) + data)
     theirs.close()
-    return sandbox.JudgeLink(ours, {})
+    return JudgeLink(ours, {})
 
 
 @pytest.mark.parametrize(
@@ -311,20 +341,35 @@ def judge_end(message):
     ],
 )
 def test_forged_messages_are_refused(message):
-    with pytest.raises((sandbox.Malformed, sandbox.ProgramEnded)):
+    with pytest.raises((Malformed, ProgramEnded)):
         judge_end(message).receive()
 
 
 def test_a_program_cannot_call_what_it_was_not_given():
     link = judge_end(["request", ["t", ["callback", 0, ["t", []], ["t", []]]], []])
     link.answer = lambda *what: pytest.fail("called") if link.lent else link.perform(*what)
-    with pytest.raises((IndexError, sandbox.ProgramEnded, TypeError)):
+    with pytest.raises((IndexError, ProgramEnded, TypeError)):
         link.request("global", "x")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ["news", None, []],  # neither a value nor an error nor a request
+        ["error", ["t", ["SystemExit", ["t", [0]]]], []],
+        ["error", ["t", ["ValueError", ["t", [["t", []]]]]], []],  # arguments that are not plain
+        ["error", ["t", ["NoError", ["t", []]]], []],
+        ["request", ["t", ["exec", 0, ["t", []], ["t", []]]], []],
+    ],
+)
+def test_forged_answers_fail_the_program(answer):
+    with pytest.raises(ProgramEnded):
+        judge_end(answer).request("global", "x")
 
 
 def test_values_cross_unchanged():
     left, right = socket.socketpair()
-    judge, program = sandbox.JudgeLink(left, {}), sandbox.ProgramLink(right)
+    judge, program = JudgeLink(left, {}), ProgramLink(right)
     shared = [1, 2]
     values = [
         None,
@@ -351,7 +396,7 @@ def test_values_cross_unchanged():
 
 def test_changes_in_place_cross_back():
     left, right = socket.socketpair()
-    judge, program = sandbox.JudgeLink(left, {}), sandbox.ProgramLink(right)
+    judge, program = JudgeLink(left, {}), ProgramLink(right)
     data = [[3], {"k": 1}]
     judge.send("request", ("x", data))
     theirs = program.receive()[1][1]
@@ -371,8 +416,8 @@ def test_packages_imported_before_the_library_moved_find_their_modules(monkeypat
     (new / "moved_package/part.py").touch()
     monkeypatch.syspath_prepend(old)
     package = __import__("moved_package")
-    sandbox.move_packages(str(tmp_path / "ol"), str(new))  # another folder with the same beginning
+    move_packages(str(tmp_path / "ol"), str(new))  # another folder with the same beginning
     assert package.__path__ == [str(old / "moved_package")]
-    sandbox.move_packages(str(old), str(new))
+    move_packages(str(old), str(new))
     assert __import__("moved_package.part").part.__file__ == str(new / "moved_package/part.py")
     del sys.modules["moved_package"], sys.modules["moved_package.part"]
