@@ -1,0 +1,1 @@
+"""Everything around the three scripts: the embedded world, graders, baselines, studies and their results."""

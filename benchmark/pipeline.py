@@ -1,4 +1,4 @@
-"""The paper's pipeline on the embedded world, stage by stage; `benchmark.quickstart` and `benchmark.reproduce` are built on it.
+"""The paper's pipeline on the embedded world, stage by stage; `benchmark.quickstart` and `benchmark.study.reproduce` are built on it.
 
 Every stage leaves one folder or file, written aside and renamed, and is skipped when that is there, so a killed run goes on
 where it stopped. Training stages are the three scripts, started as a user would start them; the exact command is printed and

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmark import figures, pipeline
+from benchmark import pipeline
+from benchmark.study import figures
 
 METHODS = ("ppo_m", "br", "bw")
 

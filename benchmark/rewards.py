@@ -13,7 +13,7 @@ import functools
 import math
 import re
 
-from benchmark import answers
+from benchmark.evaluation import answers
 from benchmark.grading import grade_many
 
 

@@ -21,7 +21,8 @@ import torch
 import tyro
 
 import pfppo_single
-from benchmark import figures, pipeline
+from benchmark import pipeline
+from benchmark.study import figures
 
 GRID = {  # method -> script, learning rates, further settings
     "ppo_s": ("pfppo", (5e-5, 1e-4, 2e-4), {}),  # pfppo_single.py with the same budget

@@ -1,0 +1,89 @@
+"""One command times seeds: resumable, a few at a time, every finished run recorded.
+
+  python -m benchmark.lm_human_preferences.run --name policy --root runs/lmhp --seeds 1-10 --workers 1 -- \\
+      accelerate launch --cpu --num_processes 1 pfppo_single.py ... --seed {seed} --output_dir {output_dir}
+
+`{seed}` and `{output_dir}` (ROOT/NAME/seed_SEED) are filled in. A finished run is a line in ROOT/NAME/runs.jsonl (seed, command,
+commit, hardware, seconds) and is skipped the next time; an unfinished one is started again with the same command, which our scripts
+continue from their last checkpoint. The console of a run is in ROOT/NAME/seed_SEED.log. Exit status 1 when a run failed.
+"""
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`1-3,7` -> [1, 2, 3, 7]."""
+    parts = [part.split("-") for part in text.split(",")]
+    return [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
+
+
+def git_commit() -> str:
+    """Commit of the working directory; `+` marks uncommitted changes; `unknown` outside a repository."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain", "--", "*_single.py"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changes.stdout.strip() else "")
+
+
+def hardware() -> str:
+    """Processor name, cores of the machine and threads per run."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {os.environ['OMP_NUM_THREADS']} thread per run"
+
+
+def run_seed(folder: Path, seed: int, command: list[str]) -> bool:
+    """Run one seed to its end and record it; True when it succeeded."""
+    filled = [part.replace("{seed}", str(seed)).replace("{output_dir}", str(folder / f"seed_{seed}")) for part in command]
+    commit, start = git_commit(), time.time()
+    with (folder / f"seed_{seed}.log").open("a") as log:
+        status = subprocess.run(filled, stdout=log, stderr=subprocess.STDOUT).returncode
+    seconds = time.time() - start
+    print(f"{folder.name} seed {seed}: {'done' if status == 0 else f'failed with status {status}'}, {seconds:.0f} s", flush=True)
+    if status == 0:
+        line = {"seed": seed, "seconds": round(seconds, 1), "commit": commit, "hardware": hardware(), "command": shlex.join(filled)}
+        with (folder / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    return status == 0
+
+
+def finished_seeds(folder: Path) -> set[int]:
+    """Seeds with a line in folder/runs.jsonl."""
+    path = folder / "runs.jsonl"
+    return {json.loads(line)["seed"] for line in path.read_text().splitlines()} if path.is_file() else set()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="name of the command: a folder under root")
+    parser.add_argument("--root", required=True, type=Path, help="folder for all runs of a study")
+    parser.add_argument("--seeds", default="1-10", type=parse_seeds, help="for example 1-10 or 1,3,5")
+    parser.add_argument("--workers", default=1, type=int, help="runs at a time")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command with {seed} and {output_dir}")
+    args = parser.parse_args()
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    for needed in ("{seed}", "{output_dir}"):
+        if needed not in command:
+            parser.error(f"the command has no {needed}; add it where the seed and the output folder belong")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = args.root / args.name
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = [seed for seed in args.seeds if seed not in finished_seeds(folder)]
+    print(f"{args.name}: {len(seeds)} of {len(args.seeds)} seeds to run, {args.workers} at a time", flush=True)
+    with ThreadPoolExecutor(args.workers) as pool:
+        results = list(pool.map(lambda seed: run_seed(folder, seed, command), seeds))
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
