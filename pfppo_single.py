@@ -1,11 +1,11 @@
-"""PPO with policy filtration (PF-PPO, arXiv 2409.06957) for language models: stage 3 of SFT -> reward model -> RL.
+"""PPO with policy filtration (PF-PPO, arXiv 2409.06957): stage 3 of SFT -> reward model -> RL.
 
 Algorithm 2, one update (the numbers are those of the chapters in `main`):
-  1. take B prompts c                                     5. log-probabilities, reference log-probabilities and
-  2. draw N responses y ~ π_θ(·|c) for each                  values of the kept rows only
-  3. score them with the reward model R_φ(y|c)            6. rewards per token (Eq. 4)
-  4. filter: rank, draw z ~ w, keep K rows (μ_θ)          7. advantages and returns (GAE)
-                                                          8. m epochs of clipped PPO on the kept rows (Eq. 5)
+  1. take B prompts c                                5. log-probabilities, reference log-probabilities
+  2. draw N responses y ~ π_θ(·|c) for each             and values of the kept rows only
+  3. score them with the reward model R_φ(y|c)       6. rewards per token (Eq. 4)
+  4. filter: rank, draw z ~ w, keep K rows (μ_θ)     7. advantages and returns (GAE)
+                                                     8. m epochs of clipped PPO on the kept rows (Eq. 5)
 PPO-M is `--filter none`, PPO-S is `--num_responses 1`; nothing else changes between the methods.
 
 Run on a CPU, one GPU, eight GPUs (sizes are global, so the algorithm is the same):
@@ -17,11 +17,10 @@ In:  a causal language model (`--policy`), a reward (`--reward`), JSONL prompts 
 Out: `output_dir/policy` (the last policy), `policy_best` (best on the evaluation prompts), `metrics.jsonl`,
      `tensorboard/`, `samples.jsonl`, `checkpoints/`. The same command continues a killed run.
 
-Sources: PAPER = arXiv 2409.06957; LMHP = openai/lm-human-preferences@cbfd210. `DEPARTS` marks a difference from
-one of them; `--preset lm_human_preferences` is LMHP's setting on this same code path.
+Sources: PAPER = arXiv 2409.06957; LMHP = openai/lm-human-preferences@cbfd210. `DEPARTS` marks a difference
+from one of them; `--preset lm_human_preferences` is LMHP's setting on this same code path.
 """
 
-import copy
 import dataclasses
 import importlib
 import inspect
@@ -47,22 +46,15 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import DynamicCache, GenerationConfig
 from transformers import logging as transformers_logging
 
 # Shapes: B prompts per update, N responses per prompt, K rows kept by the filter, Q query length, R response
 # length, V vocabulary. A rollout is a dict of tensors whose first axis is the response.
 #
 #   column          0 .. Q-1       Q .. Q+R-1
-#   query_response  P P q q q      r r . P P     queries padded left, responses padded right; "." is the stop token
+#   query_response  P P q q q      r r . P P     padded left, padded right; "." is the stop token
 #   micro-batch         P P P P q q q r r .      `trim` moves all padding left: as wide as its longest row
 #   response_mask                  1 1 1 0 0     up to and including the stop token
 #   logits, values  read one column earlier than the token they belong to: Q-1 .. Q+R-2
@@ -79,9 +71,9 @@ class Args:
     output_dir: str = "output/pfppo"
     """folder for everything this run writes; a folder that holds another run is refused"""
     preset: Literal["pfppo", "lm_human_preferences"] = "pfppo"
-    """defaults for the other fields: the paper's, or those of LMHP (PRESETS below); fields given as flags win"""
+    """defaults for the other fields: the paper's, or LMHP's (PRESETS below); fields given as flags win"""
     seed: Whole = 1
-    """shared over ranks; data order, filter, sampling and minibatches get generators from (seed, update, rank)"""
+    """shared over ranks; data order, filter, sampling, minibatches: from (seed, update, rank)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
     # models
@@ -89,15 +81,14 @@ class Args:
     """π_θ at the start and the reference π_SFT: folder or hub id of a causal language model"""
     reward: str
     """R_φ: folder or hub id of a sequence classification model with one label (rm_single.py writes one), or
-    `module:function`, called with (prompts, responses, rows) and returning one float per response;
-    `module:function@TEXT` adds the keyword source=TEXT"""
+    `module:function` of (prompts, responses, rows) -> floats; `module:function@TEXT` adds the keyword
+    source"""
     critic: Literal["separate", "shared"] = "separate"
-    """a critic of its own, or one linear head (zero at the start) on the policy's last hidden state as in LMHP"""
+    """a critic of its own, or one linear head (zero at first) on the policy's last hidden state (LMHP)"""
     critic_init: str | None = None
-    """separate critic: reward model it starts from; none: `reward` when that is a model, else the policy with a
-    zero head"""
+    """separate critic's start; none: `reward` if that is a model, else the policy with a zero head"""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """weights of the frozen models (reference and reward); trainable weights are always float32, autocast"""
+    """weights of reference and reward model; trainable weights are float32, autocast by accelerate"""
     gradient_checkpointing: bool = False
     """recompute activations in the PPO epochs: less memory, a third more time; never during rollouts"""
     # data
@@ -121,20 +112,20 @@ class Args:
     response_length: Count = 512
     """R: longest response in tokens, the stop token included"""
     temperature: Positive = 1.0
-    """divides the logits of policy, old policy and reference alike; no top-k or top-p: samples are π_θ's own"""
+    """divides the logits of policy, old policy and reference alike; there is no top-k or top-p"""
     stop_token: str = "eos"
     """token that ends a response: `eos`, `none`, a token or an id; it alone decides truncation and masks"""
     stop_after: Whole = 0
     """a stop token counts only at this response index (from 0) or later (LMHP)"""
     mask_after_stop: bool = True
-    """Eq. 4: stop at the stop token, pay the score there, mask what follows; off: LMHP's fixed last slot, no mask"""
+    """Eq. 4: stop at the stop token, pay the score there; off: LMHP's fixed last slot, no mask"""
     forward_batch_size: Count = 32
     """rows per rank in one forward pass without gradient (scores, log-probabilities)"""
     generation_batch_size: Whole = 0
     """responses per rank that are generated at a time; 0: forward_batch_size"""
     # reward
     missing_stop_score: float | None = None
-    """score of a response without stop token, in place of its own, on the scale after normalisation; none: its own"""
+    """score of a response without stop token, after normalisation; none: its own"""
     normalize_reward: bool = True
     """subtract mean and divide by standard deviation of the reward on π_SFT samples, measured once (PAPER)"""
     normalize_samples: Annotated[int, 2, math.inf] = 512
@@ -145,39 +136,34 @@ class Args:
     rank_weights: tuple[float, ...] = ()
     """your own w over the N ranks, best first, in place of none, random, br or bw: 0.5 0 0 0 0.5 is BW"""
     num_kept: Whole = 0
-    """rows kept per prompt (pow: on average); 0: N for none, 1 for bon, else 2; none, thresholds: no other number"""
+    """rows kept per prompt (pow: on average); 0: N for none, 1 for bon, else 2"""
     draw: Literal["exact", "sample"] = "exact"
-    """how z is drawn from w: `sample` num_kept times with replacement, `exact` with the same mean and least
-    variance (BR with 2: the best and one random other; BW with 2: the best and the worst)"""
+    """z ~ w: `sample` num_kept times with replacement; `exact`: the same mean, least variance"""
     thresholds: tuple[float, float] = (-0.3, 0.3)
-    """top, top_random, top_bottom: keep R above the second, top_bottom also below the first; thresholds and pow_k
-    are for R in [-1, 1] and warn where it is not"""
+    """top, top_random, top_bottom: keep R above the second, top_bottom also below the first"""
     pow_k: Amount = 1.0
-    """pow: a row is drawn from the buffer with weight |R|^pow_k"""
+    """pow: a row is drawn from the buffer with weight |R|^pow_k, for R in [-1, 1]"""
     # PPO
     kl_coef: Amount = 0.01
     """β, Eq. 4"""
     kl_target: Amount = 0.0
-    """above 0: move kl_coef after every update towards this KL in nats per response (LMHP; needs filter none)"""
+    """above 0: move kl_coef after every update towards this KL in nats per response (LMHP)"""
     kl_horizon: Count = 10000
     """episodes over which kl_target acts"""
     noptepochs: Count = 3
     """m: passes over the kept rows per update"""
     minibatch_size: Count = 64
-    """rows per optimizer step, over all ranks; threshold filters split into the nearest number of equal parts"""
+    """rows per optimizer step, over all ranks; thresholds: split into about equal parts"""
     micro_batch_size: Count = 8
     """rows per rank in one forward and backward pass; changes memory and speed, not the gradient"""
     lr: Amount = 5e-7
-    """learning rate of the policy (and of a shared critic)"""
+    """learning rate of the policy, and of a shared critic"""
     critic_lr: Amount = 9e-6
     """learning rate of a separate critic"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear"] = "constant"
     """per update: constant, or falling to zero"""
-    warmup_updates: Whole = 0
-    """updates over which the learning rates rise linearly from 1 / warmup_updates of their value"""
     critic_warmup_updates: Whole = 0
-    """first updates in which the policy's learning rate is 0 beside a separate critic's; its gradients still fill
-    its Adam moments and count in the norm that max_grad_norm clips"""
+    """first updates with learning rate 0 for the policy, whose gradients still fill Adam's moments"""
     adam_style: Literal["torch", "tensorflow"] = "torch"
     """where epsilon enters Adam; TensorFlow's is what LMHP's curves used"""
     eps: Positive = 1e-5
@@ -204,7 +190,7 @@ class Args:
     eval_every: Count = 5
     """updates between evaluations (there is one before the first and after the last update)"""
     monitor: str | None = None
-    """`module:function` of the list of responses -> dict of shares, logged as monitor/* (cheating attempts, say)"""
+    """`module:function` of the responses -> dict of shares, logged as monitor/* (cheating, say)"""
     print_samples_every: Whole = 10
     """updates between printed samples; 0: never"""
     checkpoint_every: Count = 10
@@ -217,8 +203,8 @@ class Args:
 LM_HUMAN_PREFERENCES = """
     --critic shared --query_length 64 --long_queries keep_start --no-reshuffle --total_episodes 1000000
     --batch_size 512 --num_responses 1 --response_length 24 --temperature 0.7 --stop_token 13 --stop_after 16
-    --no-mask_after_stop --missing_stop_score -1 --no-normalize_reward --filter none --kl_coef 0.15 --kl_target 6
-    --noptepochs 4 --minibatch_size 512 --micro_batch_size 64 --forward_batch_size 64 --lr 1e-5
+    --no-mask_after_stop --missing_stop_score -1 --no-normalize_reward --filter none --kl_coef 0.15
+    --kl_target 6 --noptepochs 4 --minibatch_size 512 --micro_batch_size 64 --forward_batch_size 64 --lr 1e-5
     --lr_schedule linear --adam_style tensorflow --max_grad_norm 0 --whiten_rewards
 """
 PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
@@ -243,13 +229,12 @@ def main(args: Args) -> None:
     reward_function = load_function(args.reward, "reward") if ":" in args.reward else None
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
-    local_b = args.batch_size // world
+    n, temperature, local_b = args.num_responses, args.temperature, args.batch_size // world
     kept_per_update = args.batch_size * num_kept
     num_minibatches = max(1, round(kept_per_update / args.minibatch_size))
     accelerator.print(
-        f"{num_updates} updates of {args.batch_size} prompts x {args.num_responses} responses on {world} processes\n"
-        f"filter {args.filter} keeps {kept_per_update} rows per update, {args.noptepochs} epochs x {num_minibatches} "
-        f"minibatches = {num_updates * args.noptepochs * num_minibatches} optimizer steps"
+        f"{num_updates} updates of {args.batch_size} prompts x {n} responses on {world} processes; filter "
+        f"{args.filter} keeps {kept_per_update}; {args.noptepochs} epochs x {num_minibatches} minibatches"
     )
     if args.dry_run:
         return
@@ -259,9 +244,9 @@ def main(args: Args) -> None:
     frozen_dtype = getattr(torch, args.frozen_dtype)
     policy = load_causal_lm(args.policy).to(device)
     ref_policy = load_causal_lm(args.policy, frozen_dtype).to(device).eval().requires_grad_(False)
-    reward = reward_function
-    if reward_function is None:
-        reward = load_reward_model(args.reward, frozen_dtype).to(device).eval().requires_grad_(False)
+    reward = reward_function or load_reward_model(args.reward, frozen_dtype).to(device).eval().requires_grad_(
+        False
+    )
     critic = make_critic(args, policy).to(device)
     if args.gradient_checkpointing:
         recompute_activations(policy)
@@ -269,41 +254,34 @@ def main(args: Args) -> None:
             recompute_activations(critic.lm_backbone)
     model = PolicyAndCritic(policy, critic)
     critic_lr = args.critic_lr if args.critic == "separate" else args.lr
-    groups = [
-        {"params": policy.parameters(), "lr": args.lr},
-        {"params": critic.parameters(), "lr": critic_lr},
-    ]
+    groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.AdamW(groups, eps=args.eps, weight_decay=0.0)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     policy = bare.policy
-    evaluate_at = partial(
-        evaluate, accelerator, policy, ref_policy, reward, actual_score, eval_rows, tokenizer, stop_id, args
-    )
+    judges = (ref_policy, reward, actual_score)
+    evaluate_at = partial(evaluate, accelerator, policy, judges, eval_rows, tokenizer, stop_id, args)
+    keep = partial(filter_responses, name=args.filter, weights=weights, num_kept=num_kept, draw=args.draw)
+    keep = partial(keep, thresholds=args.thresholds, pow_k=args.pow_k)
 
-    # ------------------------------------------------ Continue a killed run, or measure the reward on π_SFT first
+    # ------------------------------------------------ Continue a killed run, or measure π_SFT's rewards first
     state = load_checkpoint(accelerator, output_dir)
     writer = open_metrics(output_dir, state["step"] if state else -1) if rank == 0 else None
     if state is None:
         state = {"step": 0, "optimizer_step": 0, "kl_coef": args.kl_coef, "best": -math.inf}
         state["reward_mean"], state["reward_std"] = 0.0, 1.0
-        if (
-            args.normalize_reward
-        ):  # fixed for the whole run: the scale of R_φ must not move under β and the critic
+        if args.normalize_reward:  # once: the scale of R_φ must not move under β and the critic
             count = math.ceil(args.normalize_samples / (args.num_responses * world))  # prompts per rank
             batch_rows = [rows[i] for i in prompt_order(len(rows), rank * count, count, args.seed + 1)]
             generator = random_generator(device, args.seed, 1, rank)
             with accelerator.autocast():
-                rollout = sample_rollout(
-                    policy, batch_rows, args.num_responses, args.temperature, args, stop_id, generator
-                )
-                scores = score_rollout(
-                    reward, batch_rows, rollout, decode_responses(tokenizer, rollout), args
-                )
+                rollout = sample_rollout(policy, batch_rows, n, temperature, args, stop_id, generator)
+                texts = decode_responses(tokenizer, rollout)
+                scores = score_rollout(reward, batch_rows, rollout, texts, args)
             scores = accelerator.gather(scores).float()
             state["reward_mean"], state["reward_std"] = scores.mean().item(), scores.std().item()
             constant = (
-                f"--normalize_reward: the standard deviation of the reward on π_SFT samples is {scores.std()}"
+                f"--normalize_reward: the reward of π_SFT's samples has standard deviation {scores.std()}"
             )
             refuse((not state["reward_std"] > 0, f"{constant}; check --reward, or turn it off"))
         if eval_rows:
@@ -324,9 +302,7 @@ def main(args: Args) -> None:
         # ---------------- 2. draw N responses for each
         generator = random_generator(device, args.seed, 3, update, rank)
         with accelerator.autocast():
-            rollout = sample_rollout(
-                policy, batch_rows, args.num_responses, args.temperature, args, stop_id, generator
-            )
+            rollout = sample_rollout(policy, batch_rows, n, temperature, args, stop_id, generator)
         prompt_ids = torch.arange(local_b, device=device) + rank * local_b  # ids count over ranks
         rollout["prompt_ids"] = prompt_ids.repeat_interleave(args.num_responses)  # (B*N,)
         texts = decode_responses(tokenizer, rollout)
@@ -336,32 +312,20 @@ def main(args: Args) -> None:
         with accelerator.autocast():
             raw_scores = score_rollout(reward, batch_rows, rollout, texts, args)  # (B*N,) R_φ
         scores = (raw_scores - state["reward_mean"]) / state["reward_std"]
-        if (
-            args.missing_stop_score is not None
-        ):  # LMHP train_policy.py: a fixed score where the stop token is missing
+        if args.missing_stop_score is not None:  # LMHP: a fixed score where the stop token is missing
             scores = torch.where(rollout["has_stop"], scores, args.missing_stop_score)
         rollout["scores"] = scores
         lengths = rollout["response_mask"].sum(1)
-        everyone = (raw_scores, scores, rollout["prompt_ids"], lengths, rollout["has_stop"])
-        all_scores, all_shaped, all_ids, all_lengths, all_stop = accelerator.gather(everyone)
+        local = (raw_scores, scores, rollout["prompt_ids"], lengths, rollout["has_stop"])
+        all_scores, all_shaped, all_ids, all_lengths, all_stop = accelerator.gather(local)
         clock.append(time.time())
 
         # ---------------- 4. filter: every rank sees all scores and draws the same z, then takes its own rows
-        # DEPARTS PAPER's code, which draws minibatches with replacement, after whitening, by weights fixed for N = 5:
-        # here w is drawn once per prompt for every N, ties in random order, before whitening, and every kept row is
-        # trained on exactly m times. The kept rows are treated as if π_θ itself had drawn them (Eq. 5): the ratio
-        # starts at 1, so one step moves as far as on-policy PPO would, towards the filtered policy μ_θ.
-        selected = filter_responses(
-            all_scores.float().cpu(),
-            all_ids.cpu(),
-            args.filter,
-            weights,
-            num_kept,
-            args.draw,
-            random_generator("cpu", args.seed, 4, update),
-            args.thresholds,
-            args.pow_k,
-        )  # (K,) over all ranks
+        # The kept rows are treated as if π_θ had drawn them (Eq. 5): the ratio starts at 1. DEPARTS PAPER's
+        # code, which draws minibatches with replacement, after whitening, by weights fixed for N = 5: here z is
+        # drawn once per prompt for any N, before whitening, and every kept row is trained on exactly m times
+        filter_generator = random_generator("cpu", args.seed, 4, update)
+        selected = keep(all_scores.float().cpu(), all_ids.cpu(), filter_generator)  # (K,) over all ranks
         first = rank * len(scores)
         local = selected[(selected >= first) & (selected < first + len(scores))].to(device) - first
         empty = (
@@ -382,9 +346,10 @@ def main(args: Args) -> None:
         clock.append(time.time())
 
         # ---------------- 6. rewards per token (Eq. 4)
-        rewards, non_score_reward, kl = cumulative_rewards(
-            kept["scores"], kept["logprobs"], ref_logprobs, mask, state["kl_coef"]
-        )
+        kl = torch.where(
+            mask, kept["logprobs"] - ref_logprobs, 0.0
+        )  # a sample's log-ratio: negative at times
+        rewards, non_score_reward = cumulative_rewards(kept["scores"], kl, mask, state["kl_coef"])
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, all_sum=all_sum)
 
@@ -396,10 +361,9 @@ def main(args: Args) -> None:
 
         # ---------------- 8. m epochs of clipped PPO on the kept rows (Eq. 5)
         bare.train()
-        for group, lr in zip(optimizer.param_groups, (args.lr, critic_lr)):
-            group["lr"] = scheduled_lr(lr, update - 1, num_updates, args.lr_schedule, args.warmup_updates)
-        if update <= args.critic_warmup_updates:
-            optimizer.param_groups[0]["lr"] = 0.0
+        policy_lr = 0.0 if update <= args.critic_warmup_updates else args.lr
+        for group, lr in zip(optimizer.param_groups, (policy_lr, critic_lr)):
+            group["lr"] = scheduled_lr(lr, update - 1, num_updates, args.lr_schedule, warmup_steps=0)
         stats, norms, first_ratio_max = [], [], torch.ones(1, device=device)
         for epoch in range(args.noptepochs if len(selected) else 0):
             order = torch.randperm(
@@ -417,14 +381,7 @@ def main(args: Args) -> None:
                         nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model),
                         accelerator.autocast(),
                     ):
-                        loss, part_stats, ratio = minibatch_loss(
-                            model,
-                            trim(kept, part),
-                            args.temperature,
-                            args.cliprange,
-                            args.cliprange_value,
-                            args.vf_coef,
-                        )
+                        loss, part_stats, ratio = minibatch_loss(model, trim(kept, part), args)
                         accelerator.backward(loss)
                     local_stats += part_stats
                     max_ratio = torch.maximum(max_ratio, ratio.max())
@@ -441,42 +398,36 @@ def main(args: Args) -> None:
         clock.append(time.time())
 
         # ---------------- Log, evaluate, save (numbers are over all ranks before anything uses them)
-        metrics = {
-            "objective/kl_coef": state["kl_coef"],
-            "objective/score": all_scores.mean().item(),
-            "objective/shaped_score": all_shaped.mean().item(),
-            "objective/length": all_lengths.float().mean().item(),
-            "objective/truncated": (~all_stop).float().mean().item(),
-            "filter/kept": len(selected),
-            "filter/distinct": len(selected.unique()),
-            "ppo/lr": optimizer.param_groups[0]["lr"],
-            "ppo/episode": update * args.batch_size * args.num_responses,
-            "ppo/optimizer_step": state["optimizer_step"],
-        }
+        metrics = {"ppo/episode": update * args.batch_size * n, "ppo/optimizer_step": state["optimizer_step"]}
+        metrics |= {"objective/kl_coef": state["kl_coef"], "ppo/lr": optimizer.param_groups[0]["lr"]}
+        metrics |= {"filter/kept": len(selected), "filter/distinct": len(selected.unique())}
+        means = {"objective/score": all_scores, "objective/shaped_score": all_shaped}
+        means |= {"objective/length": all_lengths, "objective/truncated": ~all_stop}
         if len(selected):  # thresholds can leave nothing to take a mean of; 0 would pass for a KL of 0
             metrics |= kept_metrics(kept, kl, non_score_reward, all_sum)
-            kept_scores = all_scores.cpu()[selected]
-            metrics["filter/score"] = kept_scores.mean().item()
-            metrics["filter/score_std"] = kept_scores.std(correction=min(1, len(selected) - 1)).item()
-            metrics["filter/length"] = all_lengths.cpu()[selected].float().mean().item()
+            means |= {
+                "filter/score": all_scores.cpu()[selected],
+                "filter/length": all_lengths.cpu()[selected],
+            }
+            metrics["filter/score_std"] = (
+                means["filter/score"].std(correction=min(1, len(selected) - 1)).item()
+            )
             metrics |= dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
-            metrics |= (
-                {"ppo/grad_norm": float(np.mean(norms))} if norms else {}
-            )  # before clipping; fp16 may skip all
+            metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}  # before clipping
             metrics["ppo/policy/first_ratio"] = stats[0][
                 STATS.index("ppo/policy/ratio")
             ].item()  # nothing has moved
             metrics["ppo/policy/first_ratio_max"] = first_ratio_max.item()  # no mean to hide behind
+        metrics |= {tag: values.float().mean().item() for tag, values in means.items()}
         if monitor is not None:
             shares = gather_object([monitor(texts)])
             metrics |= {
                 f"monitor/{name}": float(np.mean([part[name] for part in shares])) for name in shares[0]
             }
         if args.kl_target:
-            episodes = args.batch_size * args.num_responses
-            kl_now = metrics["objective/kl"]
+            fraction = args.batch_size * n / args.kl_horizon
             state["kl_coef"] = next_kl_coef(
-                state["kl_coef"], kl_now, args.kl_target, args.kl_horizon, episodes
+                state["kl_coef"], metrics["objective/kl"], args.kl_target, fraction
             )
         if eval_rows and (update % args.eval_every == 0 or update == num_updates):
             results = evaluate_at(update)
@@ -485,8 +436,9 @@ def main(args: Args) -> None:
                 state["best"] = best_score(results)
                 save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy_best")
         clock.append(time.time())
-        parts = ("seconds/generate", "seconds/score", "seconds/logprobs", "seconds/train", "seconds/evaluate")
-        metrics |= dict(zip(parts, np.diff(clock).tolist())) | {"seconds/update": clock[4] - clock[0]}
+        for part, seconds in zip(("generate", "score", "logprobs", "train", "evaluate"), np.diff(clock)):
+            metrics[f"seconds/{part}"] = float(seconds)
+        metrics["seconds/update"] = clock[4] - clock[0]
         left = (time.time() - run_start) / (update - first_update) * (num_updates - update)
         log_metrics(writer, output_dir, update, metrics, SHOWN, f"/{num_updates}, {left:.0f} s left")
         if rank == 0 and args.print_samples_every and update % args.print_samples_every == 0:
@@ -506,26 +458,9 @@ def main(args: Args) -> None:
     accelerator.print(f"done: {output_dir / 'policy'}")
 
 
-SHOWN = {
-    "score": "objective/score",
-    "kept": "filter/score",
-    "kl": "objective/kl",
-    "loss": "ppo/loss/total",
-    "pass@1": "eval/greedy_pass1",
-    "seconds": "seconds/update",
-}
-STATS = (
-    "ppo/loss/policy",
-    "ppo/loss/value",
-    "ppo/loss/total",
-    "ppo/policy/entropy",
-    "ppo/policy/approxkl",
-    "ppo/policy/clipfrac",
-    "ppo/policy/ratio",
-    "ppo/val/clipfrac",
-    "ppo/val/vpred",
-    "ppo/val/error",
-)
+SHOWN = ("objective/score", "filter/score", "objective/kl", "eval/greedy_pass1", "seconds/update")
+STATS = ("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total", "ppo/policy/entropy", "ppo/policy/approxkl")
+STATS += ("ppo/policy/clipfrac", "ppo/policy/ratio", "ppo/val/clipfrac", "ppo/val/vpred", "ppo/val/error")
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -548,22 +483,21 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     return torch.cat(entropy)
 
 
-def cumulative_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 4: scores (rows,), the rest (rows, R) -> (rewards, non_score_reward, kl), each (rows, R) and 0 where masked."""
+def cumulative_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> tuple[Tensor, Tensor]:
+    """scores (rows,), kl = logprobs - ref_logprobs and mask (rows, R) -> (rewards, non_score_reward), 0 where
+    masked."""
     # Eq. 4 (cumulative reward): -kl_coef * (logprobs - ref_logprobs) at every token, + scores at the last one
-    kl = torch.where(mask, logprobs - ref_logprobs, 0.0)
+    # The KL is paid where it arises, so that the advantage of a token counts what it and those behind it cost
     non_score_reward = -kl_coef * kl
     is_last = mask & (
         mask.flip(1).cumsum(1).flip(1) == 1
     )  # the last real token; nothing where a row is all masked
-    rewards = non_score_reward + torch.where(is_last, scores.unsqueeze(1), 0.0)
-    return rewards, non_score_reward, kl
+    return non_score_reward + torch.where(is_last, scores.unsqueeze(1), 0.0), non_score_reward
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """rewards, values, mask (rows, R), right-padded -> (advantages, returns); the value behind the last token is 0."""
+    """rewards, values, mask (rows, R), padded right -> (advantages, returns); behind the last token the value
+    is 0."""
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages, lastgaelam, nextvalues = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
@@ -574,7 +508,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, all_sum=lambda x: x) -> Tensor:
-    """Masked mean 0 and (biased) variance 1, 0 where masked. shift_mean=False keeps the mean. `all_sum` adds over ranks."""
+    """Masked mean 0 and (biased) variance 1, 0 where masked; or the old mean. `all_sum` adds over ranks."""
     values = torch.where(mask, values, 0.0)
     count, total = all_sum(torch.stack([mask.sum().to(values.dtype), values.sum()]))
     mean = total / count.clamp(min=1)
@@ -584,15 +518,17 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, all_sum=lambda
 
 
 def loss_weights(mask: Tensor, all_sum=lambda x: x, num_processes: int = 1) -> Tensor:
-    """mask (rows, R) of one minibatch -> weights (rows, R): the loss Σ weights · token loss is the mean over the tokens
-    of all ranks. DDP averages gradients over ranks, so a sum over ranks comes with the factor num_processes."""
+    """mask (rows, R) of one minibatch -> weights (rows, R): the loss Σ weights · token loss is the mean over
+    the tokens of all ranks. DDP averages gradients over ranks, so a sum over ranks comes with the factor
+    num_processes."""
     return mask.float() * num_processes / all_sum(mask.sum().float()).clamp(min=1)
 
 
 def policy_loss(
     new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All (rows, R) -> (clipped policy loss per token, whether it was clipped, ratio); 0, False, 1 where masked."""
+    """All (rows, R) -> (clipped policy loss per token, whether it was clipped, ratio); 0, False, 1 where
+    masked."""
     ratio = torch.where(mask, new_logprobs - logprobs, 0.0).exp()
     advantages = torch.where(mask, advantages, 0.0)
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
@@ -602,53 +538,47 @@ def policy_loss(
 def value_loss(
     vpred: Tensor, values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
-    """All (rows, R) -> (half the larger of clipped and unclipped squared error per token, whether clipping acted); 0 where masked."""
+    """All (rows, R) -> (half the larger of clipped and unclipped squared error per token, whether clipping
+    acted)."""
     vpred, values, returns = (torch.where(mask, x, 0.0) for x in (vpred, values, returns))
     clipped = values + (vpred - values).clamp(-cliprange_value, cliprange_value)
     losses1, losses2 = (vpred - returns).square(), (clipped - returns).square()
     return 0.5 * torch.max(losses1, losses2), losses2 > losses1
 
 
-def minibatch_loss(
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    temperature: float,
-    cliprange: float,
-    cliprange_value: float,
-    vf_coef: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One micro-batch (from `trim`, with loss_weights) -> its share of the minibatch loss, its share of the STATS (10,),
-    the ratio of every token (rows, R), 1 where masked."""
+def minibatch_loss(model: nn.Module, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """A micro-batch (from `trim`, with loss_weights) -> its share of the minibatch loss (Eq. 5), its share of
+    the STATS (10,), the ratio of every token (rows, R), 1 where masked."""
     mask, weights = batch["response_mask"], batch["loss_weights"]
     logits, vpred = model(batch["query_responses"], batch["mask"], mask.shape[1])
-    new_logprobs = token_logprobs(logits, batch["responses"], mask, temperature)
+    new_logprobs = token_logprobs(logits, batch["responses"], mask, args.temperature)
+    logprobs, values, returns = batch["logprobs"], batch["values"], batch["returns"]
     pg_losses, pg_clipped, ratio = policy_loss(
-        new_logprobs, batch["logprobs"], batch["advantages"], mask, cliprange
+        new_logprobs, logprobs, batch["advantages"], mask, args.cliprange
     )
-    vf_losses, vf_clipped = value_loss(vpred, batch["values"], batch["returns"], mask, cliprange_value)
+    vf_losses, vf_clipped = value_loss(vpred, values, returns, mask, args.cliprange_value)
     pg_loss, vf_loss = (pg_losses * weights).sum(), (vf_losses * weights).sum()
-    loss = pg_loss + vf_coef * vf_loss
+    loss = pg_loss + args.vf_coef * vf_loss
     with torch.no_grad():
-        log_ratio = torch.where(
-            mask, new_logprobs - batch["logprobs"], 0.0
-        )  # ratio.log() may have underflowed
-        entropy, approxkl = token_entropy(logits, temperature), 0.5 * log_ratio.square()
-        vpred, error = torch.where(mask, vpred, 0.0), (vpred - batch["returns"]).square()
+        log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)  # ratio.log() may have underflowed
+        entropy, approxkl = token_entropy(logits, args.temperature), 0.5 * log_ratio.square()
+        vpred, error = torch.where(mask, vpred, 0.0), (vpred - returns).square()
         per_token = (entropy, approxkl, pg_clipped, ratio, vf_clipped, vpred, error)
         means = [(torch.where(mask, x.float(), 0.0) * weights).sum() for x in per_token]
         return loss, torch.stack([pg_loss, vf_loss, loss, *means]), ratio.detach()
 
 
-def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, episodes: int) -> float:
-    """LMHP's controller: kl is the mean over responses of the sum over tokens; moves by at most 20% · episodes / horizon."""
-    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * episodes / horizon)
+def next_kl_coef(kl_coef: float, kl: float, target: float, fraction: float) -> float:
+    """LMHP's controller: kl is the mean over responses of the sum over tokens; moves by at most 20% of the
+    fraction of the horizon that passed."""
+    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * fraction)
 
 
 def scheduled_lr(
     lr: float, step: int, num_steps: int, schedule: str, warmup_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 - step/num_steps))
-    or cosine."""
+    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 -
+    step/num_steps)) or cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -657,34 +587,33 @@ def scheduled_lr(
 
 
 def adam_epsilon(eps: float, style: str, step: int, beta2: float = 0.999) -> float:
-    """Epsilon for torch's Adam at optimizer step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's Adam exactly."""
+    """Epsilon for torch's Adam at step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's Adam
+    exactly."""
     return eps / math.sqrt(1 - beta2**step) if style == "tensorflow" else eps
 
 
 def kept_metrics(kept: dict[str, Tensor], kl: Tensor, non_score_reward: Tensor, all_sum) -> dict[str, float]:
-    """Means over the kept rows of all ranks (per response) and over their tokens (returns, values)."""
+    """Means over the kept rows of all ranks (per response), mean and variance over their tokens."""
     mask, returns, values = kept["response_mask"], kept["returns"], kept["values"]
-    is_row = mask.any(1)
+    rows = mask.any(1)
     sums = [
-        is_row.sum(),
+        rows.sum(),
         kl.sum(),
         -kept["logprobs"].sum(),
         non_score_reward.sum(),
-        (kept["scores"] * is_row).sum(),
+        (kept["scores"] * rows).sum(),
     ]
     sums += [mask.sum(), returns.sum(), values.sum(), returns.square().sum(), values.square().sum()]
-    rows, kl_sum, surprise, penalty, score, tokens, *sums = all_sum(torch.stack(sums).double()).tolist()
-    returns_sum, values_sum, returns_square, values_square = sums
-    return {
-        "objective/kl": kl_sum / rows,
-        "objective/entropy": surprise / rows,
-        "objective/score_total": (score + penalty) / rows,
-        "objective/non_score_reward": penalty / rows,
-        "ppo/returns/mean": returns_sum / tokens,
-        "ppo/returns/var": (returns_square - returns_sum**2 / tokens) / max(tokens - 1, 1),
-        "ppo/val/mean": values_sum / tokens,
-        "ppo/val/var": (values_square - values_sum**2 / tokens) / max(tokens - 1, 1),
+    count, kl, entropy, penalty, score, tokens, *moments = all_sum(torch.stack(sums).double()).tolist()
+    metrics = {"objective/kl": kl / count, "objective/entropy": entropy / count}
+    metrics |= {
+        "objective/score_total": (score + penalty) / count,
+        "objective/non_score_reward": penalty / count,
     }
+    for name, first, second in (("ppo/returns", moments[0], moments[2]), ("ppo/val", moments[1], moments[3])):
+        variance = (second - first**2 / tokens) / max(tokens - 1, 1)
+        metrics |= {f"{name}/mean": first / tokens, f"{name}/var": variance}
+    return metrics
 
 
 def best_score(results: dict[str, float]) -> float:
@@ -696,7 +625,7 @@ THRESHOLDS = ("top", "top_random", "top_bottom")
 
 
 def rank_weight_vector(name: str, n: int) -> list[float]:
-    """w over ranks 1..n, best first, for a named rank filter: none and random 1/n each; BoN, BR, BW as in PAPER."""
+    """w over ranks 1..n, best first: none and random 1/n each; BoN, BR, BW as in PAPER."""
     if name == "bon" or n == 1:
         return [1.0] + [0.0] * (n - 1)
     if name == "br":
@@ -712,7 +641,7 @@ def rank_rows(scores: Tensor, prompt_ids: Tensor, generator: torch.Generator) ->
     counts = prompt_ids.unique(return_counts=True)[1]
     if (counts != counts[0]).any():
         raise ValueError(
-            f"every prompt id needs the same number of responses, found {sorted(set(counts.tolist()))}"
+            f"every prompt id needs the same number of responses, not {counts.unique().tolist()}"
         )
     order = torch.randperm(len(scores), generator=generator)
     order = order[scores[order].argsort(descending=True, stable=True)]
@@ -723,26 +652,27 @@ def rank_rows(scores: Tensor, prompt_ids: Tensor, generator: torch.Generator) ->
 def filter_responses(
     scores: Tensor,
     prompt_ids: Tensor,
+    generator,
     name: str,
     weights,
     num_kept: int,
     draw: str,
-    generator,
-    thresholds=(0.0, 0.0),
-    pow_k=1.0,
+    thresholds,
+    pow_k: float,
 ) -> Tensor:
-    """The filtered policy μ_θ: scores, prompt_ids (rows,) on CPU -> selected row indices (K,), ascending, repeats possible.
+    """The filtered policy μ_θ: scores, prompt_ids (rows,) on CPU -> selected row indices (K,), ascending,
+    repeats possible. weights: w over the ranks of a prompt, best first.
 
-    Every filter is a matrix of expected counts over groups: a prompt's N ranks (rank filters), one row (thresholds), or the whole
-    buffer (pow). `sample` draws with replacement; `exact` is systematic sampling: row i is kept ⌊e_i⌋ or ⌈e_i⌉ times, e_i on average."""
+    Every filter is a matrix of expected counts over groups: a prompt's N ranks (rank filters), one row
+    (thresholds), or the whole buffer (pow). `sample` draws with replacement; `exact` is systematic sampling:
+    row i is kept ⌊e_i⌋ or ⌈e_i⌉ times, e_i on average."""
     if not torch.isfinite(scores).all():
         raise ValueError("the reward is not finite for some responses; look at the reward model or function")
-    if name in (*THRESHOLDS, "pow") and scores.abs().max() > 1:  # ranks do not mind the scale
-        warnings.warn(
-            "thresholds and pow-k are made for R in [-1, 1], but the reward leaves it: train the reward model with "
-            "--bound tanh, choose thresholds of that scale, or take a rank filter",
-            stacklevel=2,
+    if name in (*THRESHOLDS, "pow") and scores.abs().max() > 1:
+        message = (
+            "thresholds and pow_k are for R in [-1, 1], but the reward leaves it; rank filters do not mind"
         )
+        warnings.warn(message, stacklevel=2)
     ranked = rank_rows(scores, prompt_ids, generator)  # (B, N)
     if name in THRESHOLDS:  # DEPARTS PAPER: it gives no thresholds; they are fields of Args
         rows, draw = ranked.view(-1, 1), "exact"
@@ -758,27 +688,21 @@ def filter_responses(
     else:
         rows, expected = ranked, num_kept * torch.tensor(weights, dtype=torch.double).expand(ranked.shape)
     if draw == "sample" and name != "none":
-        return (
-            rows.gather(1, torch.multinomial(expected, num_kept, replacement=True, generator=generator))
-            .flatten()
-            .sort()
-            .values
-        )
-    # DEPARTS PAPER, which draws z ~ w (--draw sample): `exact` keeps every row as often on average, with less variance
+        drawn = torch.multinomial(expected, num_kept, replacement=True, generator=generator)
+        return rows.gather(1, drawn).flatten().sort().values
+    # DEPARTS PAPER, which draws z ~ w (--draw sample): `exact` keeps every row as often on average, with the
+    # least variance: BW keeps the best and the worst, never one of them twice
     shuffle = torch.rand(rows.shape, generator=generator).argsort(1)  # which ranks go together is random
     rows, expected = rows.gather(1, shuffle), expected.gather(1, shuffle)
     cumulative = (F.pad(expected.cumsum(1), (1, 0)) * 1e9).round() / 1e9  # rounded: 1 + 4 · 0.25 must be 2
-    counts = (
-        (cumulative + torch.rand(len(rows), 1, generator=generator, dtype=torch.double))
-        .floor()
-        .diff(dim=1)
-        .long()
-    )
+    offset = torch.rand(len(rows), 1, generator=generator, dtype=torch.double)
+    counts = (cumulative + offset).floor().diff(dim=1).long()
     return rows.flatten().repeat_interleave(counts.flatten()).sort().values
 
 
 class RewardModel(nn.Module):
-    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias. `bound` squashes what is read."""
+    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias. `bound` squashes what is
+    read."""
 
     def __init__(self, lm_backbone: nn.Module, bound: str = "none"):
         super().__init__()
@@ -787,56 +711,47 @@ class RewardModel(nn.Module):
         self.reward_gain, self.reward_bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask (rows, T) -> unbounded score read at every column (rows, T), float32 under autocast too."""
+        """ids, mask (rows, T) -> unbounded score read at every column (rows, T), float32 under autocast
+        too."""
         hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
 
 
 def load_reward_model(path: str, dtype: torch.dtype = torch.float32) -> RewardModel:
-    """R_φ from a sequence classification model with one label, of rm_single.py or of others, of a folder or the hub;
-    what others do not have is gain 1, bias 0, no bound. A head is never made up."""
-    config = load_config(path, "reward")
-    classifier, info = AutoModelForSequenceClassification.from_pretrained(
-        path, config=config, dtype="auto", output_loading_info=True
-    )
-    refuse((bool(info["missing_keys"]), f"--reward {path}: lacks {', '.join(sorted(info['missing_keys']))}"))
+    """R_φ from a sequence classification model with one label, of rm_single.py or of others (which have gain
+    1, bias 0 and no bound), of a folder or the hub. A head is never made up."""
+    config, auto = load_config(path, "reward"), AutoModelForSequenceClassification
+    classifier, info = auto.from_pretrained(path, config=config, dtype="auto", output_loading_info=True)
+    missing = ", ".join(sorted(info["missing_keys"]))
+    refuse((missing != "", f"--reward {path}: lacks {missing}"))
     model = RewardModel(classifier.base_model, getattr(config, "reward_bound", "none"))
     model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
     for parameter in model.lm_backbone.parameters():  # the head stays float32
         parameter.data = parameter.data.to(dtype)
-    with torch.no_grad():
-        model.scalar_head.weight.copy_(classifier.score.weight)
-        model.scalar_head.bias.fill_(getattr(config, "score_bias", 0.0))
-        model.reward_gain.fill_(getattr(config, "reward_gain", 1.0))
-        model.reward_bias.fill_(getattr(config, "reward_bias", 0.0))
+    model.scalar_head.weight.data.copy_(classifier.score.weight)
+    model.scalar_head.bias.data.fill_(getattr(config, "score_bias", 0.0))
+    model.reward_gain.data.fill_(getattr(config, "reward_gain", 1.0))
+    model.reward_bias.data.fill_(getattr(config, "reward_bias", 0.0))
     return model
 
 
 def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]], new_tokens: int) -> None:
-    """Refuses, before weights are loaded, what `load_reward_model` cannot read, and a model that has other tokens
-    than the policy (it is handed the policy's ids) or too few positions."""
+    """Refuses, before weights are loaded, what load_reward_model cannot read, and a model with other tokens
+    than the policy's (it is handed the policy's ids) or too few positions."""
     old, convert = Path(path, "reward_head.safetensors"), "python -m benchmark.recipes.convert_reward_model"
     refuse((old.is_file(), f"--{field} {path}: an older form; convert it: {convert} {path} {path}_converted"))
-    config = load_config(path, field)
+    config, where = load_config(path, field), f"--{field} {path}"
     name = (config.architectures or ["model without architecture"])[0]
-    wrong = not name.endswith("ForSequenceClassification") or config.num_labels != 1
-    advice = "give a sequence classification model with one label, or module:function"
-    refuse((wrong, f"--{field} {path}: a {name} is no reward model; {advice}"))
-    with torch.device("meta"):
-        head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
-    refuse(
-        (not isinstance(head, nn.Linear), f"--{field} {path}: {name} has no linear layer `score`; {advice}")
-    )
+    head = None
+    if name.endswith("ForSequenceClassification") and config.num_labels == 1:
+        with torch.device("meta"):
+            head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
+    advice = "give a sequence classification model with one label and a layer `score`, or module:function"
+    refuse((not isinstance(head, nn.Linear), f"{where}: a {name} is no reward model; {advice}"))
     check_rows(config, queries, field, new_tokens)
-    own = load_pretrained(AutoTokenizer, path, field).get_vocab()
-    differ = {token for token, _ in own.items() ^ tokenizer.get_vocab().items()}
-    refuse(
-        (
-            bool(differ),
-            f"--{field} {path}: its tokenizer has other tokens than --policy's: {sorted(differ)[:3]}",
-        )
-    )
+    differ = load_pretrained(AutoTokenizer, path, field).get_vocab().items() ^ tokenizer.get_vocab().items()
+    refuse((len(differ) > 0, f"{where}: its tokenizer differs from --policy's, in {min(differ, default='')}"))
 
 
 class PolicyAndCritic(nn.Module):
@@ -847,7 +762,8 @@ class PolicyAndCritic(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(self, ids: Tensor, mask: Tensor, response_length: int) -> tuple[Tensor, Tensor]:
-        """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R), aligned with the R response tokens."""
+        """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R), aligned with the R response
+        tokens."""
         shared = isinstance(self.critic, nn.Linear)
         output = self.policy(
             **model_inputs(ids, mask),
@@ -864,8 +780,9 @@ class PolicyAndCritic(nn.Module):
 
 
 def make_critic(args: Args, policy: nn.Module) -> nn.Module:
-    """The critic that `critic` and `critic_init` ask for. It starts from the reward model where there is one: what a
-    state is worth is close to what the reward model says of the text so far. Else its head starts at zero."""
+    """The critic that `critic` and `critic_init` ask for. It starts from the reward model where there is one:
+    what a state is worth is close to what the reward model says of the text so far. Else its head starts at
+    zero."""
     if args.critic == "shared":
         critic = head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
     elif args.critic_init or ":" not in args.reward:
@@ -879,7 +796,8 @@ def make_critic(args: Args, policy: nn.Module) -> nn.Module:
 
 
 def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from the ids."""
+    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from
+    the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -887,7 +805,8 @@ def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token 0."""
+    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token
+    0."""
     position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
     return {
         "input_ids": ids.masked_fill(~mask, 0),
@@ -897,8 +816,8 @@ def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def stop_masks(responses: Tensor, stop_token_id: int, stop_after: int) -> tuple[Tensor, Tensor]:
-    """responses (rows, R) -> (mask, has_stop): True up to and including the first stop token at index >= stop_after (rows, R);
-    whether there is one (rows,). stop_token_id -1 means none."""
+    """responses (rows, R) -> mask (rows, R), True up to and including the first stop token at index >=
+    stop_after; has_stop (rows,), whether there is one. stop_token_id -1 means none."""
     is_stop = responses == stop_token_id
     is_stop[:, :stop_after] = False
     behind = (is_stop.cumsum(1) - is_stop.long()) > 0
@@ -906,7 +825,8 @@ def stop_masks(responses: Tensor, stop_token_id: int, stop_after: int) -> tuple[
 
 
 class AutocastCache(DynamicCache):
-    """Key-value cache in autocast's precision: rotary keys come in float32 under autocast and would double it."""
+    """Key-value cache in autocast's precision: rotary keys come in float32 under autocast and would double
+    it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """keys, values (rows, heads, new columns, head size) -> all keys and values so far."""
@@ -918,20 +838,20 @@ class AutocastCache(DynamicCache):
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    queries: Tensor,
-    query_mask: Tensor,
-    num_responses: int,
-    response_length: int,
-    temperature: float,
-    stop_token_id: int,
-    stop_after: int,
-    generator: torch.Generator | None = None,
+    model,
+    queries,
+    query_mask,
+    num_responses,
+    length,
+    temperature,
+    stop_token_id,
+    stop_after=0,
+    generator=None,
 ) -> Tensor:
-    """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, R), 0 behind the stop token.
-
-    Rows of one query are adjacent. Temperature 0 is greedy. The query is read once for its N responses, and rows that
-    have stopped leave the batch. Nothing is taken from a generation_config: samples are π_θ's at this temperature."""
+    """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, length), 0 behind
+    the stop token, those of a query adjacent. Temperature 0 is greedy. The query is read once for its N
+    responses, and rows that have stopped leave the batch. Nothing is taken from a generation_config: samples
+    are π_θ's at this temperature."""
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = AutocastCache(config=model.config)
     settings = {
@@ -945,17 +865,16 @@ def generate(
         cache.batch_repeat_interleave(num_responses)
     rows = torch.arange(len(mask), device=queries.device)  # rows still in the batch
     done = torch.zeros_like(rows, dtype=torch.bool)
-    responses = torch.zeros(len(mask), response_length, dtype=torch.long, device=queries.device)
-    for t in range(response_length):
-        if temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
+    responses = torch.zeros(len(mask), length, dtype=torch.long, device=queries.device)
+    for t in range(length):
+        tokens = logits.argmax(-1)
+        if temperature > 0:
             probabilities = (logits.float() / temperature).softmax(-1)
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         responses[rows, t] = torch.where(done, 0, tokens)
         if t >= stop_after:
             done = done | (tokens == stop_token_id)
-        if t + 1 == response_length or done.all():
+        if t + 1 == length or done.all():
             break
         if done.sum() >= max(1, len(done) // 8):  # dropping copies the cache, so not for every single row
             alive = (~done).nonzero().squeeze(1)
@@ -970,38 +889,23 @@ def generate(
 
 @torch.no_grad()
 def sample_rollout(
-    model: nn.Module,
-    rows: list[dict],
-    num_responses: int,
-    temperature: float,
-    args: Args,
-    stop_id: int,
-    generator,
+    model, rows, n: int, temperature: float, args: Args, stop_id: int, generator
 ) -> dict[str, Tensor]:
-    """num_responses to each row -> queries, query_mask (B*N, Q), responses, response_mask, score_mask (B*N, R), has_stop
-    (B*N,); the responses of a row are adjacent. response_mask is what is trained on, score_mask what R_φ reads."""
-    device = next(model.parameters()).device
-    queries, query_mask = pad_left([row["query_ids"] for row in rows], device)
-    stop = stop_id if args.mask_after_stop else -1
-    size = max(1, (args.generation_batch_size or args.forward_batch_size) // num_responses)
-    responses = []
-    for part in torch.arange(len(rows), device=device).split(size):
-        width = int(query_mask[part].sum(1).max())
-        ids, mask = queries[part, -width:], query_mask[part, -width:]
-        length = args.response_length
-        responses.append(
-            generate(model, ids, mask, num_responses, length, temperature, stop, args.stop_after, generator)
-        )
+    """n responses to each row -> queries, query_mask (B*N, Q), responses, response_mask, score_mask (B*N, R),
+    has_stop (B*N,); those of a row are adjacent. response_mask is what is trained on, score_mask what R_φ
+    reads."""
+    queries, query_mask = pad_left([row["query_ids"] for row in rows], next(model.parameters()).device)
+    length, stop = args.response_length, stop_id if args.mask_after_stop else -1
+    size, responses = max(1, (args.generation_batch_size or args.forward_batch_size) // n), []
+    for ids, mask in zip(queries.split(size), query_mask.split(size)):
+        width = int(mask.sum(1).max())
+        ids, mask = ids[:, -width:], mask[:, -width:]
+        responses.append(generate(model, ids, mask, n, length, temperature, stop, args.stop_after, generator))
     responses = torch.cat(responses)
     score_mask, has_stop = stop_masks(responses, stop_id, args.stop_after)
-    return {
-        "queries": queries.repeat_interleave(num_responses, 0),
-        "query_mask": query_mask.repeat_interleave(num_responses, 0),
-        "responses": responses,
-        "response_mask": score_mask if args.mask_after_stop else torch.ones_like(score_mask),
-        "score_mask": score_mask,
-        "has_stop": has_stop,
-    }
+    rollout = {"queries": queries.repeat_interleave(n, 0), "query_mask": query_mask.repeat_interleave(n, 0)}
+    rollout |= {"responses": responses, "score_mask": score_mask, "has_stop": has_stop}
+    return rollout | {"response_mask": score_mask if args.mask_after_stop else torch.ones_like(score_mask)}
 
 
 def decode_responses(tokenizer, rollout: dict[str, Tensor]) -> list[str]:
@@ -1021,26 +925,22 @@ def score_rollout(
 
 
 def trim(rollout: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """The given rows of a rollout as one micro-batch. All padding moves to the left, so that query_responses and mask (rows, T) are
-    as wide as the longest row, not the longest query plus the longest response. Tensors over the response (rows, R) end where
-    their row ends; `columns` (rows, R) says where each of their columns stands in the rollout, read_mask what a reward model reads."""
+    """The given rows of a rollout as one micro-batch. All padding moves to the left, so that query_responses
+    and mask (rows, T) are as wide as the longest row, not the longest query plus the longest response.
+    Tensors over the response (rows, R) end where their row ends; `columns` (rows, R) says where each of their
+    columns stands in the rollout, read_mask what a reward model reads."""
     batch = {name: tensor[rows] for name, tensor in rollout.items()}
     ids = torch.cat([batch["queries"], batch["responses"]], 1)
     mask = torch.cat([batch["query_mask"], batch["response_mask"]], 1)
-    read = torch.cat([batch["query_mask"], batch.get("score_mask", batch["response_mask"])], 1)
+    read = torch.cat([batch["query_mask"], batch["score_mask"]], 1)
     r = max(1, int(batch["response_mask"].sum(1).max()))
     order = mask.int().argsort(dim=1, stable=True)[:, -max(r + 1, int(mask.sum(1).max())) :]
     columns = batch["response_mask"].int().argsort(dim=1, stable=True)[:, -r:]
     for name, tensor in batch.items():
         if tensor.ndim == 2 and name not in ("queries", "query_mask"):
             batch[name] = tensor.gather(1, columns)
-    batch.update(
-        query_responses=ids.gather(1, order),
-        mask=mask.gather(1, order),
-        read_mask=read.gather(1, order),
-        columns=columns,
-    )
-    return batch
+    batch |= {"query_responses": ids.gather(1, order), "mask": mask.gather(1, order)}
+    return batch | {"read_mask": read.gather(1, order), "columns": columns}
 
 
 def micro_batches(rollout: dict[str, Tensor], rows: Tensor, size: int) -> list[Tensor]:
@@ -1054,7 +954,8 @@ def response_logprobs_and_values(
     model: nn.Module, rollout: dict[str, Tensor], temperature: float, size: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and values (rows, R) of a rollout, `size` rows at a time, 0 behind each response.
-    `model` is a PolicyAndCritic, or a causal LM (values are then 0). The logits are gone when this returns."""
+    `model` is a PolicyAndCritic, or a causal LM (values are then 0). The logits are gone when this
+    returns."""
     logprobs = torch.zeros(rollout["responses"].shape, device=rollout["responses"].device)
     values = torch.zeros_like(logprobs)
     for rows in micro_batches(rollout, torch.arange(len(logprobs), device=logprobs.device), size):
@@ -1073,7 +974,8 @@ def response_logprobs_and_values(
 
 @torch.no_grad()
 def reward_model_scores(model: RewardModel, rollout: dict[str, Tensor], size: int) -> Tensor:
-    """R_φ of every row (rows,): reads the query and the response up to score_mask, the score at the last token."""
+    """R_φ of every row (rows,): reads the query and the response up to score_mask, the score at the last
+    token."""
     scores = torch.zeros(len(rollout["responses"]), device=rollout["responses"].device)
     for rows in micro_batches(rollout, torch.arange(len(scores), device=scores.device), size):
         batch = trim(rollout, rows)
@@ -1085,9 +987,11 @@ def reward_model_scores(model: RewardModel, rollout: dict[str, Tensor], size: in
 
 
 def evaluate(
-    accelerator, policy, ref_policy, reward, actual_score, rows, tokenizer, stop_id, args: Args, update: int
+    accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int
 ) -> dict[str, float]:
-    """Greedy and sampled responses to the evaluation prompts. Every prompt counts once, whatever the number of ranks."""
+    """Greedy and sampled responses to the evaluation prompts, each counted once whatever the number of ranks.
+    judges: ref_policy, reward, actual_score or None."""
+    ref_policy, reward, actual_score = judges
     local_rows, values = rows[accelerator.process_index :: accelerator.num_processes], {}
     policy.eval()
     for name, temperature in (("greedy", 0.0), ("sampled", args.temperature)) if local_rows else ():
@@ -1111,8 +1015,8 @@ def evaluate(
 
 
 def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
-    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without reshuffle
-    all in one order."""
+    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without
+    reshuffle all in one order."""
     passes, order = range(start // num_prompts, (start + count - 1) // num_prompts + 1), []
     for number in passes:
         generator = random_generator("cpu", seed, 0, number * reshuffle)
@@ -1122,18 +1026,19 @@ def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle:
 
 
 def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
-    """Rows of `prompts` or `eval_prompts` with query_ids; [] for none. Of eval_prompts none may be left out: what is
+    """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
     measured would be the short prompts alone."""
-    if not getattr(args, field):
-        return []
-    rows = load_rows(getattr(args, field), field, (args.prompt_field,))
+    path = getattr(args, field)
+    rows = load_rows(path, field, (args.prompt_field,)) if path else []
     cut = args.long_queries == "keep_start"
-    encoded = encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field, cut)
-    left_out = len(rows) - len(encoded)
-    message = f"--{field}: {left_out} of {len(rows)} queries are empty or longer than --query_length {args.query_length}"
-    refuse((field == "eval_prompts" and left_out > 0, f"{message}; raise it or --long_queries keep_start"))
-    if left_out:
-        print(f"{message}: left out")
+    encoded = (
+        encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field, cut) if path else []
+    )
+    left_out = f"{len(rows) - len(encoded)} of {len(rows)}"
+    message = f"--{field}: {left_out} queries are empty or longer than --query_length"
+    if len(encoded) < len(rows):
+        refuse((field == "eval_prompts", f"{message}; raise it or --long_queries keep_start"))
+        print(f"{message} and left out")
     return encoded
 
 
@@ -1151,7 +1056,8 @@ def load_function(spec: str, field: str):
 
 
 def call_function(function, rows: list[dict], texts: list[str], prompt_field: str) -> list[float]:
-    """A `module:function` on responses and the rows they answer, those of a row adjacent -> one float per response."""
+    """A `module:function` on responses and the rows they answer, those of a row adjacent -> one float per
+    response."""
     rows = [row for row in rows for _ in range(len(texts) // len(rows))]
     values = function([row[prompt_field] for row in rows], texts, rows)
     if len(values) != len(texts):
@@ -1162,60 +1068,53 @@ def call_function(function, rows: list[dict], texts: list[str], prompt_field: st
 
 
 def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
-    """Refuses settings that do not go together -> rows kept per prompt, weights over ranks, number of updates."""
+    """Refuses settings that do not go together -> rows kept per prompt, weights w, number of updates."""
     check_ranges(args)
-    n, b, own, w = args.num_responses, args.batch_size, bool(args.rank_weights), args.rank_weights
-    all_kept = args.filter in ("none", *THRESHOLDS) and not own
-    kept = n if all_kept else args.num_kept or min(n, 1 if args.filter == "bon" else 2)
-    rows, minibatch, threshold = b * kept, args.minibatch_size, args.filter in THRESHOLDS
+    n, b, size, w, name = (
+        args.num_responses,
+        args.batch_size,
+        args.minibatch_size,
+        args.rank_weights,
+        args.filter,
+    )
+    own, shared, plain = len(w) > 0, args.critic == "shared", name == "none" and len(w) == 0
+    cut, everything = name in THRESHOLDS, plain or name in THRESHOLDS
+    kept = n if everything else args.num_kept or min(n, 1 if name == "bon" else 2)
+    wrong_sum, unused = own and (min(w) < 0 or abs(sum(w) - 1) > 1e-6), args.num_kept not in (0, n)
+    high, updates, warm = args.thresholds[1], args.total_episodes // (b * n), args.critic_warmup_updates > 0
     refuse(
         (b % num_processes > 0, f"--batch_size {b} must be a multiple of the {num_processes} processes"),
+        (
+            size % num_processes > 0 and not cut,
+            f"--minibatch_size {size} must be one of the {num_processes} too",
+        ),
+        (b * kept % size > 0 and not cut, f"--minibatch_size {size} must divide the kept rows {b} x {kept}"),
+        (updates < 1, f"--total_episodes {args.total_episodes} is less than one update of {b} x {n}"),
         (own and len(w) != n, f"--rank_weights needs --num_responses = {n} numbers, best first"),
+        (wrong_sum, f"--rank_weights must be at least 0 with sum 1, not {w}"),
         (
-            own and (min(w) < 0 or abs(sum(w) - 1) > 1e-6),
-            f"--rank_weights must be at least 0 with sum 1, not {w}",
+            own and name not in ("none", "random", "br", "bw"),
+            f"--rank_weights replaces --filter {name}; omit it",
         ),
+        (n == 1 and not plain, "--filter needs --num_responses above 1; PPO-S is --filter none"),
         (
-            own and args.filter not in ("none", "random", "br", "bw"),
-            "--rank_weights replaces --filter; leave it out",
-        ),
-        (n == 1 and (own or args.filter != "none"), "--num_responses 1 needs --filter none (PPO-S)"),
-        (
-            all_kept and args.num_kept not in (0, n),
-            f"--num_kept does nothing with --filter {args.filter}; leave it out",
+            everything and unused,
+            f"--num_kept does nothing with --filter {name}; leave it out, or take random",
         ),
         (
             kept > n and args.draw == "exact",
             f"--num_kept {kept} exceeds --num_responses {n}; use --draw sample",
         ),
+        (args.thresholds[0] > high, f"--thresholds {args.thresholds}: the lower one comes first"),
         (
-            args.total_episodes < b * n,
-            f"--total_episodes {args.total_episodes} is less than one update of {b} x {n}",
+            args.kl_target > 0 and not plain,
+            "--kl_target needs --filter none, or kept rows alone would steer it",
         ),
-        (
-            args.critic == "shared" and args.critic_warmup_updates > 0,
-            "--critic_warmup_updates needs --critic separate",
-        ),
-        (args.critic == "shared" and bool(args.critic_init), "--critic_init needs --critic separate"),
-        (
-            rows % minibatch > 0 and not threshold,
-            f"--minibatch_size {minibatch} must divide the kept rows {b} x {kept}",
-        ),
-        (
-            minibatch % num_processes > 0 and not threshold,
-            f"--minibatch_size must be a multiple of {num_processes}",
-        ),
-        (
-            args.thresholds[0] > args.thresholds[1],
-            f"--thresholds {args.thresholds}: the lower one comes first",
-        ),
-        (
-            args.kl_target > 0 and (own or args.filter != "none"),
-            "--kl_target needs --filter none: it would be steered by the kept rows alone",
-        ),
+        (shared and warm, "--critic_warmup_updates needs --critic separate"),
+        (shared and args.critic_init is not None, "--critic_init needs --critic separate"),
         (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
     )
-    return kept, list(w) or rank_weight_vector(args.filter, n), args.total_episodes // (b * n)
+    return kept, list(w) or rank_weight_vector(name, n), updates
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1242,39 +1141,29 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. tyro shows a nested struct as a group of --help, so the
-    flat config goes through it as one struct for every comment line that heads some fields."""
-    argv, source = sys.argv[1:] if argv is None else argv, inspect.getsource(args_class)
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
+    itself."""
+    argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
             argv = flags.split() + argv
-    groups: dict[str, list] = {}
-    for field in dataclasses.fields(args_class):
-        above, below = source.split(f"\n    {field.name}: ")
-        text = " ".join(re.search(r'"""(.+?)"""', below, re.DOTALL)[1].split())
-        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
-        entry = (field.name, Annotated[field.type, tyro.conf.arg(help=text)], default)
-        group = re.findall(r"\n    # (.+)", above)[-1].replace(" ", "_")
-        groups.setdefault(group, []).append(entry)
-    structs = [(name, dataclasses.make_dataclass(name, entries)) for name, entries in groups.items()]
-    config = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Config", structs)]
-    about = inspect.getmodule(args_class).__doc__
-    parsed = tyro.cli(config, args=argv, description=about, use_underscores=True)
-    return args_class(
-        **{field: value for name in groups for field, value in vars(getattr(parsed, name)).items()}
-    )
+    if "--help" in argv or "-h" in argv:
+        fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
+        raise SystemExit(inspect.getmodule(args_class).__doc__ + fields.partition("\n")[2].replace('"""', ""))
+    return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
 def start_accelerator() -> Accelerator:
-    """Accelerator whose ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes) and
-    keep one copy of the gradients under DDP, not two. Refuses launchers that shard weights: sampling then waits
-    for ranks that have stopped, and `accelerator.backward` steps by itself at every micro-batch."""
+    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
+    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
+    stopped."""
     transformers_logging.disable_progress_bar()
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    message = f"{kind} does not work here: launch with --multi_gpu or --cpu, without a {kind} configuration"
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), message))
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; launch with --multi_gpu")
+    )
     return accelerator
 
 
@@ -1303,8 +1192,8 @@ def load_config(path: str, field: str):
 
 
 def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Causal language model of a folder or hub id without dropout. The embedding of its pad token learns like any
-    other (padding_idx would give it no gradient): it may be the stop token, and padding is never read anyway."""
+    """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
+    no gradient): it may be the stop token, and padding is never read anyway."""
     model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
@@ -1313,13 +1202,17 @@ def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def save_model(
     accelerator: Accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path
 ) -> None:
-    """Weights, configuration and tokenizer as plain transformers loads them. Generation ends at the stop token;
-    that is also the pad token of the configuration, one inside the embedding, so that other tools can batch."""
+    """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
+    is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
-        write_folder(folder, model, tokenizer)
+        aside = folder.with_name(folder.name + ".tmp")
+        for part in (model, tokenizer):
+            part.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
     accelerator.wait_for_everyone()
 
 
@@ -1330,8 +1223,8 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`. Refuses, naming field, file and
-    row, a missing or empty file, a malformed row, or one that is no object or lacks one of the columns."""
+    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
+    what cannot be read, is no object or lacks a column."""
     rows, where = [], f"--{field} {path}"
     try:
         if path.endswith(".jsonl"):
@@ -1359,7 +1252,8 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS (if any), chat messages its template, which writes it."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
+    itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -1367,9 +1261,9 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def encode_queries(
-    tokenizer, rows: list[dict], column: str, length: int, field: str, cut: bool = False
-) -> list:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped, or cut there. Refuses when none is left."""
+    tokenizer, rows: list, column: str, length: int, field: str, cut: bool = False
+) -> list[dict]:
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
     rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
     rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
     rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
@@ -1388,12 +1282,12 @@ def stop_token_id(tokenizer, token: str) -> int:
 
 
 def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -> None:
-    """Refuses ids outside the model's embedding (on a GPU a device-side assert, much later), and rows that with
-    new_tokens more are longer than it has positions."""
+    """Refuses ids outside the embedding (on a GPU a device-side assert, much later) and rows that with
+    new_tokens more are longer than the model has positions."""
     config, largest = config.get_text_config(), max(map(max, rows), default=0)
-    longest = max(map(len, rows), default=0) + new_tokens
+    longest, has = max(map(len, rows), default=0) + new_tokens, f"--{field}: the model has"
     positions = getattr(config, "max_position_embeddings", None) or math.inf
-    has, advice = f"--{field}: the model has", "lower --query_length or --response_length"
+    advice = "lower --query_length or --response_length"
     refuse(
         (
             largest >= config.vocab_size,
@@ -1404,20 +1298,9 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
 
 
 def random_generator(device, *key: int) -> torch.Generator:
-    """A generator that depends on the key alone, so a resumed run draws what the whole run would have drawn."""
+    """A generator of the key alone, so that a resumed run draws what the whole run would have drawn."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
-
-
-def write_folder(path: Path, *parts) -> None:
-    """Every part saves itself (part.save_pretrained) into one folder, renamed when whole. A run that dies before
-    goes on from its checkpoint and writes the folder again."""
-    aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(aside)
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1445,7 +1328,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: di
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
-    """Loads the newest checkpoint into the prepared objects and returns its state; None where there is none."""
+    """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
@@ -1454,8 +1337,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
 
 
 def open_run(accelerator: Accelerator, args) -> Path:
-    """Creates output_dir with args.json. Refuses one that holds a run of other settings, but for those of memory
-    and speed, which may change when a run goes on."""
+    """Creates output_dir with args.json; refuses one with a run of other settings than those of memory and
+    speed."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
     free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
@@ -1477,7 +1360,8 @@ def open_run(accelerator: Accelerator, args) -> Path:
 
 
 def open_metrics(folder: Path, step: int):
-    """TensorBoard writer. What an interrupted run wrote behind `step` leaves metrics.jsonl and samples.jsonl."""
+    """TensorBoard writer; drops from metrics.jsonl and samples.jsonl what a killed run wrote behind
+    `step`."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     for path in filter(Path.is_file, (folder / "metrics.jsonl", folder / "samples.jsonl")):
@@ -1486,17 +1370,15 @@ def open_metrics(folder: Path, step: int):
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
-def log_metrics(
-    writer, folder: Path, step: int, metrics: dict[str, float], shown: dict[str, str], left: str
-) -> None:
-    """A line of metrics.jsonl, a point per tag in TensorBoard, a line on the console with the tags in `shown` and
-    what is `left`; nothing where writer is None (ranks other than 0)."""
+def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
+    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
+    writer."""
     if writer is not None:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step)
-        values = [f"{name} {metrics[tag]:.4g}" for name, tag in shown.items() if tag in metrics]
+        values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
 

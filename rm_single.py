@@ -7,11 +7,11 @@ Eq. 1 and 2 (the numbers are those of the chapters in `main`):
   4. cross-entropy over the K rewards; for K = 2 it is -log σ(R_φ(y_w|c) - R_φ(y_l|c)), Eq. 2; Adam
   5. held-out loss and accuracy, every label once; log and save
   6. normalise again, save
-Training, normalisation and accuracy use the unbounded score. The paper has R_φ in [-1, 1] and does not say how:
-with `--bound tanh` whoever reads the saved model gets tanh of the normalised score, which keeps every ranking.
+Training, normalisation and accuracy use the unbounded score. The paper has R_φ in [-1, 1] and does not say
+how: with `--bound tanh` readers of the saved model get tanh of the score, which keeps every ranking.
 
 Run on a CPU, one GPU, eight GPUs (sizes are global, so the algorithm is the same):
-  accelerate launch --cpu --num_processes 1 rm_single.py --model sft/model --train_data pairs.jsonl --output_dir rm
+  accelerate launch --cpu --num_processes 1 rm_single.py --model sft/model --train_data pairs.jsonl
   accelerate launch --num_processes 1 --mixed_precision bf16 rm_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 rm_single.py ...
 In:  the SFT model (`--model`), labels (`--train_data`), prompts to sample on (`--normalize_prompts`).
@@ -45,22 +45,15 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-)
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers import logging as transformers_logging
 
-# Shapes: K responses per label, rows = labels x K with the responses of a label adjacent, Q query length, R response
-# length, T tokens of the longest row of a micro-batch.
+# Shapes: K responses per label, rows = labels x K with the responses of a label adjacent, R response length,
+# T tokens of the longest row of a micro-batch.
 #
 #   column   0 ......... T-1
-#   ids      P P q q q r r .     all padding is left, so the reward is read in the last column; "." is the stop token
+#   ids      P P q q q r r .     all padding is left, the reward is read in the last column; ".": stop token
 #
 # Numbers in Args, with the least and the largest value that is taken:
 Count, Whole = Annotated[int, 1, math.inf], Annotated[int, 0, math.inf]
@@ -74,16 +67,16 @@ class Args:
     output_dir: str = "output/rm"
     """folder for everything this run writes; a folder that holds another run is refused"""
     preset: Literal["pfppo", "lm_human_preferences"] = "pfppo"
-    """defaults for the other fields: the paper's, or those of LMHP (PRESETS below); fields given as flags win"""
+    """defaults for the other fields: the paper's, or LMHP's (PRESETS below); fields given as flags win"""
     seed: Whole = 1
     """shared over ranks: output layer, data order; sampling gets its own generators from (seed, rank)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
     # models
     model: str
-    """π_SFT: folder or hub id of a causal language model; R_φ starts from its weights, and it is sampled to normalise"""
+    """π_SFT: causal language model, folder or hub id; R_φ starts from it, and it is sampled to normalise"""
     bound: Literal["tanh", "none"] = "tanh"
-    """saved with the model: `tanh` lets readers see tanh(score), in [-1, 1]; `none` the score itself (LMHP)"""
+    """saved with the model: `tanh` lets readers see tanh(score), in [-1, 1]; `none` the score (LMHP)"""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """weights of the frozen π_SFT; trainable weights are always float32, autocast by accelerate"""
     gradient_checkpointing: bool = False
@@ -109,17 +102,16 @@ class Args:
     long_queries: Literal["drop", "keep_start"] = "drop"
     """what happens to a text query longer than query_length; a token-id label with one is refused"""
     response_length: Count = 512
-    """longest response in tokens, the stop token included: longer text labels are left out, samples are cut"""
+    """longest response in tokens with stop token: longer labels are left out, samples cut"""
     stop_token: str = "eos"
-    """token that ends a sample: `eos`, `none`, a token or an id; EOS, however it is named, and other special tokens
-    also close the responses of text labels"""
+    """ends a sample: `eos`, `none`, a token or an id; special tokens also close text labels"""
     # training
     epochs: Count = 1
     """passes over the labels (PAPER: 1)"""
     batch_size: Count = 64
     """labels per optimizer step, over all ranks"""
     micro_batch_size: Count = 16
-    """labels (of K responses) per rank in one forward and backward pass; changes memory and speed, not the gradient"""
+    """labels (of K responses) per rank in one forward and backward pass; memory, not the gradient"""
     lr: Amount = 1e-5
     """peak learning rate (PAPER: 1e-5)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -142,16 +134,16 @@ class Args:
     normalize_samples: Annotated[int, 2, math.inf] = 512
     """responses behind one mean and standard deviation, over all ranks"""
     normalize_prompts: str | None = None
-    """prompts to sample on, one response each, with column prompt_field; none: the queries of the training labels"""
+    """prompts to sample on, with column prompt_field; none: the queries of the training labels"""
     normalize_query_length: Whole = 0
-    """longest query when sampling, in tokens; 0: query_length. LMHPD cuts these queries at the response length"""
+    """longest query when sampling, in tokens; 0: query_length (LMHPD: the response length)"""
     temperature: Positive = 1.0
     """of all samples drawn here"""
     # evaluation and logging
     eval_every: Whole = 0
     """steps between evaluations; 0: only after the last step"""
     kl_samples: Whole = 0
-    """responses for train/kl at each evaluation: KL of the trained backbone, as a language model, to π_SFT (LMHPD)"""
+    """responses for train/kl at each evaluation, the backbone's KL to π_SFT as a model of text (LMHPD)"""
     forward_batch_size: Count = 32
     """rows per rank in one forward pass without gradient (evaluation, generation)"""
     log_every: Count = 10
@@ -215,7 +207,7 @@ def main(args: Args) -> None:
     accelerator.print(
         f"{num_train} labels ({left_out} longer ones left out) of {len(labels[0]['samples'])} responses, "
         f"{len(eval_labels)} held-out ({eval_left_out} left out), {len(queries)} prompts to normalise on\n"
-        f"{args.epochs} epochs x {steps_per_epoch} = {num_steps} steps of {args.batch_size} labels on {world} processes"
+        f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
     if args.dry_run:
         return
@@ -247,7 +239,7 @@ def main(args: Args) -> None:
         state = {"step": 0, "optimizer_step": 0, "recent": {}}
         if args.normalize_before:
             metrics = normalize(accelerator, reward_model, sft_policy, queries, args, stop_id, stage=0)
-            log_metrics(writer, output_dir, 0, metrics, {"gain": "normalize_before/gain"}, "")
+            log_metrics(writer, output_dir, 0, metrics, ("normalize_before/gain",), "")
     run_start, first_step = time.time(), state["step"]
     for step in range(first_step + 1, num_steps + 1):
         step_start = time.time()
@@ -310,17 +302,18 @@ def main(args: Args) -> None:
     # ------------------------------------------------ 6. normalise again, save
     if args.normalize_after:
         metrics = normalize(accelerator, reward_model, sft_policy, queries, args, stop_id, stage=1)
-        log_metrics(writer, output_dir, num_steps + 1, metrics, {"gain": "normalize_after/gain"}, "")
+        log_metrics(writer, output_dir, num_steps + 1, metrics, ("normalize_after/gain",), "")
     save_model(accelerator, as_classifier(reward_model), tokenizer, stop_id, output_dir / "model")
     accelerator.print(f"done: {output_dir / 'model'}")
 
 
-SHOWN = {"loss": "train/loss", "accuracy": "train/accuracy", "held-out": "test/accuracy", "kl": "train/kl"}
+SHOWN = ("train/loss", "train/accuracy", "test/accuracy", "train/kl")
 
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], size: int) -> dict[str, float]:
-    """Held-out loss and accuracy: every label counts once, whatever the number of ranks; {} without labels."""
+    """Held-out loss and accuracy: every label counts once, whatever the number of ranks; {} without
+    labels."""
     if not labels:
         return {}
     model.eval()
@@ -339,9 +332,9 @@ def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], siz
 def normalize(
     accelerator, reward_model, sft_policy, queries, args: Args, stop_id: int, stage: int
 ) -> dict[str, float]:
-    """Resets gain and bias, measures the unbounded reward on π_SFT samples of all ranks, sets gain and bias, and
-    measures again on fresh samples. What is normalised is the reward's scale over π_SFT's own responses: a mean
-    reward of 0 there makes a positive reward mean "better than where RL starts" (LMHP)."""
+    """Resets gain and bias, measures the unbounded reward on π_SFT samples of all ranks, sets gain and bias,
+    and measures again on fresh samples. What is normalised is the reward's scale over π_SFT's own responses:
+    a mean reward of 0 there makes a positive reward mean "better than where RL starts" (LMHP)."""
     name, results = ("normalize_before", "normalize_after")[stage], {}
     reward_model.eval()
     set_gain_and_bias(reward_model, 1.0, 0.0)
@@ -367,7 +360,8 @@ def normalize(
 def backbone_kl(
     accelerator, trained_lm, sft_policy, queries, args: Args, stop_id: int, step: int
 ) -> dict[str, float]:
-    """train/kl: KL of the trained backbone, as a language model, to π_SFT on its own samples (LMHPD); {} for none."""
+    """train/kl: KL of the trained backbone, as a language model, to π_SFT on its own samples (LMHPD); {} for
+    none."""
     if not args.kl_samples:
         return {}
     trained_lm.eval()
@@ -383,17 +377,19 @@ def backbone_kl(
 
 
 def best_of_k_loss(rewards: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """rewards (labels, K), best (labels,) -> (mean loss, accuracy). A tie at the top counts as a guess among the tied."""
-    # Eq. 1, 2 for K = 2, LMHP for K = 4: -log softmax(rewards)[best]; with two rewards -log σ(R(y_w) - R(y_l))
+    """rewards (labels, K), best (labels,) -> (mean loss, accuracy). A tie at the top counts as a guess among
+    the tied."""
+    # Eq. 1, 2 for K = 2, LMHP for K = 4: -log softmax(rewards)[best]; for two -log σ(R(y_w) - R(y_l))
     loss = F.cross_entropy(rewards.float(), best)
     is_top = rewards == rewards.amax(1, keepdim=True)
     right = is_top.gather(1, best.unsqueeze(1)).squeeze(1) / is_top.sum(1)
     return loss, right.mean()
 
 
-# DEPARTS PAPER, which has R in [-1, 1] without a recipe: standardised on π_SFT samples, then tanh (RewardModel.score)
+# DEPARTS PAPER, which has R in [-1, 1] without a recipe: standardised on π_SFT samples, then tanh (`bound`)
 def normalization(rewards: Tensor) -> tuple[float, float]:
-    """Rewards with gain 1 and bias 0 (samples,) -> (gain, bias) that give them mean 0 and standard deviation (n-1) 1."""
+    """Rewards with gain 1 and bias 0 (samples,) -> (gain, bias) that give them mean 0 and standard deviation
+    (n-1) 1."""
     mean, std = rewards.mean(), rewards.std()
     message = (
         "normalisation: the reward is the same for every sample, or not finite; raise --normalize_samples"
@@ -414,8 +410,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: fl
 def scheduled_lr(
     lr: float, step: int, num_steps: int, schedule: str, warmup_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 - step/num_steps))
-    or cosine."""
+    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 -
+    step/num_steps)) or cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -424,12 +420,14 @@ def scheduled_lr(
 
 
 def adam_epsilon(eps: float, style: str, step: int, beta2: float = 0.999) -> float:
-    """Epsilon for torch's Adam at optimizer step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's Adam exactly."""
+    """Epsilon for torch's Adam at step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's Adam
+    exactly."""
     return eps / math.sqrt(1 - beta2**step) if style == "tensorflow" else eps
 
 
 class RewardModel(nn.Module):
-    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias. `bound` squashes what is read."""
+    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias. `bound` squashes what is
+    read."""
 
     def __init__(self, lm_backbone: nn.Module, bound: str = "none"):
         super().__init__()
@@ -438,15 +436,17 @@ class RewardModel(nn.Module):
         self.reward_gain, self.reward_bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask (rows, T) -> unbounded score read at every column (rows, T), float32 under autocast too."""
+        """ids, mask (rows, T) -> unbounded score read at every column (rows, T), float32 under autocast
+        too."""
         hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
 
 
 def as_classifier(model: RewardModel) -> nn.Module:
-    """The reward model as transformers' sequence classification model with one label: backbone and `score.weight`. What
-    that class has no place for stands in its configuration: R = reward_gain · (logit + score_bias) + reward_bias."""
+    """The reward model as transformers' sequence classification model with one label: backbone and
+    `score.weight`. What that class has no place for stands in its configuration: R = reward_gain · (logit +
+    score_bias) + reward_bias."""
     config = copy.deepcopy(model.lm_backbone.config)
     config.num_labels, config.reward_bound, config.score_bias = 1, model.bound, model.scalar_head.bias.item()
     config.reward_gain, config.reward_bias = model.reward_gain.item(), model.reward_bias.item()
@@ -471,7 +471,8 @@ def init_head(model: RewardModel) -> None:
 
 
 def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from the ids."""
+    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from
+    the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -479,7 +480,8 @@ def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token 0."""
+    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token
+    0."""
     position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
     return {
         "input_ids": ids.masked_fill(~mask, 0),
@@ -489,7 +491,8 @@ def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 class AutocastCache(DynamicCache):
-    """Key-value cache in autocast's precision: rotary keys come in float32 under autocast and would double it."""
+    """Key-value cache in autocast's precision: rotary keys come in float32 under autocast and would double
+    it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """keys, values (rows, heads, new columns, head size) -> all keys and values so far."""
@@ -501,20 +504,20 @@ class AutocastCache(DynamicCache):
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    queries: Tensor,
-    query_mask: Tensor,
-    num_responses: int,
-    response_length: int,
-    temperature: float,
-    stop_token_id: int,
-    stop_after: int,
-    generator: torch.Generator | None = None,
+    model,
+    queries,
+    query_mask,
+    num_responses,
+    length,
+    temperature,
+    stop_token_id,
+    stop_after=0,
+    generator=None,
 ) -> Tensor:
-    """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, R), 0 behind the stop token.
-
-    Rows of one query are adjacent. Temperature 0 is greedy. The query is read once for its N responses, and rows that
-    have stopped leave the batch. Nothing is taken from a generation_config: samples are π_θ's at this temperature."""
+    """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, length), 0 behind
+    the stop token, those of a query adjacent. Temperature 0 is greedy. The query is read once for its N
+    responses, and rows that have stopped leave the batch. Nothing is taken from a generation_config: samples
+    are π_θ's at this temperature."""
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = AutocastCache(config=model.config)
     settings = {
@@ -528,17 +531,16 @@ def generate(
         cache.batch_repeat_interleave(num_responses)
     rows = torch.arange(len(mask), device=queries.device)  # rows still in the batch
     done = torch.zeros_like(rows, dtype=torch.bool)
-    responses = torch.zeros(len(mask), response_length, dtype=torch.long, device=queries.device)
-    for t in range(response_length):
-        if temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
+    responses = torch.zeros(len(mask), length, dtype=torch.long, device=queries.device)
+    for t in range(length):
+        tokens = logits.argmax(-1)
+        if temperature > 0:
             probabilities = (logits.float() / temperature).softmax(-1)
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         responses[rows, t] = torch.where(done, 0, tokens)
         if t >= stop_after:
             done = done | (tokens == stop_token_id)
-        if t + 1 == response_length or done.all():
+        if t + 1 == length or done.all():
             break
         if done.sum() >= max(1, len(done) // 8):  # dropping copies the cache, so not for every single row
             alive = (~done).nonzero().squeeze(1)
@@ -561,7 +563,8 @@ def sample(
     stage: int,
     number: int,
 ) -> list[dict]:
-    """This rank's share of count responses, one to each of the next queries -> labels of one sample, `row` counts."""
+    """This rank's share of count responses, one to each of the next queries -> labels of one sample, `row`
+    counts."""
     rank, count = accelerator.process_index, math.ceil(count / accelerator.num_processes)
     generator = random_generator(accelerator.device, args.seed, 1, rank, stage, number)
     picks = prompt_order(len(queries), rank * count, count, args.seed + 1000 * stage + number)
@@ -579,8 +582,8 @@ def sample(
 
 
 def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
-    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without reshuffle
-    all in one order."""
+    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without
+    reshuffle all in one order."""
     passes, order = range(start // num_prompts, (start + count - 1) // num_prompts + 1), []
     for number in passes:
         generator = random_generator("cpu", seed, 0, number * reshuffle)
@@ -596,7 +599,8 @@ def micro_batches(labels: list[dict], size: int) -> list[list[dict]]:
 
 
 def label_rewards(model: nn.Module, labels: list[dict], device) -> tuple[Tensor, Tensor]:
-    """Labels -> (unbounded rewards (labels, K), best (labels,)). Padding is left: the last column is the last token."""
+    """Labels -> (unbounded rewards (labels, K), best (labels,)). Padding is left: the last column is the last
+    token."""
     ids, mask = pad_left([label["query"] + sample for label in labels for sample in label["samples"]], device)
     rewards = model(ids, mask)[:, -1].view(len(labels), -1)
     return rewards, torch.tensor([label["best"] for label in labels], device=device)
@@ -612,8 +616,8 @@ def response_logprobs(model: nn.Module, labels: list[dict], temperature: float, 
 
 
 def read_labels(path: str, field: str, args: Args, tokenizer, config, stop_id: int) -> tuple[list[dict], int]:
-    """A labels file -> [{query: ids, samples: K lists of ids, best: int}] and how many were left out as too long.
-    Texts are tokenised and closed, padding of ids is stripped."""
+    """A labels file -> [{query: ids, samples: K lists of ids, best: int}] and how many were left out as too
+    long. Texts are tokenised and closed, padding of ids is stripped."""
     rows, where = load_rows(path, field), f"--{field} {path}"
     if "best" in rows[0] or "sample0" in rows[0]:
         names = sorted(name for name in rows[0] if re.fullmatch(r"sample\d+", name))
@@ -634,8 +638,12 @@ def read_labels(path: str, field: str, args: Args, tokenizer, config, stop_id: i
             samples = [encode_response(tokenizer, row[name], closing_id) for name in names[1:]]
             if all(0 < len(sample) <= args.response_length for sample in samples):
                 labels.append({"query": row["query_ids"], "samples": samples, "best": 0})
-        wrong = f"{where}: every label has a response longer than --response_length {args.response_length}; raise it"
-        refuse((not labels, wrong))
+        refuse(
+            (
+                not labels,
+                f"{where}: every label is longer than --response_length {args.response_length}; raise it",
+            )
+        )
     check_rows(config, [label["query"] + sample for label in labels for sample in label["samples"]], field)
     return labels, len(rows) - len(labels)
 
@@ -670,7 +678,8 @@ def id_label(row: dict, names: list[str], where: str, args: Args) -> dict:
 
 
 def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
-    """Ids of a response with exactly one stop token, its last; what follows one inside is left out. -1: no stop."""
+    """Ids of a response with exactly one stop token, its last; what follows one inside is left out. -1: no
+    stop."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     if stop_token_id < 0:
         return ids
@@ -701,39 +710,29 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. tyro shows a nested struct as a group of --help, so the
-    flat config goes through it as one struct for every comment line that heads some fields."""
-    argv, source = sys.argv[1:] if argv is None else argv, inspect.getsource(args_class)
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
+    itself."""
+    argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
             argv = flags.split() + argv
-    groups: dict[str, list] = {}
-    for field in dataclasses.fields(args_class):
-        above, below = source.split(f"\n    {field.name}: ")
-        text = " ".join(re.search(r'"""(.+?)"""', below, re.DOTALL)[1].split())
-        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
-        entry = (field.name, Annotated[field.type, tyro.conf.arg(help=text)], default)
-        group = re.findall(r"\n    # (.+)", above)[-1].replace(" ", "_")
-        groups.setdefault(group, []).append(entry)
-    structs = [(name, dataclasses.make_dataclass(name, entries)) for name, entries in groups.items()]
-    config = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Config", structs)]
-    about = inspect.getmodule(args_class).__doc__
-    parsed = tyro.cli(config, args=argv, description=about, use_underscores=True)
-    return args_class(
-        **{field: value for name in groups for field, value in vars(getattr(parsed, name)).items()}
-    )
+    if "--help" in argv or "-h" in argv:
+        fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
+        raise SystemExit(inspect.getmodule(args_class).__doc__ + fields.partition("\n")[2].replace('"""', ""))
+    return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
 def start_accelerator() -> Accelerator:
-    """Accelerator whose ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes) and
-    keep one copy of the gradients under DDP, not two. Refuses launchers that shard weights: sampling then waits
-    for ranks that have stopped, and `accelerator.backward` steps by itself at every micro-batch."""
+    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
+    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
+    stopped."""
     transformers_logging.disable_progress_bar()
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    message = f"{kind} does not work here: launch with --multi_gpu or --cpu, without a {kind} configuration"
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), message))
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; launch with --multi_gpu")
+    )
     return accelerator
 
 
@@ -762,8 +761,8 @@ def load_config(path: str, field: str):
 
 
 def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Causal language model of a folder or hub id without dropout. The embedding of its pad token learns like any
-    other (padding_idx would give it no gradient): it may be the stop token, and padding is never read anyway."""
+    """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
+    no gradient): it may be the stop token, and padding is never read anyway."""
     model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
@@ -772,13 +771,17 @@ def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def save_model(
     accelerator: Accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path
 ) -> None:
-    """Weights, configuration and tokenizer as plain transformers loads them. Generation ends at the stop token;
-    that is also the pad token of the configuration, one inside the embedding, so that other tools can batch."""
+    """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
+    is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
-        write_folder(folder, model, tokenizer)
+        aside = folder.with_name(folder.name + ".tmp")
+        for part in (model, tokenizer):
+            part.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
     accelerator.wait_for_everyone()
 
 
@@ -789,8 +792,8 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`. Refuses, naming field, file and
-    row, a missing or empty file, a malformed row, or one that is no object or lacks one of the columns."""
+    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
+    what cannot be read, is no object or lacks a column."""
     rows, where = [], f"--{field} {path}"
     try:
         if path.endswith(".jsonl"):
@@ -818,7 +821,8 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS (if any), chat messages its template, which writes it."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
+    itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -826,9 +830,9 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def encode_queries(
-    tokenizer, rows: list[dict], column: str, length: int, field: str, cut: bool = False
-) -> list:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped, or cut there. Refuses when none is left."""
+    tokenizer, rows: list, column: str, length: int, field: str, cut: bool = False
+) -> list[dict]:
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
     rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
     rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
     rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
@@ -847,12 +851,12 @@ def stop_token_id(tokenizer, token: str) -> int:
 
 
 def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -> None:
-    """Refuses ids outside the model's embedding (on a GPU a device-side assert, much later), and rows that with
-    new_tokens more are longer than it has positions."""
+    """Refuses ids outside the embedding (on a GPU a device-side assert, much later) and rows that with
+    new_tokens more are longer than the model has positions."""
     config, largest = config.get_text_config(), max(map(max, rows), default=0)
-    longest = max(map(len, rows), default=0) + new_tokens
+    longest, has = max(map(len, rows), default=0) + new_tokens, f"--{field}: the model has"
     positions = getattr(config, "max_position_embeddings", None) or math.inf
-    has, advice = f"--{field}: the model has", "lower --query_length or --response_length"
+    advice = "lower --query_length or --response_length"
     refuse(
         (
             largest >= config.vocab_size,
@@ -863,20 +867,9 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
 
 
 def random_generator(device, *key: int) -> torch.Generator:
-    """A generator that depends on the key alone, so a resumed run draws what the whole run would have drawn."""
+    """A generator of the key alone, so that a resumed run draws what the whole run would have drawn."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
-
-
-def write_folder(path: Path, *parts) -> None:
-    """Every part saves itself (part.save_pretrained) into one folder, renamed when whole. A run that dies before
-    goes on from its checkpoint and writes the folder again."""
-    aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(aside)
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -904,7 +897,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: di
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
-    """Loads the newest checkpoint into the prepared objects and returns its state; None where there is none."""
+    """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
@@ -913,8 +906,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
 
 
 def open_run(accelerator: Accelerator, args) -> Path:
-    """Creates output_dir with args.json. Refuses one that holds a run of other settings, but for those of memory
-    and speed, which may change when a run goes on."""
+    """Creates output_dir with args.json; refuses one with a run of other settings than those of memory and
+    speed."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
     free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
@@ -936,7 +929,8 @@ def open_run(accelerator: Accelerator, args) -> Path:
 
 
 def open_metrics(folder: Path, step: int):
-    """TensorBoard writer. What an interrupted run wrote behind `step` leaves metrics.jsonl and samples.jsonl."""
+    """TensorBoard writer; drops from metrics.jsonl and samples.jsonl what a killed run wrote behind
+    `step`."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     for path in filter(Path.is_file, (folder / "metrics.jsonl", folder / "samples.jsonl")):
@@ -945,17 +939,15 @@ def open_metrics(folder: Path, step: int):
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
-def log_metrics(
-    writer, folder: Path, step: int, metrics: dict[str, float], shown: dict[str, str], left: str
-) -> None:
-    """A line of metrics.jsonl, a point per tag in TensorBoard, a line on the console with the tags in `shown` and
-    what is `left`; nothing where writer is None (ranks other than 0)."""
+def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
+    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
+    writer."""
     if writer is not None:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step)
-        values = [f"{name} {metrics[tag]:.4g}" for name, tag in shown.items() if tag in metrics]
+        values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
 

@@ -1,18 +1,18 @@
 """Supervised fine-tuning of a language model on prompts and responses: stage 1 of SFT -> reward model -> RL.
 
 Maximum likelihood of the response tokens (the numbers are those of the chapters in `main`):
-  1. tokenise prompt and response apart, close the response with the stop token: the boundary is where sampling has it
+  1. tokenise prompt and response apart (the boundary is where sampling has it), close with the stop token
   2. take the next batch of a shuffled pass over the rows
-  3. negative log-probability of the response tokens, mean over the tokens of the whole batch on all ranks; AdamW
+  3. negative log-probability of the response tokens, mean over those of the whole batch on all ranks; AdamW
   4. held-out loss, every row once; log and save
-The trained model is π_SFT: the start of the reward model and of the policy, and the reference of the KL penalty.
+The trained model is π_SFT: the start of reward model and policy, and the reference of the KL penalty.
 
 Run on a CPU, one GPU, eight GPUs (sizes are global, so the algorithm is the same):
   accelerate launch --cpu --num_processes 1 sft_single.py --model gpt2 --train_data sft.jsonl --output_dir sft
   accelerate launch --num_processes 1 --mixed_precision bf16 sft_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 sft_single.py ...
-In:  a causal language model (`--model`), or a configuration to start from scratch (`--model_config`); JSONL rows.
-Out: `output_dir/model`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`. The same command continues a killed run.
+In:  a causal language model (`--model`), or a configuration to start from scratch (`--model_config`); rows.
+Out: `output_dir/model`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`; the same command resumes.
 Source: PAPER = arXiv 2409.06957.
 """
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import logging as transformers_logging
 
-# Shapes: rows of a micro-batch on one rank, T tokens of its longest row, R of its longest response, V vocabulary.
+# Shapes: rows of a micro-batch, T tokens of its longest row, R of its longest response, V vocabulary.
 #
 #   column          0 ........ T-R ... T-1
 #   ids             P P q q q q r r r r r .      all padding is left; "." is the stop token
@@ -79,7 +79,8 @@ class Args:
     response_field: str = "response"
     """column with the response text"""
     messages_field: str | None = None
-    """in place of both: column with a list of chat messages; the last one, the assistant's, is the response"""
+    """in place of both: column with a list of chat messages; the last one, the assistant's, is the
+    response"""
     query_length: Count = 512
     """longest query in tokens; rows with a longer one are left out and counted"""
     response_length: Count = 512
@@ -146,9 +147,8 @@ def main(args: Args) -> None:
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     num_steps = steps_per_epoch * args.epochs
     accelerator.print(
-        f"{len(rows)} rows ({left_out} longer ones left out), {len(eval_rows)} held-out ({eval_left_out} left out), "
-        f"{sum(len(row['response_ids']) for row in rows)} response tokens\n"
-        f"{args.epochs} epochs x {steps_per_epoch} = {num_steps} steps of {args.batch_size} rows on {world} processes"
+        f"{len(rows)} rows ({left_out} too long: left out), {len(eval_rows)} held-out ({eval_left_out})\n"
+        f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
     if args.dry_run:
         return
@@ -224,12 +224,13 @@ def main(args: Args) -> None:
     accelerator.print(f"done: {output_dir / 'model'}")
 
 
-SHOWN = {"loss": "train/loss", "lr": "train/lr", "held-out": "test/loss"}
+SHOWN = ("train/loss", "train/lr", "test/loss")
 
 
 @torch.no_grad()
 def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dict[str, float]:
-    """Held-out loss in nats per token: every row counts once, whatever the number of ranks; {} without rows."""
+    """Held-out loss in nats per token: every row counts once, whatever the number of ranks; {} without
+    rows."""
     policy.eval()
     device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=device, dtype=torch.float64)
@@ -253,8 +254,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: fl
 def scheduled_lr(
     lr: float, step: int, num_steps: int, schedule: str, warmup_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 - step/num_steps))
-    or cosine."""
+    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 -
+    step/num_steps)) or cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -263,7 +264,8 @@ def scheduled_lr(
 
 
 def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from the ids."""
+    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from
+    the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -271,7 +273,8 @@ def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token 0."""
+    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token
+    0."""
     position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
     return {
         "input_ids": ids.masked_fill(~mask, 0),
@@ -296,15 +299,18 @@ def response_logprobs(model: nn.Module, rows: list[dict], device) -> Tensor:
 
 
 def encode_examples(tokenizer, args: Args, field: str, stop_id: int) -> tuple[list[dict], int]:
-    """The rows of a file with query_ids and response_ids, and how many were left out as too long. InputError that
-    names field and row for a response that is no text, or a chat that does not end with the assistant's message."""
+    """The rows of a file with query_ids and response_ids, and how many were left out as too long. InputError
+    that names field and row for a response that is no text, or a chat that does not end with the assistant's
+    message."""
     path = getattr(args, field)
     if args.messages_field:
         rows = load_rows(path, field, (args.messages_field,))
         for number, row in enumerate(rows, 1):
             messages = row[args.messages_field]
             last = messages[-1] if isinstance(messages, list) and messages else {}
-            wrong = f"--{field} {path}, row {number}: {args.messages_field} must end with a message of role assistant"
+            wrong = (
+                f"--{field} {path}, row {number}: {args.messages_field} must end with an assistant's message"
+            )
             refuse((last.get("role") != "assistant", wrong))
             row[args.prompt_field], row[args.response_field] = messages[:-1], last["content"]
     else:
@@ -322,7 +328,8 @@ def encode_examples(tokenizer, args: Args, field: str, stop_id: int) -> tuple[li
 
 
 def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
-    """Ids of a response with exactly one stop token, its last; what follows one inside is left out. -1: no stop."""
+    """Ids of a response with exactly one stop token, its last; what follows one inside is left out. -1: no
+    stop."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     if stop_token_id < 0:
         return ids
@@ -353,39 +360,29 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. tyro shows a nested struct as a group of --help, so the
-    flat config goes through it as one struct for every comment line that heads some fields."""
-    argv, source = sys.argv[1:] if argv is None else argv, inspect.getsource(args_class)
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
+    itself."""
+    argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
             argv = flags.split() + argv
-    groups: dict[str, list] = {}
-    for field in dataclasses.fields(args_class):
-        above, below = source.split(f"\n    {field.name}: ")
-        text = " ".join(re.search(r'"""(.+?)"""', below, re.DOTALL)[1].split())
-        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
-        entry = (field.name, Annotated[field.type, tyro.conf.arg(help=text)], default)
-        group = re.findall(r"\n    # (.+)", above)[-1].replace(" ", "_")
-        groups.setdefault(group, []).append(entry)
-    structs = [(name, dataclasses.make_dataclass(name, entries)) for name, entries in groups.items()]
-    config = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Config", structs)]
-    about = inspect.getmodule(args_class).__doc__
-    parsed = tyro.cli(config, args=argv, description=about, use_underscores=True)
-    return args_class(
-        **{field: value for name in groups for field, value in vars(getattr(parsed, name)).items()}
-    )
+    if "--help" in argv or "-h" in argv:
+        fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
+        raise SystemExit(inspect.getmodule(args_class).__doc__ + fields.partition("\n")[2].replace('"""', ""))
+    return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
 def start_accelerator() -> Accelerator:
-    """Accelerator whose ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes) and
-    keep one copy of the gradients under DDP, not two. Refuses launchers that shard weights: sampling then waits
-    for ranks that have stopped, and `accelerator.backward` steps by itself at every micro-batch."""
+    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
+    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
+    stopped."""
     transformers_logging.disable_progress_bar()
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    message = f"{kind} does not work here: launch with --multi_gpu or --cpu, without a {kind} configuration"
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), message))
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; launch with --multi_gpu")
+    )
     return accelerator
 
 
@@ -414,8 +411,8 @@ def load_config(path: str, field: str):
 
 
 def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Causal language model of a folder or hub id without dropout. The embedding of its pad token learns like any
-    other (padding_idx would give it no gradient): it may be the stop token, and padding is never read anyway."""
+    """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
+    no gradient): it may be the stop token, and padding is never read anyway."""
     model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
@@ -424,13 +421,17 @@ def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def save_model(
     accelerator: Accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path
 ) -> None:
-    """Weights, configuration and tokenizer as plain transformers loads them. Generation ends at the stop token;
-    that is also the pad token of the configuration, one inside the embedding, so that other tools can batch."""
+    """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
+    is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
-        write_folder(folder, model, tokenizer)
+        aside = folder.with_name(folder.name + ".tmp")
+        for part in (model, tokenizer):
+            part.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
     accelerator.wait_for_everyone()
 
 
@@ -441,8 +442,8 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`. Refuses, naming field, file and
-    row, a missing or empty file, a malformed row, or one that is no object or lacks one of the columns."""
+    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
+    what cannot be read, is no object or lacks a column."""
     rows, where = [], f"--{field} {path}"
     try:
         if path.endswith(".jsonl"):
@@ -470,7 +471,8 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS (if any), chat messages its template, which writes it."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
+    itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -478,9 +480,9 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def encode_queries(
-    tokenizer, rows: list[dict], column: str, length: int, field: str, cut: bool = False
-) -> list:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped, or cut there. Refuses when none is left."""
+    tokenizer, rows: list, column: str, length: int, field: str, cut: bool = False
+) -> list[dict]:
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
     rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
     rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
     rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
@@ -499,12 +501,12 @@ def stop_token_id(tokenizer, token: str) -> int:
 
 
 def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -> None:
-    """Refuses ids outside the model's embedding (on a GPU a device-side assert, much later), and rows that with
-    new_tokens more are longer than it has positions."""
+    """Refuses ids outside the embedding (on a GPU a device-side assert, much later) and rows that with
+    new_tokens more are longer than the model has positions."""
     config, largest = config.get_text_config(), max(map(max, rows), default=0)
-    longest = max(map(len, rows), default=0) + new_tokens
+    longest, has = max(map(len, rows), default=0) + new_tokens, f"--{field}: the model has"
     positions = getattr(config, "max_position_embeddings", None) or math.inf
-    has, advice = f"--{field}: the model has", "lower --query_length or --response_length"
+    advice = "lower --query_length or --response_length"
     refuse(
         (
             largest >= config.vocab_size,
@@ -515,20 +517,9 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
 
 
 def random_generator(device, *key: int) -> torch.Generator:
-    """A generator that depends on the key alone, so a resumed run draws what the whole run would have drawn."""
+    """A generator of the key alone, so that a resumed run draws what the whole run would have drawn."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device).manual_seed(seed)
-
-
-def write_folder(path: Path, *parts) -> None:
-    """Every part saves itself (part.save_pretrained) into one folder, renamed when whole. A run that dies before
-    goes on from its checkpoint and writes the folder again."""
-    aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(aside)
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -556,7 +547,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: di
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
-    """Loads the newest checkpoint into the prepared objects and returns its state; None where there is none."""
+    """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
@@ -565,8 +556,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
 
 
 def open_run(accelerator: Accelerator, args) -> Path:
-    """Creates output_dir with args.json. Refuses one that holds a run of other settings, but for those of memory
-    and speed, which may change when a run goes on."""
+    """Creates output_dir with args.json; refuses one with a run of other settings than those of memory and
+    speed."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
     free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
@@ -588,7 +579,8 @@ def open_run(accelerator: Accelerator, args) -> Path:
 
 
 def open_metrics(folder: Path, step: int):
-    """TensorBoard writer. What an interrupted run wrote behind `step` leaves metrics.jsonl and samples.jsonl."""
+    """TensorBoard writer; drops from metrics.jsonl and samples.jsonl what a killed run wrote behind
+    `step`."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     for path in filter(Path.is_file, (folder / "metrics.jsonl", folder / "samples.jsonl")):
@@ -597,17 +589,15 @@ def open_metrics(folder: Path, step: int):
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
-def log_metrics(
-    writer, folder: Path, step: int, metrics: dict[str, float], shown: dict[str, str], left: str
-) -> None:
-    """A line of metrics.jsonl, a point per tag in TensorBoard, a line on the console with the tags in `shown` and
-    what is `left`; nothing where writer is None (ranks other than 0)."""
+def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
+    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
+    writer."""
     if writer is not None:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step)
-        values = [f"{name} {metrics[tag]:.4g}" for name, tag in shown.items() if tag in metrics]
+        values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
 
