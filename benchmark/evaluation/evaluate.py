@@ -342,7 +342,7 @@ def load_problems(args):
                 (f"{source}, row {i + 1}", dict(row))
                 for i, row in enumerate(datasets.load_dataset(name, config, split=split))
             ]
-        except Exception as error:  # noqa: BLE001  many kinds, none of them ours
+        except Exception as error:  # many kinds, none of them ours
             raise InputError(
                 f"{source} cannot be loaded from the hub ({type(error).__name__}: {error}); give --data FILE"
             ) from None

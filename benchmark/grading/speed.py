@@ -124,7 +124,7 @@ def run_together(source, result, seconds):
         result.append("passed")
     except TimeoutError:
         result.append("timed out")
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         result.append(f"failed: {error}")
     shutil.rmtree, os.rmdir, os.chdir = saved
     os.chdir("/")

@@ -6,7 +6,8 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmark.minicode.problems import OPERATIONS, SHARES, World, faulty_operations, make_rows
+from benchmark.minicode.operations import OPERATIONS
+from benchmark.minicode.problems import SHARES, World, faulty_operations, make_rows
 from benchmark.records import write_rows
 
 

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+import numpy as np
+
+from benchmark.records import half_width
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import matplotlib.ticker  # noqa: E402
-import numpy as np  # noqa: E402
-
-from benchmark.records import half_width  # noqa: E402
 
 COLOURS = {"sft": "#7f7f7f", "ppo_m": "#1f77b4", "br": "#d62728", "bw": "#2ca02c", "random": "#9467bd", "ppo_s": "#17becf", "bon": "#ff7f0e",
            "oracle": "#000000"}  # fmt: skip

@@ -57,7 +57,12 @@ def our_seconds(world: Path, name: str, updates: int) -> list[float]:
 def trl_seconds(world: Path, updates: int) -> list[float]:
     """Seconds of every update of TRL's PPOTrainer with our sizes."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(world / "sft/model", padding_side="left")

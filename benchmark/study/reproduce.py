@@ -21,31 +21,31 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; a unit has one core
 
-import fcntl  # noqa: E402
-import hashlib  # noqa: E402
-import importlib  # noqa: E402
-import json  # noqa: E402
-import multiprocessing  # noqa: E402
-import resource  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-from collections import defaultdict  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from multiprocessing.connection import wait  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Literal  # noqa: E402
+import fcntl
+import hashlib
+import importlib
+import json
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections import defaultdict
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Literal
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
+import numpy as np
+import torch
+import tyro
 
-import pfppo_single as pfppo  # noqa: E402
-import rm_single  # noqa: E402, F401  imported before the fork
-import sft_single  # noqa: E402, F401
-from benchmark import pipeline, records  # noqa: E402
-from benchmark.study import tables  # noqa: E402
+import pfppo_single as pfppo
+import rm_single  # noqa: F401  imported before the fork
+import sft_single  # noqa: F401
+from benchmark import pipeline, records
+from benchmark.study import tables
 
 VERSION = 3  # of what is measured on finished runs (2: r2_filters at equal rows, groups of N = 5; 3: pass@1 of the alarm's probe); a finished
 # unit whose numbers are older than `needed_version` has them measured again, not its training
