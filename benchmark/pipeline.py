@@ -27,8 +27,8 @@ import torch
 
 import pfppo_single as pfppo
 from benchmark import minicode
+from benchmark.records import ROOT, read_rows, write_json, write_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_NEW_TOKENS = 48
 BATCH = 640  # rows in one generation batch: the model is tiny, so large batches cost nothing
 FORWARD = 64  # rows in one forward pass: what is computed stays in the processor's cache
@@ -111,38 +111,6 @@ def launch(script: str, settings: dict, log: Path, threads: int = 1, quiet: bool
     return time.time() - start
 
 
-def write_json(path: Path, value) -> None:
-    """Write aside, then rename."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1))
-    aside.rename(path)
-
-
-def commit() -> str:
-    """Short commit of this checkout, "+" behind it where files differ; "unknown" outside a git checkout."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def hardware() -> str:
-    """Cores, processor and torch version in one line."""
-    model = ""
-    if Path("/proc/cpuinfo").is_file():
-        model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return f"{os.cpu_count()} cores {model}, torch {torch.__version__}"
-
-
-def read_rows(path: Path, limit: int | None = None) -> list[dict]:
-    with path.open() as file:
-        rows = [json.loads(line) for line in file]
-    return rows[:limit]
-
-
 def load(folder: Path):
     """Policy folder -> (model in eval mode, tokenizer)."""
     return pfppo.load_causal_lm(str(folder)).eval(), pfppo.load_tokenizer(str(folder), "")
@@ -221,13 +189,11 @@ def preferences(folder: Path, seed: int, n: int = 5, limit: int | None = None, n
         pairs, dropped = minicode.build_pairs(rows, responses, passed)
         valid = pairs[::10]
         train = [pair for i, pair in enumerate(pairs) if i % 10]
-        (folder / f"{name}_valid.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in valid))
+        write_rows(folder / f"{name}_valid.jsonl", valid)
         counts = {"prompts": len(rows), "responses_per_prompt": n, "pass_rate": float(np.mean(passed)), "train_pairs": len(train),
                   "valid_pairs": len(valid), "dropped_prompts": dropped}  # fmt: skip
         write_json(folder / f"{name}.json", counts)
-        aside = out.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(pair) + "\n" for pair in train))
-        aside.rename(out)
+        write_rows(out, train)
         if not quiet:
             print(f"preference data: {counts}", flush=True)
     return out

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmark import pipeline
+from benchmark import pipeline, records
 from benchmark.study import figures
 
 METHODS = ("ppo_m", "br", "bw")
@@ -45,7 +45,7 @@ class Args:
 
 
 def read_curve(folder: Path, tag: str) -> list[tuple[float, float]]:
-    rows = pipeline.read_rows(folder / "metrics.jsonl")
+    rows = records.read_rows(folder / "metrics.jsonl")
     return [(row["step"], row[tag]) for row in rows if tag in row]
 
 
@@ -60,7 +60,7 @@ def main(args: Args) -> dict:
             raise SystemExit(f"--output_dir {folder} holds a run with another {', '.join(changed)}; name a new folder or delete this one")
     elif any(folder.iterdir()):
         raise SystemExit(f"--output_dir {folder} is not empty and holds no quickstart run; name a new folder")
-    pipeline.write_json(folder / "quickstart.json", settings)
+    records.write_json(folder / "quickstart.json", settings)
     seconds_file = folder / "seconds.json"
     seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
     torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def main(args: Args) -> dict:
         began = time.time()
         out = work()
         seconds.setdefault(name, round(time.time() - began, 1))
-        pipeline.write_json(seconds_file, seconds)
+        records.write_json(seconds_file, seconds)
         return out
 
     stage("world", "1/7 the embedded world", lambda: pipeline.world(
@@ -80,7 +80,7 @@ def main(args: Args) -> dict:
     stage("preferences", "3/7 preference data: sample, execute, pair", lambda: pipeline.preferences(folder, args.seed))
     rm = stage("rm", "4/7 reward model (Eq. 1, 2)", lambda: pipeline.rm(folder, args.seed, threads=1))
     figures.reliability(json.loads((folder / "rm/reliability.json").read_text())["repeats"], folder / "reliability.png")
-    valid = pipeline.read_rows(folder / "world/valid.jsonl")
+    valid = records.read_rows(folder / "world/valid.jsonl")
     table = stage("r2", "5/7 R² of every filter on the SFT policy, before any RL",
                   lambda: pipeline.r2_table(sft, rm, valid, folder / "r2_filters.json", args.seed))  # fmt: skip
     figures.r2_bars(table, folder / "r2.png")
@@ -94,17 +94,17 @@ def main(args: Args) -> dict:
     stage("ppo", f"6/7 PPO-M, PF-PPO BR, PF-PPO BW: {args.updates} updates each, {args.parallel} at a time", train)
 
     def results() -> dict:
-        test, found = pipeline.read_rows(folder / "world/test.jsonl"), {}
+        test, found = records.read_rows(folder / "world/test.jsonl"), {}
         for method in ("sft", *METHODS):
             out = folder / f"{method}_test.json"
             if not out.is_file():
                 policy = sft if method == "sft" else folder / method / "policy"
-                pipeline.write_json(out, pipeline.result(policy, sft, rm, test, args.seed))
+                records.write_json(out, pipeline.result(policy, sft, rm, test, args.seed))
                 if method != "sft":  # the checkpoint that was best on the validation problems
                     best = pipeline.result(folder / method / "policy_best", sft, rm, test, args.seed)
-                    pipeline.write_json(out, {**json.loads(out.read_text()), "best_checkpoint": best})
+                    records.write_json(out, {**json.loads(out.read_text()), "best_checkpoint": best})
             found[method] = json.loads(out.read_text())
-            rows = pipeline.read_rows(folder / method / "metrics.jsonl") if method != "sft" else []
+            rows = records.read_rows(folder / method / "metrics.jsonl") if method != "sft" else []
             found[method]["seconds"] = round(sum(r.get("seconds/update", 0.0) for r in rows), 1) if rows else seconds["sft"]
         return found
 
@@ -119,9 +119,9 @@ def main(args: Args) -> dict:
     (folder / "table.md").write_text(text + "\n")
     summary = {"methods": methods, "r2_sft": table, "preferences": json.loads((folder / "preferences.json").read_text()),
                "seconds": seconds, "seconds_total": round(sum(seconds.values()), 1), "settings": settings,
-               "commit": pipeline.commit(), "hardware": pipeline.hardware()}  # fmt: skip
-    pipeline.write_json(folder / "summary.json", summary)
-    print(f"\n{text}\n\n{len(pipeline.read_rows(folder / 'world/test.jsonl'))} unseen problems; {time.time() - start:.0f} s in all. "
+               "commit": records.commit(), "hardware": records.hardware()}  # fmt: skip
+    records.write_json(folder / "summary.json", summary)
+    print(f"\n{text}\n\n{len(records.read_rows(folder / 'world/test.jsonl'))} unseen problems; {time.time() - start:.0f} s in all. "
           f"Pictures: {folder / 'training.png'}, {folder / 'reliability.png'}, {folder / 'r2.png'}")  # fmt: skip
     return summary
 

@@ -290,8 +290,10 @@ class Run:
             self.save_policy("policy_best")
 
     def save_policy(self, name: str) -> None:
-        policy = self.accelerator.unwrap_model(self.policy)
-        write = lambda folder: (policy.save_pretrained(folder), self.tokenizer.save_pretrained(folder))  # noqa: E731
+        def write(folder: Path) -> None:
+            self.accelerator.unwrap_model(self.policy).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
         pfppo.write_folder(self.output_dir / name, write)
 
     def finish(self) -> None:

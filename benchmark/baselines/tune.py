@@ -11,7 +11,6 @@ twice or half of it is tried too, until the best has neighbours on both sides or
 within one standard error of the best (the one-standard-error rule): among equals, the policy that has moved least.
 """
 import importlib
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 import tyro
 
 import pfppo_single
-from benchmark import pipeline
+from benchmark import pipeline, records
 from benchmark.study import figures
 
 GRID = {  # method -> script, learning rates, further settings
@@ -92,8 +91,8 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     world, out = Path(args.world), Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    grid, problems = out / "grid.jsonl", len(pipeline.read_rows(world / "world/valid.jsonl"))
-    done = list(map(json.loads, grid.read_text().splitlines())) if grid.is_file() else []
+    grid, problems = out / "grid.jsonl", len(records.read_rows(world / "world/valid.jsonl"))
+    done = records.finished_rows(grid)
     while unfinished := [m for m in args.methods if next_rate(GRID[m][1], best_of(done, m)) is not None]:
         method = min(unfinished, key=lambda m: len(best_of(done, m)))  # in turn: a grid cut short says something of every method
         lr, (name, _, settings) = next_rate(GRID[method][1], best_of(done, method)), GRID[method]
@@ -107,13 +106,12 @@ def main(args: Args) -> None:
             script.main(script.Args(
                 policy=str(world / "sft/model"), reward=str(world / "rm/model"), eval_prompts=str(world / "world/valid.jsonl"),
                 actual_score="benchmark.minicode:oracle", output_dir=str(folder), seed=args.seed, lr=lr, **data, **settings))  # fmt: skip
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = records.read_rows(folder / "metrics.jsonl")
         tags = ("step", "episodes", "optimizer_step", "eval/greedy_pass1", "eval/sampled_pass1", "eval/sampled_reward", "eval/kl")
         curve = [{tag: row.get(tag) for tag in tags} for row in rows if "eval/kl" in row]
         line = {"method": method, "lr": lr, "settings": settings, "seed": args.seed, "curve": curve,
                 "cpu_seconds": round(time.process_time() - start, 1)}  # fmt: skip
-        with grid.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        records.append_row(grid, line)
         done.append(line)
         (out / "grid.md").write_text(table(done, problems) + "\n")
 

@@ -24,7 +24,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -37,6 +36,7 @@ import tyro
 from benchmark.evaluation import answers
 from benchmark.grading import GradingError, grade_many
 from benchmark.grading.grader import CPU_SECONDS, MEMORY_BYTES, WALL_SECONDS, as_job
+from benchmark.records import finished_rows, write_text
 
 CODE_TASKS = ("humaneval", "mbpp", "leetcode", "minicode")
 MATH_TASKS = ("gsm8k", "ape210k", "cmath")
@@ -228,13 +228,6 @@ def read_records(path):
     return records
 
 
-def write_aside(path, text):
-    """Writes whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 # ---------------------------------------------------------------- problems
 
 
@@ -349,7 +342,7 @@ def load_problems(args):
                 (f"{source}, row {i + 1}", dict(row))
                 for i, row in enumerate(datasets.load_dataset(name, config, split=split))
             ]
-        except Exception as error:  # noqa: BLE001  many kinds, none of them ours
+        except Exception as error:  # many kinds, none of them ours
             raise InputError(
                 f"{source} cannot be loaded from the hub ({type(error).__name__}: {error}); give --data FILE"
             ) from None
@@ -546,7 +539,6 @@ class Store:
             "digest": digest,
             "versions": versions,
         }
-        self.verdicts = {}
         settings_path = self.folder / "settings.json"
         if settings_path.is_file():
             found = json.loads(settings_path.read_text())
@@ -563,19 +555,10 @@ class Store:
                 f"{self.folder} is not empty and holds no run of this script; give another --output_dir or remove it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_aside(settings_path, json.dumps(self.settings, indent=1))
+        write_text(settings_path, json.dumps(self.settings, indent=1))
         known = {problem.task_id for problem in problems}
-        whole = []
-        for line in self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else ():
-            try:
-                verdict = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a broken-off run was writing
-            if verdict["task_id"] in known:
-                self.verdicts[verdict["task_id"]] = verdict
-                whole.append(line)
-        if whole:
-            write_aside(self.path, "".join(f"{line}\n" for line in whole))
+        found = finished_rows(self.path)
+        self.verdicts = {verdict["task_id"]: verdict for verdict in found if verdict["task_id"] in known}
         self.file = open(self.path, "a", encoding="utf-8")
 
     def add(self, problem, results):
@@ -590,8 +573,8 @@ class Store:
     def finish(self, problems, summary):
         self.file.close()
         lines = [json.dumps(self.verdicts[problem.task_id], ensure_ascii=False) for problem in problems]
-        write_aside(self.path, "\n".join(lines) + "\n")
-        write_aside(self.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+        write_text(self.path, "\n".join(lines) + "\n")
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
 
 
 def file_digest(path):
@@ -722,13 +705,8 @@ def main(args):
         completions = {problem.task_id: [problem.reference] for problem in problems}
     store = Store(args, problems)
     if completions is None:
-        path, kept = store.folder / "samples.jsonl", {}
-        for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-            try:
-                record = json.loads(line)
-                kept[record["task_id"], record["sample"]] = record["completion"]
-            except (json.JSONDecodeError, KeyError):
-                continue
+        path = store.folder / "samples.jsonl"
+        kept = {(line["task_id"], line["sample"]): line["completion"] for line in finished_rows(path)}
         with open(path, "a", encoding="utf-8") as file:
 
             def keep(task_id, sample, completion):

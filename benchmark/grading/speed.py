@@ -15,7 +15,6 @@ import faulthandler
 import io
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 import tyro
 
 from benchmark.grading import grade_many
+from benchmark.records import hardware
 
 
 @dataclass
@@ -124,7 +124,7 @@ def run_together(source, result, seconds):
         result.append("passed")
     except TimeoutError:
         result.append("timed out")
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         result.append(f"failed: {error}")
     shutil.rmtree, os.rmdir, os.chdir = saved
     os.chdir("/")
@@ -178,10 +178,7 @@ def main(args):
             best[name] = max(best[name], rate)
             print(f"round {round_ + 1}/{args.rounds}: {name} {rate:.0f}/s", file=sys.stderr, flush=True)
     labels = list(PROGRAMS)
-    print(
-        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
-        f"{args.programs} programs of a few lines, 7 asserts each"
-    )
+    print(f"{hardware()}; {args.programs} programs of a few lines, 7 asserts each")
     print(f"{'':18}{'gradings/s':>12}  " + "  ".join(labels))
     sources = [PROGRAMS[label][0] for label in labels]
     for name, way in ways.items():

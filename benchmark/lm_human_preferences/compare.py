@@ -23,7 +23,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from safetensors.torch import load_file
 
 import pfppo_single as pfppo

@@ -83,8 +83,10 @@ def main(args: Args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "model", padding_side="right")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     pad = tokenizer.pad_token_id
-    new_model = lambda: AutoModelForCausalLM.from_pretrained(world / "model")  # noqa: E731
-    reward_model, ref_policy, policy = (ModelWithHead(new_model(), std) for std in (1.0, 0.0, 0.0))  # in this order: heads draw numbers
+    # In this order: heads draw numbers.
+    reward_model, ref_policy, policy = (
+        ModelWithHead(AutoModelForCausalLM.from_pretrained(world / "model"), std) for std in (1.0, 0.0, 0.0)
+    )
     weights = load_file(world / "reward_model.safetensors")
     gain, bias = weights.pop("reward_gain"), weights.pop("reward_bias")
     reward_model.load_state_dict(weights, strict=False)  # the output layer, which nobody reads, is tied

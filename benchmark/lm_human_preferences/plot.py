@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmark.records import half_width, read_rows
+
 # our tag -> lm-human-preference-details' tag; its `_avg` tags are means over epochs and minibatches, as all of ours are
 TAGS = {
     "objective/shaped_score": "objective/scores", "objective/kl": "objective/kl", "objective/entropy": "objective/entropy",
@@ -39,15 +41,13 @@ def read_runs(path: Path) -> dict[int, list[dict]]:
     """Seed -> lines of metrics, from a folder of benchmark.lm_human_preferences.run (finished seeds only) or from a metrics.jsonl.gz."""
     seeds: dict[int, list[dict]] = {}
     if path.suffix == ".gz":
-        with gzip.open(path, "rt") as file:
-            for line in map(json.loads, file):
-                seeds.setdefault(line.pop("seed"), []).append(line)
+        for line in read_rows(path):
+            seeds.setdefault(line.pop("seed"), []).append(line)
         return seeds
     if not (path / "runs.jsonl").is_file():
         raise FileNotFoundError(f"--runs {path}: no runs.jsonl; give a folder of benchmark.lm_human_preferences.run with at least one finished seed")
-    for run in map(json.loads, (path / "runs.jsonl").read_text().splitlines()):
-        lines = (path / f"seed_{run['seed']}" / "metrics.jsonl").read_text().splitlines()
-        seeds[run["seed"]] = [json.loads(line) for line in lines]
+    for run in read_rows(path / "runs.jsonl"):
+        seeds[run["seed"]] = read_rows(path / f"seed_{run['seed']}" / "metrics.jsonl")
     return seeds
 
 
@@ -100,7 +100,6 @@ def draw(path: Path, title: str, curves: dict[str, np.ndarray], bands: dict[str,
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from scipy import stats
 
     tags = [tag for tag in PICTURE if tag in curves]
     columns = min(3, len(tags))
@@ -108,7 +107,7 @@ def draw(path: Path, title: str, curves: dict[str, np.ndarray], bands: dict[str,
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.7 * rows), squeeze=False, layout="constrained")
     for axis, tag in zip(axes.flat, tags):
         ours, band = curves[tag], bands[TAGS[tag]]
-        half = stats.t.ppf(0.975, len(ours) - 1) * ours.std(0, ddof=1) / math.sqrt(len(ours)) if len(ours) > 1 else np.zeros(ours.shape[1])
+        half = np.nan_to_num(half_width(ours))  # one seed: no band
         axis.fill_between(band["steps"], band["ci95_low"], band["ci95_high"], color="tab:orange", alpha=0.3, linewidth=0)
         axis.plot(band["steps"], band["mean"], color="tab:orange", linewidth=1.2, label="lm-human-preference-details")
         axis.fill_between(band["steps"], ours.mean(0) - half, ours.mean(0) + half, color="tab:blue", alpha=0.3, linewidth=0)

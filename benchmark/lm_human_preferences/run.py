@@ -8,15 +8,15 @@ commit, hardware, seconds) and is skipped the next time; an unfinished one is st
 continue from their last checkpoint. The console of a run is in ROOT/NAME/seed_SEED.log. Exit status 1 when a run failed.
 """
 import argparse
-import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from benchmark.records import append_row, commit, finished_rows, hardware
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -25,42 +25,24 @@ def parse_seeds(text: str) -> list[int]:
     return [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
 
 
-def git_commit() -> str:
-    """Commit of the working directory; `+` marks uncommitted changes; `unknown` outside a repository."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain", "--", "*_single.py"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if changes.stdout.strip() else "")
-
-
-def hardware() -> str:
-    """Processor name, cores of the machine and threads per run."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {os.environ['OMP_NUM_THREADS']} thread per run"
-
-
 def run_seed(folder: Path, seed: int, command: list[str]) -> bool:
     """Run one seed to its end and record it; True when it succeeded."""
     filled = [part.replace("{seed}", str(seed)).replace("{output_dir}", str(folder / f"seed_{seed}")) for part in command]
-    commit, start = git_commit(), time.time()
+    start_commit, start = commit(), time.time()
     with (folder / f"seed_{seed}.log").open("a") as log:
         status = subprocess.run(filled, stdout=log, stderr=subprocess.STDOUT).returncode
     seconds = time.time() - start
     print(f"{folder.name} seed {seed}: {'done' if status == 0 else f'failed with status {status}'}, {seconds:.0f} s", flush=True)
     if status == 0:
-        line = {"seed": seed, "seconds": round(seconds, 1), "commit": commit, "hardware": hardware(), "command": shlex.join(filled)}
-        with (folder / "runs.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        machine = f"{hardware()}, {os.environ['OMP_NUM_THREADS']} thread per run"
+        line = {"seed": seed, "seconds": round(seconds, 1), "commit": start_commit, "hardware": machine, "command": shlex.join(filled)}
+        append_row(folder / "runs.jsonl", line)
     return status == 0
 
 
 def finished_seeds(folder: Path) -> set[int]:
     """Seeds with a line in folder/runs.jsonl."""
-    path = folder / "runs.jsonl"
-    return {json.loads(line)["seed"] for line in path.read_text().splitlines()} if path.is_file() else set()
+    return {line["seed"] for line in finished_rows(folder / "runs.jsonl")}
 
 
 def main() -> int:

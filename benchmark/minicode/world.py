@@ -6,7 +6,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmark.minicode.problems import OPERATIONS, SHARES, World, faulty_operations, make_rows
+from benchmark.minicode.operations import OPERATIONS
+from benchmark.minicode.problems import SHARES, World, faulty_operations, make_rows
+from benchmark.records import write_rows
 
 
 def make_tokenizer(texts, vocab_size):
@@ -59,7 +61,7 @@ def write_world(output_dir, seed=1, **settings):
             sizes[split] = {"rows": len(rows), "compositions": len({tuple(row["operations"]) for row in rows})}
             if split == "sft":
                 sizes[split]["wrong_demonstrations"] = sum(row["mistakes"] > 0 for row in rows) / len(rows)
-            (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(partial / f"{split}.jsonl", rows)
         from transformers import LlamaConfig  # seconds to import
 
         tokenizer = make_tokenizer([row["prompt"] + row["response"] for row in demonstrations], world.vocab_size)

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+import numpy as np
+
+from benchmark.records import half_width
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import matplotlib.ticker  # noqa: E402
-import numpy as np  # noqa: E402
-from scipy import stats  # noqa: E402
 
 COLOURS = {"sft": "#7f7f7f", "ppo_m": "#1f77b4", "br": "#d62728", "bw": "#2ca02c", "random": "#9467bd", "ppo_s": "#17becf", "bon": "#ff7f0e",
            "oracle": "#000000"}  # fmt: skip
@@ -106,8 +107,7 @@ def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, levels: di
     axes.plot(xs, mean, color=colour, **style)
     if len(curves) > 1 and levels:
         correction = np.sqrt(len(BANDS) / (len(BANDS) - 1))  # Morey: taking out a mean of J arms takes 1 / J of the variance along
-        t = correction * stats.t.ppf(0.975, len(curves) - 1) / np.sqrt(len(curves))
-        error = np.array([t * np.std([rest for _, rest in found[a]], ddof=1) for a in xs])
+        error = correction * half_width(np.array([[rest for _, rest in found[a]] for a in xs]).T)
         axes.fill_between(xs, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmark import pipeline
+from benchmark import pipeline, records
 
 WAYS = {"ours, PPO-M": "none", "ours, PF-PPO BR": "br", "ours, PF-PPO BW": "bw", "TRL, PPO": "trl"}
 
@@ -51,19 +51,24 @@ def our_seconds(world: Path, name: str, updates: int) -> list[float]:
         settings.update(policy=world / "sft/model", reward=world / "rm/model", prompts=world / "world/rl.jsonl", output_dir=out,
                         total_episodes=updates * settings["batch_size"] * settings["num_responses"])  # fmt: skip
         pipeline.launch("pfppo_single.py", settings, Path(folder) / "log.txt", quiet=True)
-        return [row["seconds/update"] for row in pipeline.read_rows(out / "metrics.jsonl") if row["step"] > 0]
+        return [row["seconds/update"] for row in records.read_rows(out / "metrics.jsonl") if row["step"] > 0]
 
 
 def trl_seconds(world: Path, updates: int) -> list[float]:
     """Seconds of every update of TRL's PPOTrainer with our sizes."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(world / "sft/model", padding_side="left")
     sizes = pipeline.PPO
     rollouts, starts = sizes["batch_size"] * sizes["num_responses"], [time.perf_counter()]
-    rows = pipeline.read_rows(world / "world/rl.jsonl")
+    rows = records.read_rows(world / "world/rl.jsonl")
     order = np.random.default_rng(1).permutation(len(rows))[: updates * sizes["batch_size"]]
     ids = [{"input_ids": tokenizer(rows[i]["prompt"])["input_ids"]} for i in order for _ in range(sizes["num_responses"])]
 
@@ -115,14 +120,14 @@ def main(args: Args) -> None:
     for round_ in range(args.rounds):
         for name in best:
             command = [sys.executable, "-m", "benchmark.study.ppo_speed", "--world", str(world), "--updates", str(args.updates), "--way", WAYS[name]]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=pipeline.ROOT)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=records.ROOT)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             seconds = json.loads(done.stdout.splitlines()[-1])[1:]
             best[name] = min(best[name], float(np.median(seconds)))
             print(f"round {round_ + 1}/{args.rounds}: {name}: {np.median(seconds):.2f} s per update ({', '.join(f'{s:.2f}' for s in seconds)})", flush=True)
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("transformers", "accelerate", *(["trl"] if "TRL, PPO" in best else []))]
-    print(f"\n{pipeline.hardware()}, one thread, {', '.join(versions)}, commit {pipeline.commit()}\n")
+    print(f"\n{records.hardware()}, one thread, {', '.join(versions)}, commit {records.commit()}\n")
     print(f"{'':<18}{'s / update':>11}{'to PPO-M':>10}" + (f"{'to TRL':>9}" if "TRL, PPO" in best else ""))
     for name, seconds in best.items():
         ratios = [seconds / best["ours, PPO-M"]] + ([seconds / best["TRL, PPO"]] if "TRL, PPO" in best else [])

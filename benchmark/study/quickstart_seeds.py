@@ -7,17 +7,15 @@ results_dir/seed_S; `seeds.md` and `seeds.json` hold mean and 95% t-interval ove
 """
 
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
-from scipy import stats
 
 from benchmark import quickstart
-from benchmark.pipeline import write_json
+from benchmark.records import half_width, write_json
 from benchmark.study import figures
 
 
@@ -35,8 +33,7 @@ class Args:
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
     """Mean and half width of the 95% t-interval; nan for one value."""
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), float(half)
+    return float(np.mean(values)), float(half_width(values))
 
 
 def main(args: Args) -> None:

@@ -21,32 +21,31 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; a unit has one core
 
-import fcntl  # noqa: E402
-import hashlib  # noqa: E402
-import importlib  # noqa: E402
-import json  # noqa: E402
-import multiprocessing  # noqa: E402
-import resource  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-from collections import defaultdict  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from multiprocessing.connection import wait  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Literal  # noqa: E402
+import fcntl
+import hashlib
+import importlib
+import json
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections import defaultdict
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Literal
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
+import numpy as np
+import torch
+import tyro
 
-import pfppo_single as pfppo  # noqa: E402
-import rm_single  # noqa: E402, F401  imported before the fork
-import sft_single  # noqa: E402, F401
-from benchmark import pipeline  # noqa: E402
-from benchmark.lm_human_preferences.run import hardware  # noqa: E402
-from benchmark.study import tables  # noqa: E402
+import pfppo_single as pfppo
+import rm_single  # noqa: F401  imported before the fork
+import sft_single  # noqa: F401
+from benchmark import pipeline, records
+from benchmark.study import tables
 
 VERSION = 3  # of what is measured on finished runs (2: r2_filters at equal rows, groups of N = 5; 3: pass@1 of the alarm's probe); a finished
 # unit whose numbers are older than `needed_version` has them measured again, not its training
@@ -446,7 +445,7 @@ def weights_r2(samples: dict[str, np.ndarray], weights: list[float], draws: int,
 def choose_weights(folder: Path, seed: int, prompts: int = 1200) -> None:
     """weights.json: the w of highest R² on SFT samples of half of the prompts (RL prompts, all N = 5 ranks, no weight above 1/2, so
     that the two kept rows are different ones), and its R² on the other half beside those of the named filters."""
-    rows = pipeline.read_rows(folder / "world/rl.jsonl", prompts)
+    rows = records.read_rows(folder / "world/rl.jsonl", prompts)
     halves = []
     for i, part in enumerate((rows[::2], rows[1::2])):
         halves.append(pipeline.scored_samples(folder / "sft/model", folder / "rm/model", part, 5, seed + 1000 * i))
@@ -457,13 +456,13 @@ def choose_weights(folder: Path, seed: int, prompts: int = 1200) -> None:
     weights = finalists[int(np.argmax(fine))]
     named = {name: pfppo.rank_weight_vector(name, 5) for name in ("random", "br", "bw")} | {"chosen": weights}
     table = {name: {"search": weights_r2(halves[0], w, 30, seed), "held_out": weights_r2(halves[1], w, 30, seed)} for name, w in named.items()}
-    pipeline.write_json(folder / "weights.json", {"weights": weights, "r2": table, "candidates": len(candidates), "prompts": len(rows)})
+    records.write_json(folder / "weights.json", {"weights": weights, "r2": table, "candidates": len(candidates), "prompts": len(rows)})
 
 
 def measure(policy: Path, unit: Unit, place: Workplace) -> dict[str, float]:
     """Results of a policy folder on the test problems; `reward` is the learned one's (without noise or centring)."""
     folder = place.world(unit.world)
-    test = pipeline.read_rows(folder / "world/test.jsonl")
+    test = records.read_rows(folder / "world/test.jsonl")
     return pipeline.result(policy, folder / "sft/model", folder / unit.rm / "model", test, unit.seed)
 
 
@@ -497,7 +496,7 @@ def measure_r2(unit: Unit, place: Workplace) -> dict[str, dict]:
     """r2_filters: policy -> filter -> R² on 10 responses to each validation problem. A method's policies are its first kept one
     ("middle") and its last, an SFT unit has "sft"."""
     folder, changes = place.world(unit.world), dict(unit.changes)
-    valid = pipeline.read_rows(folder / "world/valid.jsonl")
+    valid = records.read_rows(folder / "world/valid.jsonl")
     if unit.method == "sft" and "reward" in changes:
         samples = function_samples(folder / "sft/model", changes["reward"].replace("{world}", str(folder)), valid, 10, unit.world)
         return {"sft": pipeline.r2_of_filters(samples, TABLE1_FILTERS, unit.world)}
@@ -516,9 +515,9 @@ def run_sft(unit: Unit, place: Workplace) -> dict:
     """The SFT row, with what is known about its world: pairs, reward model, reliability, R² of every filter before any RL."""
     folder, changes = place.world(unit.world), dict(unit.changes)
     if "reward" in changes:
-        accuracy = pair_accuracy(changes["reward"].replace("{world}", str(folder)), pipeline.read_rows(folder / "preferences_valid.jsonl"))
+        accuracy = pair_accuracy(changes["reward"].replace("{world}", str(folder)), records.read_rows(folder / "preferences_valid.jsonl"))
     else:
-        accuracy = [row["test/accuracy"] for row in pipeline.read_rows(folder / "rm/metrics.jsonl") if "test/accuracy" in row][-1]
+        accuracy = [row["test/accuracy"] for row in records.read_rows(folder / "rm/metrics.jsonl") if "test/accuracy" in row][-1]
     return {**measure(folder / "sft/model", unit, place), "r2_filters": measure_r2(unit, place), "rm_accuracy": accuracy,
             "preferences": json.loads((folder / "preferences.json").read_text()),
             "reliability": json.loads((folder / unit.rm / "reliability.json").read_text()),
@@ -552,7 +551,7 @@ def probe_alarm(unit: Unit, place: Workplace, out: Path) -> dict:
     the policy at which the alarm would have stopped it; in `early`, of the policy that early stopping by pass@1 of the same probe keeps.
     Training is deterministic, so stopping later changes nothing before."""
     folder = place.world(unit.world)
-    rows = pipeline.read_rows(folder / "world/rl.jsonl")[-ALARM_PROMPTS:]
+    rows = records.read_rows(folder / "world/rl.jsonl")[-ALARM_PROMPTS:]
     policies = {0: folder / "sft/model"} | {int(path.name.rpartition("_")[2]): path for path in out.glob("policy_[0-9]*")}
     updates, r2, pass1 = sorted(policies), [], []
     for update in updates:
@@ -572,7 +571,7 @@ def run_method(unit: Unit, place: Workplace) -> dict:
     rows = count_rows() if script == "pfppo_single.py" else {}
     if not (out / "policy").is_dir():
         pipeline.launch(script, settings, out.with_name(out.name + ".log"))
-    metrics = pipeline.read_rows(out / "metrics.jsonl")
+    metrics = records.read_rows(out / "metrics.jsonl")
     phases = {tag: sum(row.get(tag, 0.0) for row in metrics) for row in metrics for tag in row if tag.startswith("seconds/")}
     updates = max(1, sum(row["step"] > 0 for row in metrics))
     last = measure(out / "policy", unit, place)
@@ -611,7 +610,7 @@ def run_unit(unit: Unit, place: Workplace, result: Path, old: dict | None = None
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # children: graders
     line.setdefault("cpu_seconds", round(sum(u.ru_utime + u.ru_stime for u in used), 1))
     result.parent.mkdir(parents=True, exist_ok=True)
-    pipeline.write_json(result, line)
+    records.write_json(result, line)
 
 
 def die_with_parent() -> None:
@@ -643,27 +642,6 @@ def child(unit: Unit, place: Workplace, result: Path, log: Path, old: dict | Non
 
 
 # ---------------------------------------------------------------- the parent
-
-
-def append_line(path: Path, line: dict) -> None:
-    """One line in one write, on disk before anything else happens."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Lines of a file of append_line; a half line that a killed machine left at the end is cut off."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode().splitlines()]
 
 
 def key_of(line: dict) -> tuple:
@@ -723,21 +701,19 @@ def check_study(args: Args, output_dir: Path) -> None:
             raise SystemExit(f"--output_dir {output_dir} holds a study with another {', '.join(changed)}; name a new folder")
     elif any(path for path in output_dir.iterdir() if path.name != ".lock"):
         raise SystemExit(f"--output_dir {output_dir} is not empty and holds no study; name a new folder")
-    pipeline.write_json(path, {**now, "flags": {"sft": pipeline.SFT, "rm": pipeline.RM, "ppo": pipeline.PPO, "methods": pipeline.METHODS},
-                               "hardware": hardware()})  # fmt: skip
+    records.write_json(path, {**now, "flags": {"sft": pipeline.SFT, "rm": pipeline.RM, "ppo": pipeline.PPO, "methods": pipeline.METHODS},
+                               "hardware": f"{records.hardware()}, 1 thread per run"})  # fmt: skip
 
 
 def keep_last_lines(path: Path) -> None:
     """One line a unit: of a unit measured again the old line goes, in one rename."""
-    lines = {key_of(line): line for line in read_lines(path)}
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
-    os.replace(aside, path)
+    lines = {key_of(line): line for line in records.finished_rows(path)}
+    records.write_rows(path, list(lines.values()))
 
 
 def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str, float], old: dict[tuple, dict]) -> list[Unit]:
     """Work through the units, `parallel` at a time; returns those that failed or could not start. `old`: finished lines by key."""
-    place, commit, context = Workplace(args), pipeline.commit(), multiprocessing.get_context("fork")
+    place, commit, context = Workplace(args), records.commit(), multiprocessing.get_context("fork")
     pending, running, failed, start, finished = list(units), {}, [], time.time(), 0
 
     def blockers(unit: Unit) -> list[Unit]:
@@ -776,10 +752,10 @@ def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str,
             line = {"method": unit.stage or unit.method, "variant": unit.variant, "world": unit.world, "seed": unit.seed, "commit": commit,
                     **numbers, "version": VERSION}  # fmt: skip  of a unit measured again, `commit` stays the training's
             if unit.stage:
-                append_line(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "variant", "world", "seed", "seconds", "cpu_seconds", "commit")})
+                records.append_row(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "variant", "world", "seed", "seconds", "cpu_seconds", "commit")})
             else:
-                append_line(output_dir / "units.jsonl", line)
-            measured.update(measured_seconds(read_lines(output_dir / "stages.jsonl") + read_lines(output_dir / "units.jsonl")))
+                records.append_row(output_dir / "units.jsonl", line)
+            measured.update(measured_seconds(records.finished_rows(output_dir / "stages.jsonl") + records.finished_rows(output_dir / "units.jsonl")))
             left = sum(expected_seconds(u, measured) for u in pending)
             left += sum(max(5.0, expected_seconds(u, measured) - (time.time() - t)) for u, _, _, _, t in running.values())
             shown = "" if unit.stage else f"  greedy {line['greedy_pass1']:.3f}  sampled {line['sampled_pass1']:.3f}  KL {line['kl']:.2f}"
@@ -797,12 +773,12 @@ def main(args: Args) -> int:
     held = lock(output_dir)
     check_study(args, output_dir)
     borrow_worlds(place)
-    lines = read_lines(output_dir / "units.jsonl")
+    lines = records.finished_rows(output_dir / "units.jsonl")
     done = {key_of(line): line for line in lines}
     runs = [u for u in units if not u.stage and (u.key not in done or done[u.key].get("version", 1) < needed_version(u, args.study))]
     needed = {part for unit in runs for part in parts_needed(unit)}
     todo = [unit for unit in units if unit in needed and not stage_done(unit, place)] + runs
-    measured = measured_seconds(read_lines(output_dir / "stages.jsonl") + lines)
+    measured = measured_seconds(records.finished_rows(output_dir / "stages.jsonl") + lines)
     print_budget(todo, measured, args.parallel, len(units) - len(todo))
     if args.dry_run:
         return 0

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmark.rewards import orm
 
+
 def learned(prompts: list[str], responses: list[str], rows: list[dict], source: str) -> list[float]:
     """R_φ of texts. `source`: folder of rm_single.py."""
     return orm(prompts, responses, rows, source, batch_size=64)

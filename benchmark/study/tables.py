@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from benchmark.records import finished_rows, half_width
 from benchmark.study import figures
 
 # PAPER, Table 2: pass@1 greedy on HumanEval, MBPP, LeetCode.
@@ -64,7 +65,7 @@ def mean_interval(values: list[float], level: float = 0.95) -> tuple[float, floa
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
         return float(x.mean()), None, None
-    half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    half = half_width(x, level)
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
@@ -760,8 +761,7 @@ def pictures(units: Units, study: str, folder: Path) -> list[tuple[str, str, lis
 def write(folder: Path) -> None:
     """tables.md, csv files and pictures of a study's folder, from units.jsonl (study.json says which study)."""
     folder = Path(folder)
-    path = folder / "units.jsonl"
-    units = Units([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else [])
+    units = Units(finished_rows(folder / "units.jsonl"))
     study = json.loads((folder / "study.json").read_text())["study"] if (folder / "study.json").is_file() else "table2"
     text = [f"# Study {study}: {len(units.lines)} units", "",
             "Made by `python -m benchmark.study.tables` from `units.jsonl`; `missing`: no such unit yet, `–`: no such cell. Commands: field `command` of "

@@ -14,9 +14,15 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Mode
 
 from benchmark import rewards
 from benchmark.evaluation import evaluate
-from benchmark.grading import grader as grading
-from benchmark.evaluation.answers import answers_equal, complete, evaluate_number, extract_answer, extract_code
+from benchmark.evaluation.answers import (
+    answers_equal,
+    complete,
+    evaluate_number,
+    extract_answer,
+    extract_code,
+)
 from benchmark.evaluation.evaluate import Args, InputError, main, pass_at_k, standard_error
+from benchmark.grading import grader as grading
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROOT = Path(evaluate.__file__).resolve().parents[2]

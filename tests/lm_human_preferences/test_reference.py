@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from make_llama_world import HYPERPARAMETERS, PENALTY, make_world
 from safetensors.torch import load_file, save_file
 from transformers import GenerationMixin
 
@@ -16,7 +17,6 @@ import pfppo_single as pfppo
 import rm_single as rm
 from benchmark.lm_human_preferences import compare as compare_reference
 from benchmark.lm_human_preferences import import_reference, peer_policy, plot, run
-from make_llama_world import HYPERPARAMETERS, PENALTY, make_world
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "reference" / "lm_human_preferences"

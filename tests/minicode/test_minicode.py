@@ -11,11 +11,21 @@ import types
 import pytest
 
 from benchmark.minicode import (
-    World, __main__, build_pairs, grade, grade_fast, make_rows, oracle, problems, world, write_world,
+    World,
+    __main__,
+    build_pairs,
+    grade,
+    grade_fast,
+    make_rows,
+    oracle,
+    problems,
+    world,
+    write_world,
 )
 from benchmark.minicode.grade import is_plain
+from benchmark.minicode.operations import OPERATIONS, SCALAR_OPERATIONS
 from benchmark.minicode.pairs import edit_distance
-from benchmark.minicode.problems import OPERATIONS, SCALAR_OPERATIONS, split_of
+from benchmark.minicode.problems import split_of
 
 SPLITS = ("sft", "preference", "rl", "valid", "test")
 SMALL = dict(num_sft=400, num_sft_valid=30, num_preference=150, num_rl=150, num_valid=60, num_test=60)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmark import pipeline
+from benchmark import pipeline, records
 from benchmark.study import figures, ppo_speed, reproduce, tables
 from benchmark.study import rewards as study_rewards
 
@@ -270,12 +270,12 @@ def test_unknown_method_is_refused():
 
 def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
     path = tmp_path / "units.jsonl"
-    reproduce.append_line(path, {"method": "br", "seed": 1})
+    records.append_row(path, {"method": "br", "seed": 1})
     with path.open("a") as file:
         file.write('{"method": "b')
-    assert reproduce.read_lines(path) == [{"method": "br", "seed": 1}]
-    reproduce.append_line(path, {"method": "bw", "seed": 1})
-    assert [line["method"] for line in reproduce.read_lines(path)] == ["br", "bw"]
+    assert records.finished_rows(path) == [{"method": "br", "seed": 1}]
+    records.append_row(path, {"method": "bw", "seed": 1})
+    assert [line["method"] for line in records.finished_rows(path)] == ["br", "bw"]
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):

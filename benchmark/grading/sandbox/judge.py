@@ -336,7 +336,7 @@ def judge(job, sock, helper_sock=None):
         try:
             helper_space = dict(space)
             exec(compile(job["helpers"], "<helpers>", "exec", dont_inherit=True, optimize=0), helper_space)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             return {"error": f"the helpers do not run: {type(error).__name__}: {error}"}
         space.update(
             {
@@ -396,7 +396,7 @@ def judge(job, sock, helper_sock=None):
         return {"error": str(error)}
     except ProgramEnded as error:
         failure = str(error)
-    except BaseException as error:  # noqa: BLE001  whatever stops the tests is a failure
+    except BaseException as error:  # whatever stops the tests is a failure
         if isinstance(error, ImportError) and not hasattr(error, "of_the_program"):
             return {"error": f"the tests need what the judge does not have: {error}"}
         failure = explain(error, job["tests"])
@@ -414,7 +414,7 @@ def explain(error, tests):
         trace = trace.tb_next
     try:
         text = " ".join(str(error).split())
-    except BaseException:  # noqa: BLE001  the text may be that of an object of the program, which is asked for it
+    except BaseException:  # the text may be that of an object of the program, which is asked for it
         text = ""
     lines = tests.splitlines()
     where = f" at: {lines[line - 1].strip()}" if line and line <= len(lines) else ""

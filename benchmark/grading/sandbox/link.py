@@ -283,7 +283,7 @@ class Link:
             kind, result = "value", self.perform(what, *operands)
         except (ProgramEnded, Malformed, NotTransferable):
             raise
-        except BaseException as error:  # noqa: BLE001  whatever the program raises crosses by name
+        except BaseException as error:  # whatever the program raises crosses by name
             kind, result = "error", self.describe(error)
         self.send(kind, result)
 
@@ -294,7 +294,7 @@ class Link:
         plain = all(type(part) in (str, int, float, bool, type(None)) for part in error.args)
         try:
             return (name, tuple(error.args) if plain else (str(error),))
-        except Exception:  # noqa: BLE001  an exception whose text raises
+        except Exception:  # an exception whose text raises
             return (name, ())
 
     def rebuild(self, name, arguments):
