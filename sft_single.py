@@ -368,7 +368,8 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
             argv = flags.split() + argv
     if "--help" in argv or "-h" in argv:
         fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
-        raise SystemExit(inspect.getmodule(args_class).__doc__ + fields.partition("\n")[2].replace('"""', ""))
+        print(inspect.getmodule(args_class).__doc__, fields.partition("class Args:\n")[2].replace('"""', ""))
+        sys.exit()
     return tyro.cli(args_class, args=argv, use_underscores=True)
 
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import pfppo_single as pf
+import rm_single as rm
 
 torch.set_num_threads(1)
 
@@ -84,8 +85,8 @@ def causal_lm(name: str, seed: int = 0, **changes) -> torch.nn.Module:
 def reward_model(name: str = "gpt2", seed: int = 1, bound: str = "none", **changes) -> pf.RewardModel:
     """A seeded reward model with a gain and a bias that are not 1 and 0."""
     torch.manual_seed(seed)
-    config = model_config(name, **changes)
-    pf.without_dropout(config)
+    dropout = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "llama": ("attention_dropout",)}[name]
+    config = model_config(name, **{**dict.fromkeys(dropout, 0.0), **changes})
     model = pf.RewardModel({"gpt2": GPT2Model, "llama": LlamaModel}[name](config), bound=bound).eval()
     model.reward_gain.data.fill_(0.7)
     model.reward_bias.data.fill_(0.3)
@@ -109,7 +110,7 @@ def world(tmp_path_factory):
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     for name, bound in (("reward", "none"), ("reward_tanh", "tanh")):
-        reward_model(bound=bound).save_pretrained(folder / name)
+        rm.as_classifier(reward_model(bound=bound)).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     words = ["add", "one two", "x=1", "sum of", "max", "min 9", "abc def g", "rev", "sort me", "len", "odd one", "even"]
     write_jsonl(folder / "prompts.jsonl", [{"prompt": w, "n": i} for i, w in enumerate(words)])
@@ -205,7 +206,7 @@ def make_rollout(
     def rows(lengths):
         return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
-    queries, query_mask = pf.pad_rows(rows(query_lengths), pad_id, "left")
+    queries, query_mask = pf.pad_left(rows(query_lengths), "cpu")
     responses = torch.full((len(response_lengths), response_width), pad_id)
     response_mask = torch.arange(response_width) < torch.tensor(response_lengths).unsqueeze(1)
     for i, row in enumerate(rows(response_lengths)):
