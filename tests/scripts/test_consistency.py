@@ -1,9 +1,10 @@
-"""What must agree across files: pitfall ids and tests, README and code, launch scripts and bash."""
+"""What must agree across files: pitfalls and tests, README and code, launch scripts and bash, code and ruff."""
 
 import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,18 @@ def test_launch_scripts_pass_bash():
         done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert not re.search(r"\\[ \t]+(#.*)?$|\\\n\s*#", script.read_text("utf-8"), re.M), script
+
+
+# ---------------------------------------------------------------- ruff
+
+
+@pytest.mark.parametrize("command", ["format --check", "check"])
+def test_benchmark_and_tests_pass_ruff(command):
+    pytest.importorskip("ruff", reason="ruff is part of the extra `test`")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command.split(), "--no-cache", "benchmark", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
