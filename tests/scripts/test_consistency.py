@@ -1,4 +1,4 @@
-"""What must agree across files: pitfalls and tests, README and code, launch scripts and bash, code and ruff."""
+"""What must agree across files: pitfalls and tests, README and code, launch scripts and bash."""
 
 import importlib
 import re
