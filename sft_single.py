@@ -19,6 +19,7 @@ Source: PAPER = arXiv 2409.06957.
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import re
 import shutil
@@ -357,6 +358,7 @@ def start_accelerator() -> Accelerator:
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
