@@ -359,6 +359,9 @@ def start_accelerator() -> Accelerator:
     stopped."""
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # its gradients are NaN where a padded column attends to nothing
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
