@@ -1100,10 +1100,12 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
     is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
+    stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
         for part in (model, tokenizer):
             part.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
