@@ -103,7 +103,7 @@ def read_pairs(args: PairArgs, tokenizer, config, stop_id: int) -> list[dict]:
     """Labels of rm_single.py with two samples, the better one first; longer ones are left out and counted."""
     columns = (args.prompt_field, args.chosen_field, args.rejected_field)
     rm.load_rows(args.train_data, "train_data", columns)  # refuses labels that are token ids, of K responses
-    pairs, left_out = rm.read_labels(args.train_data, "train_data", args, tokenizer, config, stop_id)
+    pairs, left_out = rm.read_labels("train_data", args, tokenizer, config, stop_id)
     print(f"{len(pairs)} pairs, {left_out} longer ones left out")
     return pairs
 

@@ -434,7 +434,7 @@ def compare_reward(report: Report, folder: Path, file: str, args: rm.Args, atten
 
     normalized = compare_normalization(trace, "normalize_before", folder, tokenizer, args, model)
     compare_start(trace, "weights/before_step_1/", normalized, initial)
-    labels, _ = rm.read_labels(args.train_data, "train_data", args, tokenizer, causal_lm.config, -1)
+    labels, _ = rm.read_labels("train_data", args, tokenizer, causal_lm.config, -1)
     permutation = trace["labels/permutation"]
     whole = permutation.sort().values.equal(torch.arange(args.num_train))
     trace.check("labels/permutation", permutation if whole else math.nan, EXACT)

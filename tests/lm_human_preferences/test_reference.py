@@ -284,7 +284,10 @@ def test_labels_from_parquet_are_those_from_json(llama_world, tmp_path, monkeypa
     tokenizer = compare_reference.peer_tokenizer(llama_world)
     config = rm.load_config(llama_world / "model", "model")
     args = compare_reference.reward_args(llama_world, HYPERPARAMETERS["reward"])
-    read = [rm.read_labels(str(path), "train_data", args, tokenizer, config, -1)[0] for path in paths]
+    read = []
+    for path in paths:
+        args.train_data = str(path)
+        read.append(rm.read_labels("train_data", args, tokenizer, config, -1)[0])
     assert read[0] == read[1] and len(read[0]) == 72
 
 
