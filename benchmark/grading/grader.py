@@ -13,6 +13,11 @@
    wall limit, one that waits does not. So verdicts do not depend on the number of workers.
 4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests
    are at fault, not the program.
+5. A program finds the standard library and what is installed in the site-packages of this interpreter, to
+   read, without this project and what .pth files add. A program that fails because it lacks another package
+   has its name in the verdict (`missing_package`). Numeric libraries get one thread. A scalar of numpy that a
+   program returns counts as the number or string that it holds, an array stays an object of the program. The
+   tests find the standard library alone.
 
 Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on
 standard error.
@@ -51,6 +56,8 @@ MOST_WALLS = (
 )
 MEMORY_BYTES = 2 << 30
 JUDGE_BYTES = 4 << 30
+# Pools of threads would count against the limit on processes, and wait for each other on a busy machine.
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "RAYON")}
 
 
 class GradingError(RuntimeError):
@@ -93,6 +100,11 @@ class Judge:
         self.clock = 0.0  # its CPU seconds at the end of its last job
 
 
+def installed():
+    """The folders of installed packages, in the order in which this interpreter searches them."""
+    return [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+
+
 class Template:
     """The owner's end of a template process: asks for children, hears of their end."""
 
@@ -103,8 +115,9 @@ class Template:
         # A new interpreter, not a fork: the caller may hold threads, a GPU, and the tests.
         self.process = subprocess.Popen(
             [sys.executable, *"-s -S -X utf8 -c".split(), BOOT, str(Path(__file__).parent), role]
-            + [str(theirs.fileno()), str(first_uid), self.base],
-            env={"PYTHONHASHSEED": "0"},
+            + [str(theirs.fileno()), str(first_uid), self.base]
+            + (installed() if role == "program" else []),
+            env={"PYTHONHASHSEED": "0", **ONE_THREAD},
             cwd="/",
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -361,10 +374,9 @@ class Grader:
             raise GradingError(verdict["error"])
         if not verdict["passed"] and run.program_cpu() >= job["cpu"] - 0.1:
             verdict["detail"] = f"timeout: over {job['cpu']} s of CPU time"
-        return {
-            "passed": verdict["passed"] is True,
-            "detail": verdict["detail"].encode("utf-8", "replace").decode(),
-        }
+        detail = verdict["detail"].encode("utf-8", "replace").decode()
+        missing = {"missing_package": verdict["missing_package"]} if "missing_package" in verdict else {}
+        return {"passed": verdict["passed"] is True, "detail": detail, **missing}
 
 
 _grader, _lock, _told = None, threading.RLock(), False
@@ -438,8 +450,9 @@ def grade(program, tests, entry_point, **limits):
 
     tests: source that defines check(candidate), or assert lines (one string or a list). Keywords: helpers
     (trusted source whose functions the tests may call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds,
-    memory_bytes. Returns {"passed": bool, "detail": one line}. Raises GradingError when the tests are empty
-    or do not compile, or a process cannot be started.
+    memory_bytes. Returns {"passed": bool, "detail": one line}, and "missing_package" where the program failed
+    because it imports one that is not there. Raises GradingError when the tests are empty or do not compile,
+    or a process cannot be started.
     """
     return grade_many(
         [{"program": program, "tests": tests, "entry_point": entry_point, **limits}],

@@ -12,7 +12,8 @@ PROCESSES = 8  # processes and threads of a program
 
 NEW_NS, NEW_UTS, NEW_IPC = 0x20000, 0x4000000, 0x8000000
 NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000
-PRIVATE, RECURSIVE, BIND, READ_ONLY, NO_SUID, NO_DEVICES = 0x40000, 0x4000, 0x1000, 1, 2, 4  # of mount(2)
+PRIVATE, RECURSIVE, BIND, REMOUNT = 0x40000, 0x4000, 0x1000, 32  # of mount(2)
+READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4
 DIE_WITH_PARENT, DUMPABLE, SECCOMP, ADOPT_ORPHANS, NO_NEW_PRIVILEGES = 1, 4, 22, 36, 38  # of prctl(2)
 libc = ctypes.CDLL(None, use_errno=True)
 # Without os.fork's handlers, which rewrite much memory in the child for threads that a template does not
@@ -237,14 +238,23 @@ def own_mounts(base, library):
         return None
     # The interpreter may live where only its owner may look (/root), so the library is shown again inside.
     inside = os.path.join(base, "library")
-    os.mkdir(inside)
-    if libc.mount(library.encode(), inside.encode(), None, BIND | RECURSIVE, None) == 0:
+    if show(library, inside):
         sys.path[:] = [inside, os.path.join(inside, "lib-dynload")]
         move_packages(library, inside)
     else:
         inside = library
     libc.mount(b"tmpfs", b"/proc", b"tmpfs", READ_ONLY | NO_SUID | NO_DEVICES, b"size=4k")
     return inside
+
+
+def show(place, inside):
+    """Shows a folder in another place, to read. Returns whether it is seen there."""
+    os.mkdir(inside)
+    if libc.mount(place.encode(), inside.encode(), None, BIND | RECURSIVE, None) != 0:
+        return False
+    # Where the kernel refuses this, writing is forbidden by the user that programs run as, and by landlock.
+    libc.mount(None, inside.encode(), None, REMOUNT | BIND | READ_ONLY, None)
+    return True
 
 
 def limit_resources(processes):

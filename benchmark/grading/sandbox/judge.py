@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import random
+import re
 import socket
 import struct
 import sys
@@ -360,7 +361,7 @@ def judge(job, sock, helper_sock=None):
                 return {"error": "the helper's process did not start"}
     except (ProgramEnded, Malformed) as error:
         return {"error": f"a process did not start: {error}"}
-    links = [link]
+    links, missing = [link], None
     try:
         record_names = tuple(node.name for node in tree.body if isinstance(node, ast.ClassDef))
         unknown = sorted(
@@ -401,11 +402,23 @@ def judge(job, sock, helper_sock=None):
     except BaseException as error:  # whatever stops the tests is a failure
         if isinstance(error, ImportError) and not hasattr(error, "of_the_program"):
             return {"error": f"the tests need what the judge does not have: {error}"}
-        failure = explain(error, job["tests"])
-    failure = next((each.fatal for each in links if each.fatal), None) or failure
+        failure, missing = explain(error, job["tests"]), missing_package(error)
+    fatal = next((each.fatal for each in links if each.fatal), None)
+    if missing and not fatal:
+        return {"passed": False, "detail": failure, "missing_package": missing}
+    failure = fatal or failure
     if failure is None and not any(each.uses for each in links):
         return {"error": "zero tests: the tests ended without using the program"}
     return {"passed": failure is None, "detail": failure or "all tests passed"}
+
+
+def missing_package(error):
+    """The package that the program imports and that is not there, or None. `No module named 'numpy.nothing'`
+    is a mistake of the program."""
+    if type(error) is not ModuleNotFoundError or not hasattr(error, "of_the_program"):
+        return None
+    found = re.fullmatch(r"No module named '(\w{1,80})'", str(error))
+    return found and found[1]
 
 
 def explain(error, tests):

@@ -47,6 +47,9 @@ class ProgramLink(Link):
         if self.record_classes.get(kind.__name__) is kind and hasattr(value, "__dict__"):
             return ["@", self.number(value, "R", kind.__name__)]
         if not as_object:
+            scalar = getattr(sys.modules.get("numpy"), "generic", ())
+            if isinstance(value, scalar) and type(value.item()).__module__ == "builtins":
+                return self.pack(value.item())
             if isinstance(value, tuple) and hasattr(kind, "_fields"):
                 return ["n", kind.__name__, list(kind._fields), [self.pack(part) for part in tuple(value)]]
             if not isinstance(value, enum.Enum) or isinstance(value, (int, str)):

@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import socket
+import sys
 import sysconfig
 import time
 
@@ -32,6 +33,7 @@ from .isolation import (
     own_mounts,
     own_user_namespace,
     seccomp_program,
+    show,
     works_in_child,
 )
 from .judge import run_judge
@@ -40,14 +42,16 @@ from .program import run_program
 
 # Imported once by the template, so that a child that imports them pays nothing. Each makes every fork dearer,
 # so only what programs import often.
+OURS = os.path.abspath(__file__).split(os.sep)[-4]  # the package that holds the tests' source
 WARM = "bisect collections.abc contextlib copy heapq itertools math re string typing".split()
 
 
 class Template:
     """A warm process that forks single-use children on request."""
 
-    def __init__(self, role, control, first_uid, base):
+    def __init__(self, role, control, first_uid, base, packages):
         self.role, self.control, self.first_uid, self.base = role, control, first_uid, base
+        self.packages = packages  # folders that programs may import from, beside the standard library
         self.home = os.path.join(base, "runs")  # of the children, a folder each
         self.children, self.active = {}, []
         self.pid_namespace, self.landlock = None, Landlock()
@@ -60,7 +64,11 @@ class Template:
         if inside:
             self.active.append("mount namespace")
         os.mkdir(self.home, 0o711)
-        self.drop = os.geteuid() == 0 and works_in_child(lambda: self.can_drop(inside or library))
+        # Programs run as another user if it can read the library.
+        self.drop = os.geteuid() == 0 and works_in_child(lambda: self.can_read(inside or library))
+        if inside:
+            self.packages = [self.shown(place) for place in self.packages]
+        sys.path += self.packages
         self.active += ["unprivileged user"] if self.drop else []
         libc.prctl(DUMPABLE, 0, 0, 0, 0)  # /proc/<pid> of judge and templates is closed to others
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -94,10 +102,18 @@ class Template:
             if libc.unshare(flag) == 0:
                 self.active.append(name)
 
-    def can_drop(self, library):
-        """Whether another user can read the library, so that programs can run as one."""
+    def can_read(self, folder):
+        """Whether a user without privileges can look into a folder."""
         become(self.first_uid)
-        return os.access(os.path.join(library, "os.py"), os.R_OK)
+        return os.access(folder, os.R_OK | os.X_OK)
+
+    def shown(self, place):
+        """Where programs find a folder of packages. It stays where it is if they can look there, since
+        libraries may be found relative to it."""
+        if not self.drop or works_in_child(lambda: self.can_read(place)):
+            return place
+        inside = os.path.join(self.base, f"packages{self.packages.index(place)}")
+        return inside if show(place, inside) else place
 
     def file_rules(self, library):
         """What programs may read and write: the library without what others have installed, their own
@@ -111,6 +127,9 @@ class Template:
         ]
         readable = [os.path.join(place, name) for place in places for name in names]
         readable += ["/lib", "/lib64", "/usr/lib", "/usr/share/zoneinfo", "/dev/urandom", "/dev/zero"]
+        for place in self.packages:
+            readable += [os.path.join(place, name) for name in os.listdir(place) if name != OURS]
+        places = (*places, *self.packages)
         rules = [(path, Landlock.READ) for path in readable] + [(place, Landlock.LIST) for place in places]
         return [*rules, (self.home, None), ("/dev/null", None)]
 
@@ -296,11 +315,11 @@ def remove(folder):
     os.rmdir(folder)
 
 
-def main(role, control_fd, first_uid, base):
+def main(role, control_fd, first_uid, base, *packages):
     control = socket.socket(fileno=int(control_fd))
     for name in WARM:
         importlib.import_module(name)
-    template = Template(role, control, int(first_uid), base)
+    template = Template(role, control, int(first_uid), base, list(packages))
     try:
         template.enter()
     except OSError as error:
