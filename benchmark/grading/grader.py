@@ -8,9 +8,11 @@
 2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket
    that the program does not have. A judge is trusted and serves job after job; a program's process is used
    once, then killed and waited for, with all that it started.
-3. Limits are on CPU time for the whole program. A program that runs out of wall time beside others is tried
-   once more alone; alone, one that computes and only lacks a core on a busy machine gets up to five times the
-   wall limit, one that waits does not. So verdicts do not depend on the number of workers.
+3. The CPU time of a program is limited, read from its own clock, and so its verdict does not depend on what
+   else the machine does. The wall limit is for programs that wait. One that passes it is stopped and tried
+   once more while no other program of ours runs, in no process of this user (`turns`), and before everything
+   else that wants a core (real-time scheduling, where the kernel grants it). What it does then counts. Both
+   tries end within twice the wall limit, not counting the wait for its turn.
 4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests
    are at fault, not the program.
 5. A program finds the standard library and what is installed in the site-packages of this interpreter, to
@@ -19,12 +21,24 @@
    program returns counts as the number or string that it holds, an array stays an object of the program. The
    tests find the standard library alone.
 
+What load may still change:
+- a program that computes until a time on the clock uses less CPU time on a busy machine: one that ends
+  between CPU and wall limit passes there and fails on an idle one;
+- one whose CPU time comes within some percent of its limit: a core that is shared by hyperthreads or clocked
+  down does less in a second. With a CPU limit above 0.9 of the wall limit, also one that needs about that;
+- one whose threads or children do the work: they do not inherit the precedence;
+- where the kernel grants no precedence (not root, a container without CAP_SYS_NICE), one that needs more CPU
+  time than the cores have left: its second try gets up to twice the wall limit, so the verdict comes after
+  three;
+- other users' graders, and those in containers with a /tmp of their own, are not waited for.
+
 Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on
 standard error.
 """
 
 import atexit
 import json
+import math
 import os
 import re
 import selectors
@@ -40,6 +54,8 @@ import time
 from collections import deque
 from pathlib import Path
 
+from benchmark.grading.turns import Turns
+
 # The project is not on the templates' path: they import the folder sandbox/, found by its place, in an empty
 # environment with a fixed hash seed.
 BOOT = (
@@ -50,12 +66,13 @@ START_SECONDS = 60  # for a template to start; more means that something is wron
 
 END_SECONDS = 30  # for killed processes to be gone
 WALL_SECONDS = 10.0
-CPU_SECONDS = 12
-MOST_WALLS = (
-    5  # times the wall limit for a program that runs alone, computes all the time and waits for cores
-)
+CPU_SECONDS = 9  # below the wall limit, so that endless loops end here, without a second try
+# The kernel's own limit counts ticks, which fall on a program too often or too seldom on a busy machine.
+CPU_BACKSTOP = 2  # times the limit; before that, a program's clock is looked at
+BOTH_TRIES = 1.98  # times the wall limit; the rest of 2 is for ending them
 MEMORY_BYTES = 2 << 30
 JUDGE_BYTES = 4 << 30
+POLL_SECONDS = 0.005  # between two looks whether another process has ended its second try
 # Pools of threads would count against the limit on processes, and wait for each other on a busy machine.
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "RAYON")}
 
@@ -66,26 +83,27 @@ class GradingError(RuntimeError):
 
 
 class Run:
-    """One grading under way."""
+    """One grading under way. first_try: seconds that the try before this one took, None without one."""
 
-    def __init__(self, name, index, job, slot, judge, again):
-        self.name, self.index, self.job, self.slot, self.judge, self.again = (
-            name,
-            index,
-            job,
-            slot,
-            judge,
-            again,
-        )
+    def __init__(self, name, index, job, slot, judge, first_try):
+        self.name, self.index, self.job, self.slot, self.judge = name, index, job, slot, judge
+        self.again = first_try is not None
         self.started = time.monotonic()
         self.deadline = self.started + job["wall"]
+        if self.again:
+            self.deadline = self.started + max(0.75 * job["wall"], BOTH_TRIES * job["wall"] - first_try)
+        self.look = self.started + job["cpu"]  # when the program may have used up its CPU time
         self.verdict = None
         self.programs = 2 if job["helper_names"] else 1  # processes
-        self.clocks = {}  # who -> CPU seconds, asked for at the wall limit
+        self.clocks = None  # who -> CPU seconds, asked for at the wall limit of a second try
         self.exits = {}  # number of the process -> report of the template
-        self.expired = self.judge_lost = False
-        self.crowded = False  # others ran at the same time
+        self.stopped = None  # the limit that ended it: "wall" or "CPU"
+        self.judge_lost = False
         self.error = None
+
+    def lacked_core(self):
+        """Whether it has not computed all the time, so that a second try may end otherwise."""
+        return self.program_cpu() < min(self.job["cpu"], 0.95 * self.job["wall"])
 
     def program_cpu(self):
         """CPU seconds of the program's process."""
@@ -133,7 +151,7 @@ class Template:
         message = self.receive()
         if "error" in message:
             raise GradingError(message["error"])
-        return message["isolation"]
+        return message
 
     def receive(self):
         try:
@@ -172,6 +190,10 @@ class Grader:
         if not sys.platform.startswith("linux"):
             raise GradingError("grading needs Linux: it isolates programs by means of its kernel")
         self.owner = os.getpid()
+        try:
+            self.turns = Turns()
+        except OSError as error:
+            raise GradingError(f"no lock among grading processes: {error}") from None
         first_uid = (
             100_000 + self.owner % 20_000 * 128
         )  # users of their own, so that limits per user hold per program
@@ -179,11 +201,13 @@ class Grader:
             role: Template(role, first_uid + 64 * (role == "judge")) for role in ("program", "judge")
         }
         try:
-            isolation = [template.hello() for template in self.templates.values()][0]
+            hello = [template.hello() for template in self.templates.values()][0]
         except BaseException:
             self.close()
             raise
-        self.isolation = ["own process group", "resource limits", *isolation]
+        self.isolation = ["own process group", "resource limits", *hello["isolation"]]
+        self.precedence = hello["precedence"]  # of second tries
+        self.isolation += ["precedence of second tries"] if self.precedence else []
         self.next_id, self.judges, self.idle = 0, {}, []
         self.selector = selectors.DefaultSelector()
         for template in self.templates.values():
@@ -192,20 +216,21 @@ class Grader:
     def close(self):
         for template in self.templates.values():
             template.close()  # its children end with it
+        self.turns.close()
 
     def run(self, jobs, workers, done):
         """Grades jobs (dicts as of `as_job`), at most `workers` at a time; calls done(index, verdict) as each
         ends, in no order."""
-        waiting, alone, active = deque(enumerate(jobs)), deque(), {}
-        while waiting or alone or active:
-            while waiting and len(active) < workers or not waiting and not active and alone:
-                again = not waiting
-                index, job = (waiting or alone).popleft()
-                name, run = self.start(index, job, active, again)
-                active[name] = run
-                for other in active.values() if len(active) > 1 else ():
-                    other.crowded = True
-            soonest = min(run.deadline for run in active.values())
+        waiting, again, active = deque((index, job, None) for index, job in enumerate(jobs)), deque(), {}
+        while waiting or again or active:
+            while waiting and len(active) < workers and self.turns.enter(alone=False):
+                self.start(*waiting.popleft(), active)
+            if again and not waiting and not active and self.turns.enter(alone=True):
+                self.start(*again.popleft(), active)
+            if not active:  # another process has its second try
+                time.sleep(POLL_SECONDS)
+                continue
+            soonest = min(min(run.deadline, run.look) for run in active.values())
             for key, _ in self.selector.select(max(0.0, soonest - time.monotonic())):
                 if isinstance(key.data, Template):
                     self.hear(key.data, active)
@@ -216,30 +241,43 @@ class Grader:
                     raise GradingError(run.error)
                 if run.verdict and len(run.exits) == run.programs:
                     del active[name]
-                    if run.expired and not run.again and (run.crowded or run.program_cpu() > 1):
-                        alone.append(
-                            (run.index, run.job)
-                        )  # its time may have gone to others: once more, alone
+                    if run.stopped == "wall" and not run.again and run.lacked_core():
+                        again.append((run.index, run.job, time.monotonic() - run.started))
                     else:
                         done(run.index, self.conclude(run))
                 elif time.monotonic() > run.deadline:
-                    if run.expired or run.verdict:
+                    if run.verdict:
                         raise GradingError("a process does not end although it was killed")
-                    if run.crowded:  # it is tried again alone, and there it counts how much it computes
-                        self.expire(run)
-                        continue
-                    # A program that computes may have waited for a core, one that sleeps has not: ask how far
-                    # it has come, decide in `weigh`.
-                    run.deadline += run.job["wall"]
-                    run.clocks.clear()
-                    self.templates["program"].send({"clock": f"{name}:0"})
-                    self.templates["judge"].send({"clock": f"{run.judge.name}:judge", "for": name})
+                    self.pass_limit(run)
+                elif time.monotonic() > run.look:
+                    run.look = run.deadline
+                    self.ask_programs(run)
+            if not active:
+                self.turns.leave()
 
-    def start(self, index, job, active, again):
+    def pass_limit(self, run):
+        """Stops a run at its wall limit, unless its second try may lack a core: then its clocks decide, see
+        `weigh`."""
+        if not run.again or self.precedence or run.clocks is not None:
+            self.stop(run, "wall")
+            return
+        run.deadline, run.clocks = run.started + 2 * run.job["wall"], {}
+        self.ask_programs(run)
+        self.templates["judge"].send({"clock": f"{run.judge.name}:judge", "for": run.name})
+
+    def ask_programs(self, run):
+        """Asks for the CPU time of the program's processes, which `hear` gets."""
+        for number in range(run.programs):
+            self.templates["program"].send({"clock": f"{run.name}:{number}"})
+
+    def start(self, index, job, first_try, active):
+        """Starts a grading; first_try as in Run."""
         name, self.next_id = self.next_id, self.next_id + 1
         slot = min(set(range(len(active) + 1)) - {run.slot for run in active.values()})
-        judge = self.idle.pop() if self.idle else self.new_judge()
-        run = judge.run = Run(name, index, job, slot, judge, again)
+        again = first_try is not None
+        first = again and self.precedence  # before what else the machine does
+        judge = self.idle.pop() if self.idle and not again else self.new_judge(first)
+        run = judge.run = active[name] = Run(name, index, job, slot, judge, first_try)
         # The second one is for the part of the program that the tests' helpers come from.
         pairs = [socket.socketpair() for _ in range(run.programs)]
         try:
@@ -248,7 +286,8 @@ class Grader:
                     "fork": f"{name}:{number}",
                     "slot": 2 * slot + number,
                     "memory": job["memory"],
-                    "cpu": job["cpu"],
+                    "cpu": CPU_BACKSTOP * math.ceil(job["cpu"]),
+                    "first": first,
                 }
                 self.templates["program"].send(request, [program_end.fileno()])
             data = json.dumps(job).encode()
@@ -261,15 +300,13 @@ class Grader:
             for pair in pairs:
                 for link in pair:
                     link.close()
-        return name, run
 
-    def new_judge(self):
+    def new_judge(self, first=False):
         name, self.next_id = self.next_id, self.next_id + 1
         mine, theirs = socket.socketpair()
         slot = min(set(range(len(self.judges) + 1)) - set(self.judges.values()))
-        self.templates["judge"].send(
-            {"fork": f"{name}:judge", "slot": slot, "memory": JUDGE_BYTES, "cpu": 0}, [theirs.fileno()]
-        )
+        request = {"fork": f"{name}:judge", "slot": slot, "memory": JUDGE_BYTES, "cpu": 0, "first": first}
+        self.templates["judge"].send(request, [theirs.fileno()])
         theirs.close()
         mine.settimeout(START_SECONDS)
         judge = Judge(name, mine)
@@ -277,9 +314,9 @@ class Grader:
         self.selector.register(mine, selectors.EVENT_READ, judge)
         return judge
 
-    def expire(self, run):
-        if not run.expired and not run.verdict:
-            run.expired, run.verdict = True, {"passed": False}
+    def stop(self, run, limit):
+        if not run.verdict:
+            run.stopped, run.verdict = limit, {"passed": False, "detail": ""}
             self.finish(run)
 
     def drop_judge(self, judge):
@@ -310,12 +347,12 @@ class Grader:
 
     def finish(self, run):
         """The judge has spoken or is gone: the program's processes are ended, the judge is kept for the next
-        job if it is clean."""
+        job if it is clean and has no precedence."""
         judge, run.judge.data = run.judge, b""
-        run.deadline = time.monotonic() + END_SECONDS
+        run.deadline, run.look = time.monotonic() + END_SECONDS, math.inf
         for number in range(run.programs):
             self.templates["program"].send({"kill": f"{run.name}:{number}"})
-        if run.verdict is None or run.expired or run.verdict.get("used_up"):
+        if run.verdict is None or run.stopped or run.again or run.verdict.get("used_up"):
             self.drop_judge(judge)
         else:
             judge.run, judge.clock = None, run.verdict["clock"]
@@ -347,33 +384,36 @@ class Grader:
         if "error" in message:
             run.error = message["error"]
         elif "clock" in message:
-            self.weigh(run, "program", message["clock"])
+            seconds = message["clock"]
+            if seconds >= run.job["cpu"]:
+                self.stop(run, "CPU")
+            elif not run.verdict:
+                run.look = min(run.look, time.monotonic() + max(0.01, run.job["cpu"] - seconds))
+            if who == "0":
+                self.weigh(run, "program", seconds)
         else:
             run.exits[int(who)] = message
 
     def weigh(self, run, who, seconds):
-        """Decides at the wall limit, once the CPU times of program and judge are known, whether a run may go
-        on."""
+        """Ends a second try at its wall limit, once the CPU times of program and judge are known, unless it
+        computes and lacks a core."""
+        if run.clocks is None:
+            return
         run.clocks[who] = seconds
         if len(run.clocks) == 2:
-            elapsed = time.monotonic() - run.started
-            fair = min(
-                1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1)
-            )  # of a core, for each who wants one
-            if (
-                sum(run.clocks.values()) < 0.15 * fair * elapsed
-                or elapsed > (MOST_WALLS - 0.5) * run.job["wall"]
-            ):
-                self.expire(run)
+            share = sum(run.clocks.values()) / (time.monotonic() - run.started)
+            fair = min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 0.1))  # for each who wants a core
+            if not 0.15 * fair < share < 0.95:
+                self.stop(run, "wall")
 
     def conclude(self, run):
         verdict, job = run.verdict, run.job
-        if run.expired:
-            return {"passed": False, "detail": f"timeout: over {job['wall']:g} s of wall time"}
         if "error" in verdict:
             raise GradingError(verdict["error"])
-        if not verdict["passed"] and run.program_cpu() >= job["cpu"] - 0.1:
-            verdict["detail"] = f"timeout: over {job['cpu']} s of CPU time"
+        if run.stopped == "CPU" or run.program_cpu() > job["cpu"]:
+            return {"passed": False, "detail": f"timeout: over {job['cpu']:g} s of CPU time"}
+        if run.stopped:
+            return {"passed": False, "detail": f"timeout: over {job['wall']:g} s of wall time"}
         detail = verdict["detail"].encode("utf-8", "replace").decode()
         missing = {"missing_package": verdict["missing_package"]} if "missing_package" in verdict else {}
         return {"passed": verdict["passed"] is True, "detail": detail, **missing}

@@ -34,6 +34,7 @@ from .isolation import (
     own_user_namespace,
     seccomp_program,
     show,
+    take_precedence,
     works_in_child,
 )
 from .judge import run_judge
@@ -77,6 +78,7 @@ class Template:
         else:
             self.landlock.abi = 0
         self.enter_seccomp()
+        self.precedence = works_in_child(take_precedence)
         limit_resources(processes=self.drop)
 
     def enter_namespaces(self):
@@ -151,14 +153,14 @@ class Template:
                 )
 
     def serve(self):
-        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", "memory", "cpu"}
-        with a socket, {"kill": id}, {"clock": id}."""
+        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", "memory", "cpu",
+        "first"} with a socket, {"kill": id}, {"clock": id}."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         os.set_blocking(reader, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self.report({"isolation": self.active})
+        self.report({"isolation": self.active, "precedence": self.precedence})
         while True:
             ready, _, _ = select.select([self.control, reader], [], [])
             if reader in ready:
@@ -222,6 +224,8 @@ class Template:
         os.dup2(descriptor, 3)
         os.closerange(4, 1024)
         os.chdir(folder)
+        if request["first"]:
+            take_precedence()
         resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
         if request["cpu"]:
             resource.setrlimit(resource.RLIMIT_CPU, (request["cpu"], request["cpu"]))
