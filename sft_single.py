@@ -19,6 +19,7 @@ Source: PAPER = arXiv 2409.06957.
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import re
 import shutil
@@ -79,8 +80,7 @@ class Args:
     response_field: str = "response"
     """column with the response text"""
     messages_field: str | None = None
-    """in place of both: column with a list of chat messages; the last one, the assistant's, is the
-    response"""
+    """in place of both: column with a list of chat messages; the last, the assistant's, is the response"""
     query_length: Count = 512
     """longest query in tokens; rows with a longer one are left out and counted"""
     response_length: Count = 512
@@ -123,25 +123,18 @@ def main(args: Args) -> None:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
     refuse(
-        (
-            args.batch_size < world,
-            f"--batch_size {args.batch_size} is less than the {world} processes; raise it",
-        ),
+        (args.batch_size < world, f"--batch_size must be at least the {world} processes"),
         ((args.model is None) == (args.model_config is None), "give either --model or --model_config"),
     )
     source, field = (args.model, "model") if args.model else (args.model_config, "model_config")
     config = load_config(source, field)
-    tokenizer = load_pretrained(
-        AutoTokenizer, args.tokenizer or source, "tokenizer" if args.tokenizer else field
-    )
+    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or source, "tokenizer")
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
     # ------------------------------------------------ 1. tokenise prompt and response apart
     rows, left_out = encode_examples(tokenizer, args, "train_data", stop_id)
-    eval_rows, eval_left_out = (
-        encode_examples(tokenizer, args, "eval_data", stop_id) if args.eval_data else ([], 0)
-    )
+    eval_rows, eval_left_out = encode_examples(tokenizer, args, "eval_data", stop_id)
     for data, data_rows in (("train_data", rows), ("eval_data", eval_rows)):
         check_rows(config, [row["query_ids"] + row["response_ids"] for row in data_rows], data)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
@@ -160,6 +153,7 @@ def main(args: Args) -> None:
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
     if args.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -183,13 +177,12 @@ def main(args: Args) -> None:
 
         # ---------------- 3. mean negative log-probability of the response tokens of the whole batch; AdamW
         policy.train()
-        lr = scheduled_lr(
-            args.lr, step - 1, num_steps, args.lr_schedule, args.warmup_steps, args.final_lr_fraction
-        )
-        optimizer.param_groups[0]["lr"] = lr
+        schedule = (args.lr_schedule, args.warmup_steps, args.final_lr_fraction)
+        lr = optimizer.param_groups[0]["lr"] = scheduled_lr(args.lr, step - 1, num_steps, *schedule)
         parts, local_loss = micro_batches(local_batch, args.micro_batch_size), torch.zeros((), device=device)
         for i, part in enumerate(parts):
-            with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model), accelerator.autocast():
+            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+            with sync, accelerator.autocast():
                 loss = -(response_logprobs(model, part, device) * weight).sum()
                 accelerator.backward(loss)
             local_loss += loss.detach()
@@ -229,8 +222,7 @@ SHOWN = ("train/loss", "train/lr", "test/loss")
 
 @torch.no_grad()
 def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dict[str, float]:
-    """Held-out loss in nats per token: every row counts once, whatever the number of ranks; {} without
-    rows."""
+    """Held-out loss in nats per token; every row counts once, whatever the number of ranks."""
     policy.eval()
     device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=device, dtype=torch.float64)
@@ -244,9 +236,7 @@ def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dic
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """logits (rows, R, V), tokens and mask (rows, R) -> log π(token) (rows, R) in float32, 0 where masked."""
-    logits = (
-        logits.float() if temperature == 1 else logits.float() / temperature
-    )  # no copy of the largest tensor
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # no copy at 1
     chosen = logits.gather(-1, tokens.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
 
@@ -254,8 +244,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: fl
 def scheduled_lr(
     lr: float, step: int, num_steps: int, schedule: str, warmup_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 -
-    step/num_steps)) or cosine."""
+    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP) or cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -264,8 +253,7 @@ def scheduled_lr(
 
 
 def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from
-    the ids."""
+    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool from the lengths, not the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -273,14 +261,9 @@ def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token
-    0."""
-    position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids.masked_fill(~mask, 0),
-        "attention_mask": mask.long(),
-        "position_ids": position_ids,
-    }
+    """ids, mask (rows, T) -> forward arguments. Positions count real tokens; padding is fed as token 0."""
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
 
 
 def micro_batches(rows: list[dict], size: int) -> list[list[dict]]:
@@ -299,18 +282,16 @@ def response_logprobs(model: nn.Module, rows: list[dict], device) -> Tensor:
 
 
 def encode_examples(tokenizer, args: Args, field: str, stop_id: int) -> tuple[list[dict], int]:
-    """The rows of a file with query_ids and response_ids, and how many were left out as too long. InputError
-    that names field and row for a response that is no text, or a chat that does not end with the assistant's
-    message."""
+    """The rows of a file with query_ids and response_ids, and how many were left out as too long."""
     path = getattr(args, field)
+    if path is None:
+        return [], 0
     if args.messages_field:
         rows = load_rows(path, field, (args.messages_field,))
         for number, row in enumerate(rows, 1):
             messages = row[args.messages_field]
             last = messages[-1] if isinstance(messages, list) and messages else {}
-            wrong = (
-                f"--{field} {path}, row {number}: {args.messages_field} must end with an assistant's message"
-            )
+            wrong = f"--{field} {path}, row {number}: {args.messages_field} must end with role assistant"
             refuse((last.get("role") != "assistant", wrong))
             row[args.prompt_field], row[args.response_field] = messages[:-1], last["content"]
     else:
@@ -328,8 +309,7 @@ def encode_examples(tokenizer, args: Args, field: str, stop_id: int) -> tuple[li
 
 
 def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
-    """Ids of a response with exactly one stop token, its last; what follows one inside is left out. -1: no
-    stop."""
+    """Ids of a response with exactly one stop token, its last (-1: none); what follows one is left out."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     if stop_token_id < 0:
         return ids
@@ -378,12 +358,11 @@ def start_accelerator() -> Accelerator:
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse(
-        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; launch with --multi_gpu")
-    )
+    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
     return accelerator
 
 
@@ -419,9 +398,7 @@ def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path
-) -> None:
+def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
     """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
     is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
@@ -480,9 +457,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_queries(
-    tokenizer, rows: list, column: str, length: int, field: str, cut: bool = False
-) -> list[dict]:
+def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
     """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
     rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
     rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
@@ -509,10 +484,7 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     advice = "lower --query_length or --response_length"
     refuse(
-        (
-            largest >= config.vocab_size,
-            f"{has} {config.vocab_size} tokens, not {largest}; give its own tokenizer",
-        ),
+        (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
         (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
     )
 
