@@ -1173,7 +1173,8 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         refuse(
             (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
         )
-        before, answer = answer[:-1], plain_messages(answer[-1:])[0].get("content")
+        before, answer = answer[:-1], answer[-1].get("content")
+        answer = "".join(part["text"] for part in answer) if isinstance(answer, list) else answer
     refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
     prompt = before or row.get(prompt_field)
     refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
@@ -1181,10 +1182,15 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 
 
 def plain_messages(messages: list[dict]) -> list[dict]:
-    """Chat messages whose content is one text, where it was a list of text parts."""
-    contents = [message.get("content") for message in messages]
-    contents = ["".join(part["text"] for part in c) if isinstance(c, list) else c for c in contents]
-    return [{**message, "content": content} for message, content in zip(messages, contents)]
+    """Chat messages whose content is one text, also where it was a list of text parts."""
+    plain = []
+    for message in messages:
+        content = message.get("content")
+        content = "".join(part["text"] for part in content) if isinstance(content, list) else content
+        if not isinstance(content, str) and "tool_calls" not in message:
+            raise ValueError("a message has no text as its content")
+        plain.append({**message, "content": content})
+    return plain
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
