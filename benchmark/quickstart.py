@@ -211,7 +211,7 @@ def main(args: Args) -> dict:
 
     say, sizes = progress.line, ("num_sft", "num_preference", "num_valid", "num_test", "max_operations")
     try:
-        world = stage("world", pipeline.world, folder, seed, **{name: getattr(args, name) for name in sizes})
+        stage("world", pipeline.world, folder, seed, **{name: getattr(args, name) for name in sizes})
         stage(
             "sft", pipeline.sft, folder, seed, say, epochs=args.sft_epochs, **(FAST_SFT if args.fast else {})
         )
@@ -244,7 +244,7 @@ def main(args: Args) -> dict:
         "hardware": records.hardware(),
     }
     records.write_json(folder / "summary.json", summary)
-    print(f"\n{text}\n\n{closing(folder, world, args)}\n\n{clock(time.time() - start)} in all", flush=True)
+    print(f"\n{text}\n\n{closing(folder, args)}\n\n{clock(time.time() - start)} in all", flush=True)
     return summary
 
 
@@ -312,39 +312,39 @@ def table(methods: dict[str, dict]) -> str:
     return figures.markdown_table(header, rows)
 
 
-def before_and_after(folder: Path, method: str = "br") -> str:
+def before_and_after(folder: Path, method: str = "br") -> list[tuple[str, str]]:
     """Two test problems with the greedy answers of SFT and of a method: the first that got better, and the
-    first that did not, one that got worse where there is one."""
+    first that did not, one that got worse where there is one -> (prompt, what to show) of each."""
     before, after = (records.read_rows(folder / f"{name}_answers.jsonl") for name in ("sft", method))
-    pairs = list(zip(before, after))
-    better = [pair for pair in pairs if not pair[0]["passed"] and pair[1]["passed"]]
-    worse = [pair for pair in pairs if pair[0]["passed"] and not pair[1]["passed"]]
-    stuck = [pair for pair in pairs if not pair[0]["passed"] and not pair[1]["passed"]]
-    text, name = [], figures.label(method)
-    for found, what in (
-        (better, "got better"),
-        (worse, "got worse"),
-        ([] if worse else stuck, "did not change"),
-    ):
-        for old, new in found[:1]:
-            text.append(f"A problem that {what} ({len(found)} of {len(pairs)}):\n{old['prompt'].rstrip()}")
-            for title, line in (("SFT", old), (name, new)):
-                verdict = "passes" if line["passed"] else "fails"
-                text.append(f"  {title}, {verdict}:\n{line['response'].rstrip()}")
-    return "\n".join(text)
+    kinds = {
+        "got better": [(old, new) for old, new in zip(before, after) if new["passed"] > old["passed"]],
+        "got worse": [(old, new) for old, new in zip(before, after) if new["passed"] < old["passed"]],
+        "stays wrong": [(old, new) for old, new in zip(before, after) if not old["passed"] | new["passed"]],
+    }
+    shown = []
+    for kind in ("got better", "got worse" if kinds["got worse"] else "stays wrong"):
+        for old, new in kinds[kind][:1]:
+            lines = [f"A problem that {kind} ({len(kinds[kind])} of {len(before)}):", old["prompt"].rstrip()]
+            for name, line in (("SFT", old), (figures.label(method), new)):
+                lines += [f"  {name}, {'passes' if line['passed'] else 'fails'}:", line["response"].rstrip()]
+            shown.append((old["prompt"], "\n".join(lines)))
+    return shown
 
 
-def closing(folder: Path, world: Path, args: Args) -> str:
+def closing(folder: Path, args: Args) -> str:
     """What to do now: answers, where things are, and the line that talks to a policy."""
-    asked = records.read_rows(world / "test.jsonl", 1)[0]["prompt"].splitlines()[0].removeprefix("# ")
+    problems = before_and_after(folder)
+    asked = (
+        problems[0][0].splitlines()[0].removeprefix("# ") if problems else "keep above 3; reverse the order"
+    )
     pictures = ", ".join(str(folder / name) for name in ("training.png", "reliability.png", "r2.png"))
     policies = ", ".join(str(folder / method / "policy") for method in METHODS)
-    python = (
-        os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
-    )
+    inside = Path(sys.executable).is_relative_to(Path.cwd())
+    python = os.path.relpath(sys.executable) if inside else sys.executable
     talk = [python, "-m", "benchmark.minicode", "ask", "--policy", str(folder / "br/policy"), asked]
+    shown = "\n\n".join(text for _, text in problems)
     return (
-        f"{args.num_test} unseen problems.\n\n{before_and_after(folder)}\n\nPictures: {pictures}\n"
+        f"{args.num_test} unseen problems, two of them before and after:\n\n{shown}\n\nPictures: {pictures}\n"
         f"Policies: {policies}\nTalk to one:\n  {shlex.join(talk)}"
     )
 

@@ -75,7 +75,7 @@ def legend_below(figure, axes, **styles) -> None:
         names,
         loc="upper center",
         bbox_to_anchor=(0.5, 0.01),
-        ncol=min(5, max(1, len(names))),
+        ncol=-(-len(names) // -(-len(names) // 5)),  # rows of equal length, at most five
         fontsize=8,
     )
 

@@ -107,10 +107,11 @@ def answers(passed):
 def test_two_problems_before_and_after(tmp_path):
     records.write_rows(tmp_path / "sft_answers.jsonl", answers([True, False, False, True]))
     records.write_rows(tmp_path / "br_answers.jsonl", answers([True, False, True, False]))
-    text = quickstart.before_and_after(tmp_path)
+    text = quickstart.closing(tmp_path, quickstart.Args())
     assert "got better (1 of 4):\n# p2" in text and "got worse (1 of 4):\n# p3" in text and "p1" not in text
+    assert text.endswith(f"-m benchmark.minicode ask --policy {tmp_path}/br/policy p2")
     records.write_rows(tmp_path / "br_answers.jsonl", answers([True, False, True, True]))
-    assert "did not change (1 of 4):\n# p1" in quickstart.before_and_after(tmp_path)
+    assert "stays wrong (1 of 4):\n# p1" in quickstart.closing(tmp_path, quickstart.Args())
 
 
 def test_the_line_that_talks_to_a_policy(world, monkeypatch, capsys):
