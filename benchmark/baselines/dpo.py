@@ -11,6 +11,7 @@ Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continue
 
 Sources: DPO arXiv 2305.18290 Eq. 7; IPO arXiv 2310.12036 Eq. 17. Defaults: README.md beside this file.
 """
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,33 +50,52 @@ class Args(common.Args):
 
 
 def preference_loss(
-    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, chosen_lengths: torch.Tensor,
-    rejected_lengths: torch.Tensor, beta: float, loss_type: str,
-) -> torch.Tensor:  # fmt: skip
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: float,
+    loss_type: str,
+) -> torch.Tensor:
     """All (pairs,): Σ_t log π_θ - log π_SFT of a response, and its tokens -> loss per pair (pairs,)."""
     if loss_type == "dpo":
         return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
-    # DEPARTS IPO's Eq. 17: means over tokens in place of sums, without which the squared loss follows the length; its
-    # authors confirmed that their numbers were made so (huggingface/trl#1265)
+    # DEPARTS IPO's Eq. 17: means over tokens in place of sums, without which the squared loss follows the
+    # length; its authors confirmed that their numbers were made so (huggingface/trl#1265)
     margin = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
     return (margin - 1 / (2 * beta)).square()
 
 
 def train_on_pairs(
-    run: common.Run, rollout: dict[str, torch.Tensor], ref_logprobs: torch.Tensor, pairs: list[int], beta: float,
-    loss_type: str, num_optimizer_steps: int,
-) -> dict[str, float]:  # fmt: skip
-    """One optimizer step -> its metrics. rollout: 2P rows, all chosen before all rejected; `pairs`: some of 0 .. P-1."""
+    run: common.Run,
+    rollout: dict[str, torch.Tensor],
+    ref_logprobs: torch.Tensor,
+    pairs: list[int],
+    beta: float,
+    loss_type: str,
+    num_optimizer_steps: int,
+) -> dict[str, float]:
+    """One optimizer step -> its metrics. rollout: 2P rows, all chosen before all rejected; `pairs`: some of 0
+    .. P-1."""
     num_pairs, lengths = len(ref_logprobs) // 2, rollout["response_mask"].sum(1)
     totals = {"loss": 0.0, "accuracy": 0.0, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
     for part in torch.tensor(pairs, device=run.device).split(run.args.micro_batch_size):
         rows = torch.cat([part, part + num_pairs])
-        logratios = common.sequence_logprobs(run.policy, rollout, rows, run.args.temperature) - ref_logprobs[rows]
+        logratios = (
+            common.sequence_logprobs(run.policy, rollout, rows, run.args.temperature) - ref_logprobs[rows]
+        )
         chosen, rejected = logratios.chunk(2)
         chosen_lengths, rejected_lengths = lengths[rows].chunk(2)
-        loss = preference_loss(chosen, rejected, chosen_lengths, rejected_lengths, beta, loss_type).sum() / len(pairs)
+        loss = preference_loss(
+            chosen, rejected, chosen_lengths, rejected_lengths, beta, loss_type
+        ).sum() / len(pairs)
         run.accelerator.backward(loss)
-        sums = (loss.detach() * len(pairs), (chosen > rejected).sum(), chosen.detach().sum(), rejected.detach().sum())
+        sums = (
+            loss.detach() * len(pairs),
+            (chosen > rejected).sum(),
+            chosen.detach().sum(),
+            rejected.detach().sum(),
+        )
         totals = {name: totals[name] + x.item() / len(pairs) for name, x in zip(totals, sums)}
     run.optimizer_step(totals["loss"], num_optimizer_steps)
     return {f"train/{name}": value for name, value in totals.items()}

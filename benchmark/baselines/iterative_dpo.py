@@ -7,10 +7,13 @@ One iteration:
 
 Run:  python -m benchmark.baselines.iterative_dpo --policy sft/model --reward rm/model --prompts rl.jsonl \\
           --output_dir idpo/ --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
-Out:  policy, policy_best, metrics.jsonl, pairs_1.jsonl .. pairs_3.jsonl, checkpoints; the same command continues.
+Out:  policy, policy_best, metrics.jsonl, pairs_1.jsonl .. pairs_3.jsonl, checkpoints; the same command
+      continues.
 
-Sources: DPO arXiv 2305.18290; PAPER = arXiv 2409.06957 for three iterations. Defaults: README.md beside this file.
+Sources: DPO arXiv 2305.18290; PAPER = arXiv 2409.06957 for three iterations. Defaults: README.md beside this
+file.
 """
+
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -54,8 +57,8 @@ class Args(common.Args):
 def best_and_worst(
     scores: torch.Tensor, prompt_ids: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores, prompt_ids (rows,) on CPU -> rows of each prompt's best and worst response, ties at random; prompts whose
-    responses all score the same have none."""
+    """scores, prompt_ids (rows,) on CPU -> rows of each prompt's best and worst response, ties at random;
+    prompts whose responses all score the same have none."""
     ranked = pfppo.rank_rows(scores, prompt_ids, generator)  # (B, N)
     best, worst = ranked[:, 0], ranked[:, -1]
     differ = scores[best] > scores[worst]
@@ -63,7 +66,8 @@ def best_and_worst(
 
 
 def make_pairs(run: common.Run, rows: list[dict], num_responses: int, iteration: int) -> list[dict]:
-    """Steps 1 and 2 of an iteration: texts, token ids, rewards; kept in pairs_I.jsonl, where a restarted run reads them."""
+    """Steps 1 and 2 of an iteration: texts, token ids, rewards; kept in pairs_I.jsonl, where a restarted run
+    reads them."""
     path = run.output_dir / f"pairs_{iteration + 1}.jsonl"
     if not path.is_file():
         rollout = run.sample(rows, num_responses, run.args.temperature, 3, iteration)
@@ -82,11 +86,16 @@ def make_pairs(run: common.Run, rows: list[dict], num_responses: int, iteration:
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         aside.rename(path)
-        run.bar.write(f"iteration {iteration + 1}: {len(lines)} pairs of {len(rows)} prompts x {num_responses} responses, "
-                      f"mean reward {scores.mean().item():.3f}")  # fmt: skip
+        run.bar.write(
+            f"iteration {iteration + 1}: {len(lines)} pairs of {len(rows)} prompts x {num_responses} "
+            "responses, "
+            f"mean reward {scores.mean().item():.3f}"
+        )
     pairs = [json.loads(line) for line in path.read_text().splitlines()]
     if not pairs:
-        raise ValueError(f"iteration {iteration + 1}: the responses of every prompt have one reward; look at --reward")
+        raise ValueError(
+            f"iteration {iteration + 1}: the responses of every prompt have one reward; look at --reward"
+        )
     return pairs
 
 
@@ -100,9 +109,14 @@ def main(args: Args) -> None:
     run = common.Run(args)
     rows = pfppo.load_rows(args.prompts, "prompts", (args.prompt_field,))
     rows = pfppo.encode_queries(run.tokenizer, rows, args, "prompts")
-    per_iteration = max(1, args.epochs * num_prompts // args.batch_size)  # steps, however many prompts gave no pair
+    per_iteration = max(
+        1, args.epochs * num_prompts // args.batch_size
+    )  # steps, however many prompts gave no pair
     num_steps = args.iterations * per_iteration
-    print(f"{args.iterations} iterations of {num_prompts} prompts x {args.num_responses} responses, {per_iteration} steps")
+    print(
+        f"{args.iterations} iterations of {num_prompts} prompts x {args.num_responses} responses, "
+        f"{per_iteration} steps"
+    )
     if args.dry_run:
         return
     run.start(num_steps)
@@ -118,12 +132,16 @@ def main(args: Args) -> None:
         queries = [pair["query_ids"] for pair in pairs] * 2
         rollout = common.make_rollout(queries, responses, run.pad_id, run.device)  # (2P, ...)
         ref_logprobs = run.logprobs(run.ref_policy, rollout)  # (2P,)
-        order = pfppo.prompt_order(len(pairs), 0, per_iteration * args.batch_size, args.seed + 1000 * (iteration + 1))
+        order = pfppo.prompt_order(
+            len(pairs), 0, per_iteration * args.batch_size, args.seed + 1000 * (iteration + 1)
+        )
         margin = sum(pair["chosen_reward"] - pair["rejected_reward"] for pair in pairs) / len(pairs)
         for step in range(run.state["step"] - iteration * per_iteration, per_iteration):
             batch = order[step * args.batch_size : (step + 1) * args.batch_size]
             metrics = train_on_pairs(run, rollout, ref_logprobs, batch, args.beta, args.loss_type, num_steps)
-            metrics.update({"iteration": iteration + 1, "train/pairs": len(pairs), "train/reward_margin": margin})
+            metrics.update(
+                {"iteration": iteration + 1, "train/pairs": len(pairs), "train/reward_margin": margin}
+            )
             run.end_step(metrics, checkpoint=step + 1 == per_iteration)
     run.finish()
 

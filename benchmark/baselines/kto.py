@@ -1,16 +1,21 @@
-"""KTO: responses marked desirable or not, without pairing; each is compared with a running estimate of the KL divergence.
+"""KTO: responses marked desirable or not, without pairing; each is compared with a running estimate of the KL
+divergence.
 
   1. take the next batch of responses, chosen and rejected ones mixed
-  2. KL estimate z: mean log-ratio of the batch's responses to other prompts of the batch, without gradient, at least 0
-  3. one optimizer step on 1 - σ(β(r - z)) for the chosen and 1 - σ(β(z - r)) for the rejected, r = log π_θ - log π_SFT
+  2. KL estimate z: mean log-ratio of the batch's responses to other prompts of the batch, without gradient,
+     at least 0
+  3. one optimizer step on 1 - σ(β(r - z)) for the chosen and 1 - σ(β(z - r)) for the rejected,
+     r = log π_θ - log π_SFT
 
 Run:  python -m benchmark.baselines.kto --policy sft/model --train_data preferences.jsonl --output_dir kto/ \\
           --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
-In:   JSONL rows prompt, chosen, rejected, the file of DPO; its two responses are never compared with each other.
+In:   JSONL rows prompt, chosen, rejected, the file of DPO; its two responses are never compared with each
+      other.
 Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
 
 Source: KTO arXiv 2402.01306 Eq. 8. Defaults: README.md beside this file.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -49,27 +54,36 @@ class Args(common.Args):
 
 
 def mismatched_rows(prompt_ids: torch.Tensor) -> torch.Tensor:
-    """prompt_ids (rows,) -> a permutation (rows,): row i gets the response of row [i], which belongs to another prompt.
-    Raises ValueError when one prompt has more than half of the rows."""
-    order = prompt_ids.argsort(stable=True)  # rows of a prompt are adjacent: a shift by the longest run leaves every prompt
+    """prompt_ids (rows,) -> a permutation (rows,): row i gets the response of row [i], which belongs to
+    another prompt. Raises ValueError when one prompt has more than half of the rows."""
+    order = prompt_ids.argsort(
+        stable=True
+    )  # rows of a prompt are adjacent: a shift by the longest run leaves every prompt
     shift = int(prompt_ids.unique(return_counts=True)[1].max())
     if 2 * shift > len(order):
-        raise ValueError(f"one prompt has {shift} of a batch's {len(order)} responses, which cannot all be mismatched; "
-                         "raise --batch_size")  # fmt: skip
+        raise ValueError(
+            f"one prompt has {shift} of a batch's {len(order)} responses, which cannot all be mismatched; "
+            "raise --batch_size"
+        )
     other = torch.empty_like(order)
     other[order] = order.roll(shift)
     return other
 
 
 def shifted_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """log π_θ and log π_SFT (rows,) of mismatched responses -> z (): mean log-ratio, at least 0, no gradient."""
+    """log π_θ and log π_SFT (rows,) of mismatched responses -> z (): mean log-ratio, at least 0, no
+    gradient."""
     return (logprobs - ref_logprobs).mean().clamp(min=0).detach()
 
 
 def kto_loss(
-    logratios: torch.Tensor, is_chosen: torch.Tensor, kl: torch.Tensor, beta: float, desirable_weight: float,
+    logratios: torch.Tensor,
+    is_chosen: torch.Tensor,
+    kl: torch.Tensor,
+    beta: float,
+    desirable_weight: float,
     undesirable_weight: float,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """logratios, is_chosen (rows,), kl () -> λ - λσ(± β(r - z)) per response (rows,)."""
     sign = torch.where(is_chosen, 1.0, -1.0)
     weight = torch.where(is_chosen, desirable_weight, undesirable_weight)
@@ -86,7 +100,9 @@ def main(args: Args) -> None:
     queries = [tuple(pair["query_ids"]) for pair in pairs] * 2
     rollout = common.make_rollout(queries, responses, run.pad_id, run.device)  # (2P, ...)
     is_chosen = torch.arange(len(queries), device=run.device) < len(pairs)
-    numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}  # a prompt may have several pairs
+    numbers = {
+        query: number for number, query in enumerate(dict.fromkeys(queries))
+    }  # a prompt may have several pairs
     prompt_ids = torch.tensor([numbers[query] for query in queries], device=run.device)
     order = pfppo.prompt_order(2 * len(pairs), 0, num_steps * args.batch_size, args.seed)
     batches = torch.tensor(order, device=run.device).split(args.batch_size)
@@ -102,22 +118,34 @@ def main(args: Args) -> None:
 
         # ---------------- 2. KL estimate on mismatched pairs of the whole batch
         mismatched = {name: rollout[name][rows] for name in ("queries", "query_mask")}
-        mismatched.update({name: rollout[name][rows][others[step]] for name in ("responses", "response_mask")})
+        mismatched.update(
+            {name: rollout[name][rows][others[step]] for name in ("responses", "response_mask")}
+        )
         kl = shifted_kl(run.logprobs(run.policy, mismatched), run.logprobs(run.ref_policy, mismatched))
 
         # ---------------- 3. one optimizer step
         total, chosen_sum, rejected_sum = 0.0, 0.0, 0.0
         for part in rows.split(args.micro_batch_size):
-            logratios = common.sequence_logprobs(run.policy, rollout, part, args.temperature) - ref_logprobs[part]
-            losses = kto_loss(logratios, is_chosen[part], kl, args.beta, args.desirable_weight, args.undesirable_weight)
+            logratios = (
+                common.sequence_logprobs(run.policy, rollout, part, args.temperature) - ref_logprobs[part]
+            )
+            losses = kto_loss(
+                logratios, is_chosen[part], kl, args.beta, args.desirable_weight, args.undesirable_weight
+            )
             run.accelerator.backward(losses.sum() / len(rows))
             total += losses.sum().item() / len(rows)
             chosen_sum += logratios[is_chosen[part]].sum().item()
             rejected_sum += logratios[~is_chosen[part]].sum().item()
         run.optimizer_step(total, num_steps)
         chosen = int(is_chosen[rows].sum())
-        run.end_step({"train/loss": total, "train/kl": kl.item(), "train/chosen_logratio": chosen_sum / max(1, chosen),
-                      "train/rejected_logratio": rejected_sum / max(1, len(rows) - chosen)})  # fmt: skip
+        run.end_step(
+            {
+                "train/loss": total,
+                "train/kl": kl.item(),
+                "train/chosen_logratio": chosen_sum / max(1, chosen),
+                "train/rejected_logratio": rejected_sum / max(1, len(rows) - chosen),
+            }
+        )
     run.finish()
 
 

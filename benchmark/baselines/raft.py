@@ -1,16 +1,18 @@
-"""RAFT: sample, keep each prompt's best response by reward, train on it as on a demonstration; again with the new policy.
+"""RAFT: sample, keep each prompt's best response by reward, train on it as on a demonstration; again with the
+new policy.
 
   1. take the next prompts, draw N responses to each from the current policy
   2. score them, keep the best of each prompt
   3. supervised epochs over the kept responses
   4. next round
 
-Run:  python -m benchmark.baselines.raft --policy sft/model --reward rm/model --prompts rl.jsonl --output_dir raft/ \\
-          --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
+Run:  python -m benchmark.baselines.raft --policy sft/model --reward rm/model --prompts rl.jsonl \\
+          --output_dir raft/ --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
 Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
 
 Source: RAFT arXiv 2304.06767. Defaults: README.md beside this file.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +47,15 @@ class Args(common.Args):
 
 
 def best_rows(scores: torch.Tensor, prompt_ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """scores, prompt_ids (rows,) on CPU -> row of each prompt's best response, ties at random; prompts without any finite
-    score have none."""
+    """scores, prompt_ids (rows,) on CPU -> row of each prompt's best response, ties at random; prompts
+    without any finite score have none."""
     best = pfppo.rank_rows(scores, prompt_ids, generator)[:, 0]
     return best[scores[best].isfinite()]
 
 
 def supervised_loss(logprobs: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """logprobs (rows,) of whole responses, tokens of the minibatch -> its mean negative log-likelihood per token ()."""
+    """logprobs (rows,) of whole responses, tokens of the minibatch -> its mean negative log-likelihood per
+    token ()."""
     return -logprobs.sum() / num_tokens
 
 
@@ -69,7 +72,10 @@ def main(args: Args) -> None:
     rows = pfppo.encode_queries(run.tokenizer, rows, args, "prompts")
     minibatches = -(-args.batch_size // args.minibatch_size)
     num_optimizer_steps = rounds * args.noptepochs * minibatches
-    print(f"{rounds} rounds of {args.batch_size} prompts x {args.num_responses} responses, {num_optimizer_steps} steps")
+    print(
+        f"{rounds} rounds of {args.batch_size} prompts x {args.num_responses} responses, "
+        f"{num_optimizer_steps} steps"
+    )
     if args.dry_run:
         return
     run.start(rounds)
@@ -96,20 +102,25 @@ def main(args: Args) -> None:
             for minibatch in order.tensor_split(min(minibatches, len(best))):
                 tokens, total = int(lengths[minibatch].sum()), 0.0
                 for part in minibatch.split(args.micro_batch_size):
-                    loss = supervised_loss(common.sequence_logprobs(run.policy, kept, part, args.temperature), tokens)
+                    loss = supervised_loss(
+                        common.sequence_logprobs(run.policy, kept, part, args.temperature), tokens
+                    )
                     run.accelerator.backward(loss)
                     total += loss.item()
                 run.optimizer_step(total, num_optimizer_steps)
                 losses.append(total)
 
         # ---------------- 4. next round
-        run.end_step({
-            "objective/score": scores.mean().item(), "filter/kept": len(best),
-            "filter/score": scores[best].mean().item() if len(best) else 0.0,
-            "objective/length": rollout["response_mask"].sum(1).float().mean().item(),
-            "objective/truncated": (~rollout["has_stop"]).float().mean().item(),
-            "train/loss": sum(losses) / max(1, len(losses)),
-        })  # fmt: skip
+        run.end_step(
+            {
+                "objective/score": scores.mean().item(),
+                "filter/kept": len(best),
+                "filter/score": scores[best].mean().item() if len(best) else 0.0,
+                "objective/length": rollout["response_mask"].sum(1).float().mean().item(),
+                "objective/truncated": (~rollout["has_stop"]).float().mean().item(),
+                "train/loss": sum(losses) / max(1, len(losses)),
+            }
+        )
     run.finish()
 
 

@@ -2,14 +2,16 @@
 
     python -m benchmark.baselines.tune --world DIR --output_dir OUT
 
-DIR is a folder of benchmark/pipeline.py (sft/model, rm/model, preferences.jsonl, world/). Every finished run is a line of OUT/grid.jsonl
-(method, lr, settings, curve of eval/*, processor seconds) and is skipped the next time; the runs themselves are under OUT/runs/; OUT/grid.md
-is the table.
+DIR is a folder of benchmark/pipeline.py (sft/model, rm/model, preferences.jsonl, world/). Every finished run
+is a line of OUT/grid.jsonl (method, lr, settings, curve of eval/*, processor seconds) and is skipped the next
+time; the runs themselves are under OUT/runs/; OUT/grid.md is the table.
 
-Three rates each, the middle one first. Where the best of them (highest greedy pass@1 of any checkpoint) is the largest or smallest,
-twice or half of it is tried too, until the best has neighbours on both sides or five rates have been tried. Chosen is the smallest rate
-within one standard error of the best (the one-standard-error rule): among equals, the policy that has moved least.
+Three rates each, the middle one first. Where the best of them (highest greedy pass@1 of any checkpoint) is
+the largest or smallest, twice or half of it is tried too, until the best has neighbours on both sides or five
+rates have been tried. Chosen is the smallest rate within one standard error of the best (the
+one-standard-error rule): among equals, the policy that has moved least.
 """
+
 import importlib
 import math
 import time
@@ -40,11 +42,16 @@ GRID = {  # method -> script, learning rates, further settings
 
 def best_of(done: list[dict], method: str) -> dict[float, float]:
     """{learning rate: highest greedy pass@1 of its checkpoints} of the finished runs of a method."""
-    return {run["lr"]: max(point["eval/greedy_pass1"] for point in run["curve"]) for run in done if run["method"] == method}
+    return {
+        run["lr"]: max(point["eval/greedy_pass1"] for point in run["curve"])
+        for run in done
+        if run["method"] == method
+    }
 
 
 def next_rate(rates: tuple[float, float, float], found: dict[float, float], most: int = 5) -> float | None:
-    """What to try next: the middle rate, the others, then beyond the edge where the best lies; None when there is nothing left."""
+    """What to try next: the middle rate, the others, then beyond the edge where the best lies; None when
+    there is nothing left."""
     for lr in (rates[1], rates[0], rates[2]):
         if lr not in found:
             return lr
@@ -55,7 +62,8 @@ def next_rate(rates: tuple[float, float, float], found: dict[float, float], most
 
 
 def chosen(found: dict[float, float], problems: int) -> float:
-    """The smallest rate whose pass@1 is within one standard error of the highest, on that many validation problems."""
+    """The smallest rate whose pass@1 is within one standard error of the highest, on that many validation
+    problems."""
     best = max(found.values())
     return min(lr for lr, value in found.items() if value >= best - math.sqrt(best * (1 - best) / problems))
 
@@ -68,10 +76,27 @@ def table(done: list[dict], problems: int) -> str:
         for run in sorted((run for run in done if run["method"] == method), key=lambda run: run["lr"]):
             last, best = run["curve"][-1], max(run["curve"], key=lambda point: point["eval/greedy_pass1"])
             mark = " (chosen)" if run["lr"] == chosen(rates, problems) else ""
-            rows.append([figures.label(method), f"{run['lr']:g}{mark}", f"{best['eval/greedy_pass1']:.3f} ({best['step']})",
-                         *[f"{last['eval/' + name]:.{digits}f}" for name, digits in (("greedy_pass1", 3), ("sampled_pass1", 3), ("kl", 2))],
-                         f"{run['cpu_seconds']:.0f}"])  # fmt: skip
-    header = ["method", "lr", "best greedy pass@1 (at step)", "greedy, last", "sampled, last", "KL, last", "processor seconds"]
+            rows.append(
+                [
+                    figures.label(method),
+                    f"{run['lr']:g}{mark}",
+                    f"{best['eval/greedy_pass1']:.3f} ({best['step']})",
+                    *[
+                        f"{last['eval/' + name]:.{digits}f}"
+                        for name, digits in (("greedy_pass1", 3), ("sampled_pass1", 3), ("kl", 2))
+                    ],
+                    f"{run['cpu_seconds']:.0f}",
+                ]
+            )
+    header = [
+        "method",
+        "lr",
+        "best greedy pass@1 (at step)",
+        "greedy, last",
+        "sampled, last",
+        "KL, last",
+        "processor seconds",
+    ]
     return figures.markdown_table(header, rows)
 
 
@@ -94,7 +119,9 @@ def main(args: Args) -> None:
     grid, problems = out / "grid.jsonl", len(records.read_rows(world / "world/valid.jsonl"))
     done = records.finished_rows(grid)
     while unfinished := [m for m in args.methods if next_rate(GRID[m][1], best_of(done, m)) is not None]:
-        method = min(unfinished, key=lambda m: len(best_of(done, m)))  # in turn: a grid cut short says something of every method
+        method = min(
+            unfinished, key=lambda m: len(best_of(done, m))
+        )  # in turn: a grid cut short says something of every method
         lr, (name, _, settings) = next_rate(GRID[method][1], best_of(done, method)), GRID[method]
         folder, start = out / "runs" / f"{method}_{lr:g}", time.process_time()
         if name == "pfppo":
@@ -102,15 +129,43 @@ def main(args: Args) -> None:
             pfppo_single.main(pfppo_single.parse_args(pipeline.flags(flags)))
         else:
             script = importlib.import_module(f"benchmark.baselines.{name}")
-            data = {"train_data": str(world / "preferences.jsonl")} if name in ("dpo", "kto") else {"prompts": str(world / "world/rl.jsonl")}
-            script.main(script.Args(
-                policy=str(world / "sft/model"), reward=str(world / "rm/model"), eval_prompts=str(world / "world/valid.jsonl"),
-                actual_score="benchmark.minicode:oracle", output_dir=str(folder), seed=args.seed, lr=lr, **data, **settings))  # fmt: skip
+            data = (
+                {"train_data": str(world / "preferences.jsonl")}
+                if name in ("dpo", "kto")
+                else {"prompts": str(world / "world/rl.jsonl")}
+            )
+            script.main(
+                script.Args(
+                    policy=str(world / "sft/model"),
+                    reward=str(world / "rm/model"),
+                    eval_prompts=str(world / "world/valid.jsonl"),
+                    actual_score="benchmark.minicode:oracle",
+                    output_dir=str(folder),
+                    seed=args.seed,
+                    lr=lr,
+                    **data,
+                    **settings,
+                )
+            )
         rows = records.read_rows(folder / "metrics.jsonl")
-        tags = ("step", "episodes", "optimizer_step", "eval/greedy_pass1", "eval/sampled_pass1", "eval/sampled_reward", "eval/kl")
+        tags = (
+            "step",
+            "episodes",
+            "optimizer_step",
+            "eval/greedy_pass1",
+            "eval/sampled_pass1",
+            "eval/sampled_reward",
+            "eval/kl",
+        )
         curve = [{tag: row.get(tag) for tag in tags} for row in rows if "eval/kl" in row]
-        line = {"method": method, "lr": lr, "settings": settings, "seed": args.seed, "curve": curve,
-                "cpu_seconds": round(time.process_time() - start, 1)}  # fmt: skip
+        line = {
+            "method": method,
+            "lr": lr,
+            "settings": settings,
+            "seed": args.seed,
+            "curve": curve,
+            "cpu_seconds": round(time.process_time() - start, 1),
+        }
         records.append_row(grid, line)
         done.append(line)
         (out / "grid.md").write_text(table(done, problems) + "\n")

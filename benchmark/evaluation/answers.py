@@ -1,8 +1,8 @@
 """Reads what models write: the program in an answer (`extract_code`) and the final number of a solution
 (`extract_answer`, `answers_equal`).
 
-Both are rules, not judgement, and results depend on them: a change of either raises its version, which every summary
-names.
+Both are rules, not judgement, and results depend on them: a change of either raises its version, which every
+summary names.
 """
 
 import ast
@@ -15,7 +15,8 @@ EXTRACT_ANSWER_VERSION = 1
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n`]*$", re.M)
 PYTHON_LABELS = ("", "python", "py", "python3", "python2", "ipython", "pycon", "sage")
 CODE_START = re.compile(
-    r"^(?:def |class |async def |import |from \S+ import|@\w|#|\"\"\"|'''|[A-Za-z_]\w*(?:\s*:[^=\n]+)?\s*=[^=])"
+    r"^(?:def |class |async def |import |from \S+ "
+    r"import|@\w|#|\"\"\"|'''|[A-Za-z_]\w*(?:\s*:[^=\n]+)?\s*=[^=])"
 )
 PROSE = re.compile(r"^[A-Z][A-Za-z'’]*,?(?: [A-Za-z'’`]+[,.;:]?){2,}")
 
@@ -26,16 +27,20 @@ PROSE = re.compile(r"^[A-Z][A-Za-z'’]*,?(?: [A-Za-z'’`]+[,.;:]?){2,}")
 def defines(code, entry_point):
     """Whether code defines entry_point at its top level."""
     name = re.escape(entry_point)
-    return bool(re.search(rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=[^=]", code, re.M))
+    return bool(
+        re.search(
+            rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=[^=]", code, re.M
+        )
+    )
 
 
 def extract_code(text, entry_point=None):
     """The program in what a model wrote; leading spaces stay, so that a function body remains one.
 
-    In this order: what follows a closing </think>; the fenced blocks labelled as Python or not at all (also an
-    unclosed one, and what precedes a closing fence that was never opened): of several the last that defines
-    entry_point, else the last that defines anything, else the first; without fences the text without the prose
-    before and after it.
+    In this order: what follows a closing </think>; the fenced blocks labelled as Python or not at all (also
+    an unclosed one, and what precedes a closing fence that was never opened): of several the last that
+    defines entry_point, else the last that defines anything, else the first; without fences the text without
+    the prose before and after it.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.rpartition("</think>")[2] if "</think>" in text else text
@@ -111,9 +116,9 @@ def _without_prose(text):
 def complete(prompt, completion, entry_point, imports="", whole_prefix=None):
     """The program that `completion` stands for.
 
-    A completion that defines the entry point is a whole program and goes behind `whole_prefix` (what it may take for
-    granted; default: the imports), any other one continues the prompt. A body whose first line, or every line, lost
-    its indentation gets it back.
+    A completion that defines the entry point is a whole program and goes behind `whole_prefix` (what it may
+    take for granted; default: the imports), any other one continues the prompt. A body whose first line, or
+    every line, lost its indentation gets it back.
     """
     code = extract_code(completion, entry_point)
     if defines(code, entry_point):
@@ -136,13 +141,18 @@ def complete(prompt, completion, entry_point, imports="", whole_prefix=None):
             rest = [line for line in lines[first + 1 :] if line.strip()]
             whole = any(len(line) - len(line.lstrip()) < open_indent for line in rest)
             shift = " " * (open_indent - indent)
-            lines = [shift + line if line.strip() and (i == first or whole) else line for i, line in enumerate(lines)]
+            lines = [
+                shift + line if line.strip() and (i == first or whole) else line
+                for i, line in enumerate(lines)
+            ]
     elif first is not None and not lines[first][0].isspace():
         indents = [len(line) - len(line.lstrip()) for line in lines[first + 1 :] if line.strip()] or [8]
         block = re.match(r"(?:if|for|while|with|try|def|class|else)\b.*:\s*(?:#.*)?$", lines[first])
         # What follows tells whether the first line alone was stripped, or the whole body moved left.
         whole = not (indents[0] >= 8 or indents[0] > min(indents) >= 4) if block else indents[0] == 0
-        lines = ["    " + line if line.strip() and (i == first or whole) else line for i, line in enumerate(lines)]
+        lines = [
+            "    " + line if line.strip() and (i == first or whole) else line for i, line in enumerate(lines)
+        ]
     return f"{imports}\n{prompt}" + "\n".join(lines) if imports else prompt + "\n".join(lines)
 
 
@@ -152,12 +162,14 @@ WIDE = str.maketrans(
     "０１２３４５６７８９．，％（）＋－＝：／＊＄￥﹕−–×÷·∶％＜＞［］", "0123456789.,%()+-=:/*$¥:--*/*:%<>[]"
 )
 ANSWER_MARK = re.compile(
-    r"(?:####|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)|answer\s+to\s+the\s+\w+\s+is|答案?\s*(?:是|为|:|=)|答\s*:|因此|所以结果(?:是|为))\s*:?\s*",
+    r"(?:####|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)|answer\s+to\s+the\s+\w+\s+is"
+    r"|答案?\s*(?:是|为|:|=)|答\s*:|因此|所以结果(?:是|为))\s*:?\s*",
     re.I,
 )
 EXPRESSION = re.compile(r"[-+]?[(\d.][\d.,+\-*/()%^ :\[\]]*")
 NUMBER = re.compile(
-    r"-?(?:\d+\(\d+/\d+\)|\(\d+/\d+\)|\d+(?:\.\d+)?\s*/\s*\d+(?:\.\d+)?(?![\d.])|\d[\d,]*(?:\.\d+)?|\.\d+)\s*%?"
+    r"-?(?:\d+\(\d+/\d+\)|\(\d+/\d+\)|\d+(?:\.\d+)?\s*/\s*\d+(?:\.\d+)?(?![\d.])"
+    r"|\d[\d,]*(?:\.\d+)?|\.\d+)\s*%?"
 )
 
 
@@ -179,7 +191,12 @@ def plain_text(text):
         .replace("^", "**")
     )
     text = (
-        text.replace("$", "").replace("¥", "").replace("{", "(").replace("}", ")").replace("[", "(").replace("]", ")")
+        text.replace("$", "")
+        .replace("¥", "")
+        .replace("{", "(")
+        .replace("}", ")")
+        .replace("[", "(")
+        .replace("]", ")")
     )
     text = (
         re.sub(r"(\d+)\s*又\s*\(?\s*(\d+)\s*(?:/|分之)\s*(\d+)\s*\)?", r"\1(\2/\3)", text)
@@ -211,7 +228,15 @@ def evaluate_number(text):
         return None
     try:
         return _value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError, TypeError):
+    except (
+        SyntaxError,
+        ValueError,
+        ZeroDivisionError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+        TypeError,
+    ):
         return None
 
 
@@ -248,15 +273,17 @@ def _boxed(text):
 
 
 def extract_answer(text):
-    """The final answer in a solution, as text: the last \\boxed{}, else what follows the last mark (####, "the
-    answer is", 答案是), else what follows x=, else the last number. Of an equation the right side. "" when there is
-    none."""
+    """The final answer in a solution, as text: the last \\boxed{}, else what follows the last mark (####,
+    "the answer is", 答案是), else what follows x=, else the last number. Of an equation the right side. "" when
+    there is none."""
     text = str(text).replace("\r\n", "\n")
     text = text.rpartition("</think>")[2] if "</think>" in text else text
     boxed = _boxed(text)
     if boxed is not None:
         return _right_side(boxed)
-    text = plain_text(text.replace("**", " ") if re.search(r"\*\*[^*\n]*[^\d*\n(][^*\n]*\*\*", text) else text)
+    text = plain_text(
+        text.replace("**", " ") if re.search(r"\*\*[^*\n]*[^\d*\n(][^*\n]*\*\*", text) else text
+    )
     marks = [
         mark
         for mark in ANSWER_MARK.finditer(text)
@@ -293,12 +320,15 @@ def _right_side(text):
 def answers_equal(answer, gold):
     """Whether an extracted answer has the value of the gold answer.
 
-    Values are compared exactly as fractions; a decimal of at least two places stands for what rounds to it, within
-    half a percent. A percentage is its value, but where gold has no percent sign (GSM8K) `20%` also stands for 20.
-    What is no number is compared as text.
+    Values are compared exactly as fractions; a decimal of at least two places stands for what rounds to it,
+    within half a percent. A percentage is its value, but where gold has no percent sign (GSM8K) `20%` also
+    stands for 20. What is no number is compared as text.
     """
     answer, gold = str(answer), str(gold)
-    mine, theirs = evaluate_number(_right_side(answer) if answer.strip() else ""), evaluate_number(_right_side(gold))
+    mine, theirs = (
+        evaluate_number(_right_side(answer) if answer.strip() else ""),
+        evaluate_number(_right_side(gold)),
+    )
     if theirs is None:
         return plain_text(answer).strip().casefold() == plain_text(gold).strip().casefold() != ""
     if mine is None:
