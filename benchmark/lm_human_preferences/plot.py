@@ -86,10 +86,8 @@ def read_runs(path: Path) -> dict[int, list[dict]]:
             seeds.setdefault(line.pop("seed"), []).append(line)
         return seeds
     if not (path / "runs.jsonl").is_file():
-        raise FileNotFoundError(
-            f"--runs {path}: no runs.jsonl; give a folder of benchmark.lm_human_preferences.run with at "
-            "least one finished seed"
-        )
+        advice = "give a folder of benchmark.lm_human_preferences.run with at least one finished seed"
+        raise FileNotFoundError(f"--runs {path}: no runs.jsonl; {advice}")
     for run in read_rows(path / "runs.jsonl"):
         seeds[run["seed"]] = read_rows(path / f"seed_{run['seed']}" / "metrics.jsonl")
     return seeds
@@ -105,10 +103,8 @@ def curve(seeds: dict[int, list[dict]], tag: str, steps: list[int]) -> np.ndarra
             return None
         missing = [step for step in steps if step not in values]
         if missing:
-            raise ValueError(
-                f"seed {seed}: {tag} lacks {len(missing)} of {len(steps)} recorded steps, first "
-                f"{missing[0]}; finish the run"
-            )
+            lacks = f"lacks {len(missing)} of {len(steps)} recorded steps, first {missing[0]}"
+            raise ValueError(f"seed {seed}: {tag} {lacks}; finish the run")
         rows.append([values[step] for step in steps])
     return np.array(rows, dtype=np.float64)
 
@@ -139,20 +135,15 @@ def compare_tag(ours: np.ndarray, band: dict) -> dict[str, float | bool]:
 
 def table(results: dict[str, dict]) -> str:
     """Markdown table, one row per tag; * marks the tags that the comparison is judged by."""
-    lines = [
-        "| tag (* judged) | distance | split-half | ratio | last window, ours | last window, recorded | gap "
-        "in SE | agrees |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("tag (* judged)", "distance", "split-half", "ratio", "last window, ours")
+    columns += ("last window, recorded", "gap in SE", "agrees")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for tag, r in results.items():
         ratio = r["distance"] / r["split_half"] if r["split_half"] else 0.0
-        lines.append(
-            f"| {tag}{'*' if tag in JUDGED else ''} | {r['distance']:.4g} | {r['split_half']:.4g} | "
-            f"{ratio:.2f} | "
-            f"{r['last_ours']:.4g} ± {r['last_ours_se']:.2g} | {r['last_recorded']:.4g} ± "
-            f"{r['last_recorded_se']:.2g} | "
-            f"{r['last_gap_in_se']:.2f} | {'yes' if r['agrees'] else 'NO'} |"
-        )
+        cells = [f"{tag}{'*' if tag in JUDGED else ''}", f"{r['distance']:.4g}", f"{r['split_half']:.4g}"]
+        cells += [f"{ratio:.2f}", f"{r['last_ours']:.4g} ± {r['last_ours_se']:.2g}"]
+        cells += [f"{r['last_recorded']:.4g} ± {r['last_recorded_se']:.2g}", f"{r['last_gap_in_se']:.2f}"]
+        lines.append(f"| {' | '.join([*cells, 'yes' if r['agrees'] else 'NO'])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -168,28 +159,16 @@ def draw(
     tags = [tag for tag in PICTURE if tag in curves]
     columns = min(3, len(tags))
     rows = math.ceil(len(tags) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 2.7 * rows), squeeze=False, layout="constrained"
-    )
+    sizes = dict(figsize=(4.2 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, **sizes)
     for axis, tag in zip(axes.flat, tags):
         ours, band = curves[tag], bands[TAGS[tag]]
-        half = np.nan_to_num(half_width(ours))  # one seed: no band
-        axis.fill_between(
-            band["steps"], band["ci95_low"], band["ci95_high"], color="tab:orange", alpha=0.3, linewidth=0
-        )
-        axis.plot(
-            band["steps"],
-            band["mean"],
-            color="tab:orange",
-            linewidth=1.2,
-            label="lm-human-preference-details",
-        )
-        axis.fill_between(
-            band["steps"], ours.mean(0) - half, ours.mean(0) + half, color="tab:blue", alpha=0.3, linewidth=0
-        )
-        axis.plot(
-            band["steps"], ours.mean(0), color="tab:blue", linewidth=1.2, label=f"{label} ({len(ours)} seeds)"
-        )
+        mean, half = ours.mean(0), np.nan_to_num(half_width(ours))  # one seed: no band
+        recorded = (band["mean"], band["ci95_low"], band["ci95_high"], "lm-human-preference-details")
+        own = (mean, mean - half, mean + half, f"{label} ({len(ours)} seeds)")
+        for colour, (line, below, above, name) in (("tab:orange", recorded), ("tab:blue", own)):
+            axis.fill_between(band["steps"], below, above, color=colour, alpha=0.3, linewidth=0)
+            axis.plot(band["steps"], line, color=colour, linewidth=1.2, label=name)
         low = min(np.min(band["ci95_low"]), ours.mean(0).min())
         high = max(np.max(band["ci95_high"]), ours.mean(0).max())
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -212,10 +191,9 @@ def write_metrics(path: Path, seeds: dict[int, list[dict]]) -> None:
         for seed, lines in sorted(seeds.items()):
             for line in lines:
                 kept = {tag: float(f"{line[tag]:.7g}") for tag in TAGS if tag in line}
+                row = {"seed": seed, "step": line["step"], **kept}
                 if kept:
-                    file.write(
-                        json.dumps({"seed": seed, "step": line["step"], **kept}, separators=(",", ":")) + "\n"
-                    )
+                    file.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
 def main(runs: Path, bands: Path, output_dir: Path, label: str = "ours") -> int:
@@ -229,55 +207,38 @@ def main(runs: Path, bands: Path, output_dir: Path, label: str = "ours") -> int:
         if values is not None:
             curves[ours], results[ours] = values, compare_tag(values, recorded["tags"][theirs])
     if not results:
-        raise ValueError(
-            f"--runs {runs} and --bands {bands} share no tag; give runs and bands of the same stage"
-        )
+        raise ValueError(f"--runs {runs} and --bands {bands} share no tag; give those of the same stage")
     output_dir.mkdir(parents=True, exist_ok=True)
     text = table(results)
-    print(
-        f"{name}: seeds {sorted(seeds)} against {recorded['n_seeds']} recorded seeds ({bands.name})\n{text}"
-    )
+    counts = f"seeds {sorted(seeds)} against {recorded['n_seeds']} recorded seeds ({bands.name})"
+    print(f"{name}: {counts}\n{text}")
     (output_dir / f"{name}.md").write_text(text)
-    summary = {
-        "seeds": sorted(seeds),
-        "recorded_seeds": recorded["seeds"],
-        "bands": bands.name,
-        "judged": [t for t in JUDGED if t in results],
-        "tags": results,
-    }
+    judged = [tag for tag in JUDGED if tag in results]
+    summary = {"seeds": sorted(seeds), "recorded_seeds": recorded["seeds"], "bands": bands.name}
+    summary |= {"judged": judged, "tags": results}
     (output_dir / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     with (output_dir / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["tag", "step", "ours_mean", "ours_sd", "recorded_mean", "recorded_sd"])
         for tag, values in curves.items():
-            band, sd = (
-                recorded["tags"][TAGS[tag]],
-                values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan),
-            )
-            for i, step in enumerate(band["steps"]):
-                writer.writerow(
-                    [
-                        tag,
-                        step,
-                        *(f"{x:.6g}" for x in (values[:, i].mean(), sd[i], band["mean"][i], band["sd"][i])),
-                    ]
-                )
+            band = recorded["tags"][TAGS[tag]]
+            sd = values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
+            mean = [values[:, i].mean() for i in range(values.shape[1])]
+            for step, *numbers in zip(band["steps"], mean, sd, band["mean"], band["sd"]):
+                writer.writerow([tag, step, *(f"{x:.6g}" for x in numbers)])
     draw(output_dir / f"{name}.png", f"{name}: mean and 95% band over seeds", curves, recorded["tags"], label)
     if runs.is_dir():
         write_metrics(output_dir / f"{name}_metrics.jsonl.gz", seeds)
         (output_dir / f"{name}_runs.jsonl").write_text((runs / "runs.jsonl").read_text())
-    wrong = [tag for tag in JUDGED if tag in results and not results[tag]["agrees"]]
-    print(
-        f"{len([t for t in JUDGED if t in results]) - len(wrong)} judged tags agree, {len(wrong)} do "
-        f"not{': ' + ', '.join(wrong) if wrong else ''}"
-    )
+    wrong = [tag for tag in judged if not results[tag]["agrees"]]
+    names = f": {', '.join(wrong)}" if wrong else ""
+    print(f"{len(judged) - len(wrong)} judged tags agree, {len(wrong)} do not{names}")
     return len(wrong)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--bands", required=True, type=Path)
     parser.add_argument("--output_dir", required=True, type=Path)

@@ -1,14 +1,17 @@
 """The baselines of the paper's Table 2: losses against hand-worked numbers and TRL's values, and whole runs
 on the tiny world."""
 
+import dataclasses
 import importlib
+import inspect
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
+import tyro
+from conftest import EOS, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
 
 import pfppo_single as pf
 from benchmark.baselines import bond, common, dpo, iterative_dpo, kto, raft, tune
@@ -90,7 +93,7 @@ def test_kto_pairs_are_mismatched_and_use_every_response_once(prompt_ids):  # PI
 
 
 def test_kto_refuses_a_batch_that_cannot_be_mismatched():
-    with pytest.raises(ValueError, match="raise --batch_size"):
+    with pytest.raises(SystemExit, match="raise --batch_size"):
         kto.mismatched_rows(tensor(1, 1, 1, 2))
 
 
@@ -228,33 +231,40 @@ def pair_args(world: Path, folder: Path, **changes):
     )
 
 
+def read_pairs(args, tokenizer) -> list[dict]:
+    return common.read_pairs(args, tokenizer, pf.load_config(args.policy, "policy"), tokenizer.eos_token_id)
+
+
 def test_pair_ids_are_prompt_ids_then_response_ids(world, tmp_path):  # PITFALLS BL-3
-    tokenizer = make_tokenizer(bos=True)
-    pairs = common.load_pairs(pair_args(world, tmp_path), tokenizer, tokenizer.eos_token_id)
-    rollout = common.make_rollout(
-        [p["query_ids"] for p in pairs], [p["chosen_ids"] for p in pairs], VOCAB_SIZE - 1
-    )
-    for i, pair in enumerate(pairs):
-        ids = torch.cat(
-            [
-                rollout["queries"][i][rollout["query_mask"][i]],
-                rollout["responses"][i][rollout["response_mask"][i]],
-            ]
-        ).tolist()
-        response = tokenizer(pair["chosen"], add_special_tokens=False)["input_ids"]
-        assert ids == pf.encode_prompt(tokenizer, pair["prompt"]) + response + [tokenizer.eos_token_id]
+    args, tokenizer = pair_args(world, tmp_path), make_tokenizer(bos=True)
+    rows, pairs = pf.load_rows(args.train_data, "train_data"), read_pairs(args, tokenizer)
+    rollout = common.pair_rollout(pairs, "cpu")
+    ids, mask = (torch.cat([rollout[a], rollout[b]], 1) for a, b in PARTS)
+    texts = [(row["prompt"], row[name]) for name in ("chosen", "rejected") for row in rows]
+    for (prompt, text), row, real in zip(texts, ids, mask, strict=True):
+        response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        assert row[real].tolist() == pf.encode_prompt(tokenizer, prompt) + response
 
 
-def test_pairs_with_a_long_response_are_dropped(world, tmp_path):
+PARTS = (("queries", "responses"), ("query_mask", "response_mask"))
+
+
+def test_a_rollout_of_pairs_is_padded_as_one_that_was_sampled():
+    rollout = common.make_rollout([[5], [6, 7]], [[1, 2, EOS], [3, EOS]], "cpu")
+    assert rollout["query_mask"].tolist() == [[False, True], [True, True]]
+    assert rollout["response_mask"].tolist() == [[True] * 3, [True, True, False]]
+    assert rollout["responses"][rollout["response_mask"]].tolist() == [1, 2, EOS, 3, EOS]
+
+
+def test_pairs_with_a_long_response_are_left_out(world, tmp_path):
     args, tokenizer = pair_args(world, tmp_path), make_tokenizer()
     rows = [{"prompt": "a", "chosen": "b" * n, "rejected": "c"} for n in (4, 5, 3)]
     write_jsonl(Path(args.train_data), rows)
     args.response_length = 5  # the stop token included
-    pairs = common.load_pairs(args, tokenizer, tokenizer.eos_token_id)
-    assert [len(pair["chosen_ids"]) for pair in pairs] == [5, 4]
+    assert [len(pair["samples"][0]) for pair in read_pairs(args, tokenizer)] == [5, 4]
     args.response_length = 1
-    with pytest.raises(ValueError, match="raise it"):
-        common.load_pairs(args, tokenizer, tokenizer.eos_token_id)
+    with pytest.raises(SystemExit, match="raise it"):
+        read_pairs(args, tokenizer)
 
 
 # ---------------------------------------------------------------- TRL's values on the same inputs
@@ -282,9 +292,7 @@ def from_trl(batch: dict, prefix: str = "") -> dict[str, torch.Tensor]:
         batch[prefix + name] for name in ("input_ids", "attention_mask", "completion_mask")
     )
     queries = [row[(m == 1) & (c == 0)].tolist() for row, m, c in zip(ids, mask, completion)]
-    return common.make_rollout(
-        queries, [row[c == 1].tolist() for row, c in zip(ids, completion)], VOCAB_SIZE - 1
-    )
+    return common.make_rollout(queries, [row[c == 1].tolist() for row, c in zip(ids, completion)], "cpu")
 
 
 def trl_trainer(trainer, config, folder, data, **settings):
@@ -383,11 +391,9 @@ def start(world, tmp_path, module):
 
     def run(name: str, output: str, **changes):
         script = importlib.import_module(f"benchmark.baselines.{name}")
-        data = (
-            dict(train_data=str(pairs))
-            if name in ("dpo", "kto")
-            else dict(prompts=str(world / "prompts.jsonl"))
-        )
+        data = dict(prompts=str(world / "prompts.jsonl"))
+        if name in ("dpo", "kto"):
+            data = dict(train_data=str(pairs))
         settings = dict(
             policy=str(world / "gpt2"),
             reward=f"{name_reward}:reward",
@@ -404,6 +410,9 @@ def start(world, tmp_path, module):
         return read_metrics(tmp_path / output), tmp_path / output
 
     return run
+
+
+UNEVALUATED = dict(eval_prompts=None, actual_score=None)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -425,18 +434,15 @@ def test_run_leaves_what_pfppo_leaves(name, episodes, start, world):
     assert [row["step"] for row in metrics] == list(range(len(metrics)))
     steps = [row["optimizer_step"] for row in metrics]
     assert steps[0] == 0 and steps == sorted(steps) and steps[-1] >= 4
-    assert (
-        metrics[-1]["episodes"] == episodes
-    )  # every response generated for training, none of the evaluation's
+    assert metrics[-1]["episodes"] == episodes  # what was generated for training, not for evaluation
     before, after = weights(world / "gpt2"), weights(folder / "policy")
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert weights(folder / "policy_best").keys() == after.keys()
     assert (folder / "policy" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "name", ["bond", "kto", "iterative_dpo"]
-)  # anchor, batches, pairs; the rest is common.py's
+# anchor, batches, pairs; the rest is common.py's
+@pytest.mark.parametrize("name", ["bond", "kto", "iterative_dpo"])
 def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
     every = {"checkpoint_every": 1 if name == "bond" else 2}
     whole, whole_folder = start(name, "whole", **every)
@@ -461,7 +467,7 @@ def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "bond"])
 def test_micro_batches_change_nothing(name, start):
-    settings = dict(eval_prompts="", checkpoint_every=100)
+    settings = dict(UNEVALUATED, checkpoint_every=100)
     kept = [
         weights(start(name, f"micro{size}", micro_batch_size=size, **settings)[1] / "policy")
         for size in (2, 100)
@@ -473,8 +479,26 @@ def test_micro_batches_change_nothing(name, start):
 def test_best_policy_is_the_best_on_the_evaluation_prompts(start):
     metrics, folder = start("raft", "run", checkpoint_every=1)
     state = json.loads(next((folder / "checkpoints").glob("step_*/state.json")).read_text())
-    curve = {row["step"]: row["eval/greedy_pass1"] for row in metrics}
-    assert state["best"] == max(curve.values()) and curve[state["best_step"]] == state["best"]
+    scores = [row["eval/greedy_pass1"] for row in metrics]
+    assert state["best"] == max(scores)
+    if scores.index(max(scores)) == len(scores) - 1:
+        assert torch.equal(*(weights(folder / name)[NAME] for name in ("policy", "policy_best")))
+
+
+NAME = "transformer.h.0.attn.c_attn.weight"
+
+
+def test_without_a_reward_pairs_are_evaluated_by_the_actual_score_alone(start):
+    tags = set(start("dpo", "run", reward=None)[0][-1])
+    assert "eval/greedy_pass1" in tags and not {tag for tag in tags if tag.endswith("_reward")}
+
+
+def test_bond_goes_on_where_no_response_of_the_anchor_stops(start, monkeypatch):
+    stop_masks = pf.stop_masks
+    monkeypatch.setattr(pf, "stop_masks", lambda *x: (stop_masks(*x)[0], stop_masks(*x)[1] & False))
+    metrics, _ = start("bond", "run", **UNEVALUATED)
+    assert all(row["objective/truncated"] == 1 and row["bond/forward"] == 0 for row in metrics)
+    assert [row["optimizer_step"] for row in metrics] == [1, 2, 3, 4]
 
 
 def test_bond_anchor_moves_only_between_iterations(start, monkeypatch):
@@ -487,9 +511,8 @@ def test_bond_anchor_moves_only_between_iterations(start, monkeypatch):
         return sample(run, *args, model=model, **rest)
 
     monkeypatch.setattr(common.Run, "sample", watch)
-    start(
-        "bond", "run", total_episodes=96, iterations=2
-    )  # 6 updates: the anchor is the policy at updates 0 and 3
+    # 6 updates: the anchor is the policy at updates 0 and 3
+    start("bond", "run", total_episodes=96, iterations=2)
     assert seen == [(0, True), (1, False), (2, False), (3, True), (4, False), (5, False)]
 
 
@@ -502,36 +525,17 @@ def test_iterative_dpo_makes_pairs_by_reward_from_the_last_policy(start):
     for pair in sum(pairs, []):
         score = {name: len(set(pair[name])) + 0.01 * len(pair[name]) for name in ("chosen", "rejected")}
         assert pair["chosen_reward"] == pytest.approx(score["chosen"], abs=1e-5)
-        stopped = [pair[f"{name}_ids"][-1] == VOCAB_SIZE - 2 for name in ("chosen", "rejected")]
+        stopped = [sample[-1] == EOS for sample in pair["samples"]]
         assert stopped[0] and (not stopped[1] or score["chosen"] > score["rejected"])
     assert len({json.dumps(part) for part in pairs}) == 3
 
 
-def test_the_learned_reward_scores_as_pfppo_scores_it(world, start):
+def test_the_learned_reward_scores_as_pfppo_scores_it(world, start, make_args):
     metrics, _ = start("raft", "run", reward=str(world / "reward"))
-    args = pf.Args(prompt_field="prompt", query_length=16)
-    tokenizer = pf.load_tokenizer(str(world / "gpt2"), "")
-    rows = pf.encode_queries(
-        tokenizer, pf.load_rows(str(world / "eval.jsonl"), "eval_prompts"), args, "eval_prompts"
-    )
-    queries, query_mask = pf.pad_rows([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
-    policy = pf.load_causal_lm(str(world / "gpt2")).eval()
-    responses = pf.generate(
-        policy, queries, query_mask, 1, 8, 0.0, tokenizer.eos_token_id, 0, tokenizer.pad_token_id
-    )
-    mask, _ = pf.stop_masks(responses, tokenizer.eos_token_id, 0)
-    rollout = {
-        "queries": queries,
-        "query_mask": query_mask,
-        "responses": responses,
-        "response_mask": mask,
-        "score_mask": mask,
-    }
-    expected = (
-        pf.reward_model_scores(pf.RewardModel.from_pretrained(world / "reward").eval(), rollout, 4)
-        .mean()
-        .item()
-    )
+    args, tokenizer = make_args(eval_prompts=world / "eval.jsonl"), make_tokenizer()
+    rows, policy = pf.read_prompts("eval_prompts", args, tokenizer), pf.load_causal_lm(args.policy).eval()
+    rollout = pf.sample_rollout(policy, rows, 1, 0.0, args, EOS, None)
+    expected = pf.reward_model_scores(pf.load_reward_model(args.reward).eval(), rollout, 4).mean().item()
     assert metrics[0]["eval/greedy_reward"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -539,31 +543,39 @@ def test_the_learned_reward_scores_as_pfppo_scores_it(world, start):
 
 
 def test_folder_of_another_run_is_refused(start):
-    start("kto", "run", eval_prompts="")
-    with pytest.raises(ValueError, match="holds another run: seed"):
-        start("kto", "run", eval_prompts="", seed=2)
+    start("kto", "run", **UNEVALUATED)
+    with pytest.raises(SystemExit, match="holds another run: seed"):
+        start("kto", "run", **UNEVALUATED, seed=2)
 
 
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("dpo", {"policy": ""}, "--policy is needed"),
-        ("dpo", {"train_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ("dpo", {"beta": 0.0}, "--beta must be above 0"),
-        ("dpo", {"batch_size": 0}, "--batch_size must be at least 1"),
-        ("kto", {"eval_prompts": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ("raft", {"reward": ""}, "--reward is needed"),
-        ("raft", {"reward": "nowhere"}, "no reward_head.safetensors"),
-        ("raft", {"num_responses": 1}, "--num_responses must be at least 2"),
+        ("dpo", {"policy": "nowhere"}, "--policy nowhere"),
+        ("dpo", {"train_data": "nowhere.jsonl"}, "--train_data nowhere.jsonl"),
+        ("dpo", {"beta": 0.0}, "--beta must lie between"),
+        ("dpo", {"batch_size": 0}, "--batch_size must lie between"),
+        ("dpo", {"eval_prompts": None}, "--actual_score needs --eval_prompts"),
+        ("dpo", {"stop_token": "9999"}, "--stop_token: the model has"),
+        ("kto", {"eval_prompts": "nowhere.jsonl"}, "--eval_prompts nowhere.jsonl"),
+        ("raft", {"response_length": 200}, "--policy: the model has 128 positions"),
+        ("raft", {"reward": "nowhere"}, "--reward nowhere"),
+        ("raft", {"num_responses": 1}, "--num_responses must lie between 2"),
         ("raft", {"total_episodes": 5}, "at least one round"),
         ("bond", {"total_episodes": 16}, "at least 4 updates"),
-        ("iterative_dpo", {"num_responses": 1}, "--num_responses must be at least 2"),
+        ("iterative_dpo", {"num_responses": 1}, "--num_responses must lie between 2"),
+        ("iterative_dpo", {"total_episodes": 8}, "--total_episodes must be at least 9"),
     ],
 )
 def test_bad_settings_are_refused_before_a_folder_is_written(name, changes, message, start, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(SystemExit, match=message):
         start(name, "refused", **changes)
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_policy_is_no_reward_model(world, start):
+    with pytest.raises(SystemExit, match="a GPT2LMHeadModel is no reward model"):
+        start("raft", "refused", reward=str(world / "gpt2"))
 
 
 @pytest.mark.parametrize(
@@ -571,18 +583,22 @@ def test_bad_settings_are_refused_before_a_folder_is_written(name, changes, mess
     [
         ({"prompt": "a", "chosen": "b"}, "row 2: no column rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: chosen and rejected must be texts"),
+        ({"query": [5], "sample0": [6], "sample1": [7], "best": 0}, "row 2: no column prompt"),
     ],
 )
 def test_bad_pairs_are_refused_with_file_and_row(row, message, start, tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, row])
-    with pytest.raises(ValueError, match=f"bad.jsonl, {message}"):
+    with pytest.raises(SystemExit, match=f"bad.jsonl, {message}"):
         start("dpo", "refused", train_data=str(path))
 
 
-def test_two_processes_are_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.Accelerator, "num_processes", 2)
-    with pytest.raises(ValueError, match="one process, not 2"):
-        common.Run(pair_args(world, tmp_path, batch_size=2))
+@pytest.mark.parametrize(
+    "field, value, message", [("num_processes", 2, "one process"), ("mixed_precision", "bf16", "float32")]
+)
+def test_another_launch_is_refused(field, value, message, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(pf.Accelerator, field, value)
+    with pytest.raises(SystemExit, match=message):
+        common.Run(pair_args(world, tmp_path))
 
 
 def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(start, monkeypatch, tmp_path):
@@ -593,26 +609,31 @@ def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(start, monkeypatch, tmp
         "preference_loss",
         lambda *x: loss(*x) * (float("nan") if len(calls) > 5 else 1.0) + 0 * len(calls.append(1) or []),
     )
-    with pytest.raises(FloatingPointError, match="step 4.*Lower --lr"):
+    with pytest.raises(FloatingPointError, match="step 4.*lower the learning rate"):
         start("dpo", "run", micro_batch_size=2)
     assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_is_read_and_documented(name):
-    import dataclasses
-    import inspect
-
     script = importlib.import_module(f"benchmark.baselines.{name}")
-    source = "\n".join(inspect.getsource(x) for x in (common, script, dpo, raft))
+    modules = (common, script, dpo, raft)
+    source = "\n".join(map(inspect.getsource, modules))
+    read = source + inspect.getsource(pf)  # whose functions get the same settings
     for field in dataclasses.fields(script.Args):
-        assert f"args.{field.name}" in source or field.name in (
-            "prompts",
-            "train_data",
-            "long_queries",
-            "query_length",
-        ), field.name
+        assert f"args.{field.name}" in read or f'"{field.name}", args' in read, field.name
         assert source.split(f"    {field.name}: ")[1].split("\n")[1].strip().startswith('"""'), field.name
+
+
+@pytest.mark.parametrize("name", (*NAMES, "tune"))
+def test_the_command_line_wants_what_has_no_default(name, capsys):
+    script = importlib.import_module(f"benchmark.baselines.{name}")
+    with pytest.raises(SystemExit):
+        tyro.cli(script.Args, args=[], use_underscores=True)
+    missing = capsys.readouterr().err
+    needed = {"tune": ("world",), "dpo": ("policy", "train_data"), "kto": ("policy", "train_data")}
+    for field in needed.get(name, ("policy", "reward", "prompts")):
+        assert f"--{field}" in missing
 
 
 @pytest.mark.parametrize(

@@ -228,21 +228,23 @@ def own_user_namespace():
 
 
 def own_mounts(base, library):
-    """A file system in memory at `base`, which ends with the template, and an empty /proc. Returns whether it
-    is there."""
+    """A file system in memory at `base`, which ends with the template, and an empty /proc. Returns where the
+    library is seen then, or None without such mounts."""
     if libc.unshare(NEW_NS) != 0 or libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None) != 0:
-        return False
+        return None
     options = b"size=256m,nr_inodes=20000,mode=0711"
     if libc.mount(b"tmpfs", base.encode(), b"tmpfs", NO_SUID | NO_DEVICES, options) != 0:
-        return False
+        return None
     # The interpreter may live where only its owner may look (/root), so the library is shown again inside.
     inside = os.path.join(base, "library")
     os.mkdir(inside)
     if libc.mount(library.encode(), inside.encode(), None, BIND | RECURSIVE, None) == 0:
         sys.path[:] = [inside, os.path.join(inside, "lib-dynload")]
         move_packages(library, inside)
+    else:
+        inside = library
     libc.mount(b"tmpfs", b"/proc", b"tmpfs", READ_ONLY | NO_SUID | NO_DEVICES, b"size=4k")
-    return True
+    return inside
 
 
 def limit_resources(processes):

@@ -11,7 +11,6 @@ import resource
 import select
 import signal
 import socket
-import sys
 import sysconfig
 import time
 
@@ -57,10 +56,11 @@ class Template:
         """Shuts this process into what the kernel grants; `self.active` says what that is."""
         self.enter_namespaces()
         library = sysconfig.get_path("stdlib")
-        if own_mounts(self.base, library):
+        inside = own_mounts(self.base, library)
+        if inside:
             self.active.append("mount namespace")
         os.mkdir(self.home, 0o711)
-        self.drop = os.geteuid() == 0 and works_in_child(self.can_drop)
+        self.drop = os.geteuid() == 0 and works_in_child(lambda: self.can_drop(inside or library))
         self.active += ["unprivileged user"] if self.drop else []
         libc.prctl(DUMPABLE, 0, 0, 0, 0)  # /proc/<pid> of judge and templates is closed to others
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -94,10 +94,10 @@ class Template:
             if libc.unshare(flag) == 0:
                 self.active.append(name)
 
-    def can_drop(self):
+    def can_drop(self, library):
         """Whether another user can read the library, so that programs can run as one."""
         become(self.first_uid)
-        return all(os.access(os.path.join(folder, "os.py"), os.R_OK) for folder in sys.path[:1])
+        return os.access(os.path.join(library, "os.py"), os.R_OK)
 
     def file_rules(self, library):
         """What programs may read and write: the library without what others have installed, their own
