@@ -26,17 +26,6 @@ def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path):
     assert pf.load_rows(str(file), "prompts") == [{"prompt": text}, {"prompt": "e"}]
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
-def test_rows_come_from_json_and_parquet_too(tmp_path, name):
-    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
-    if name == "rows.json":
-        (tmp_path / name).write_text(json.dumps(rows))
-    else:
-        datasets = pytest.importorskip("datasets")
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / name)
-    assert pf.load_rows(str(tmp_path / name), "prompts", ("prompt", "n")) == rows
-
-
 @pytest.mark.parametrize(
     "name, text, message",
     [
@@ -50,6 +39,8 @@ def test_rows_come_from_json_and_parquet_too(tmp_path, name):
         ("rows.json", "{}", "no rows"),
         ("rows.json", "[", "not JSON"),
         ("none.parquet", None, "none.parquet"),
+        ("none.csv", None, "none.csv"),
+        ("folder", None, "folder"),
         ("no_such_name:train", None, "no_such_name"),
     ],
 )
@@ -60,14 +51,6 @@ def test_rows_that_cannot_be_read_are_refused_with_file_and_row(tmp_path, monkey
     with pytest.raises(SystemExit, match=f"^--prompts {name}.*{message}") as refusal:
         pf.load_rows(name, "prompts", ("prompt",))
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("prompt", [3, ["a"], {"role": "user", "content": "a"}], ids=str)
-def test_a_prompt_that_is_neither_text_nor_messages_is_refused(tmp_path, tokenizer, prompt):
-    # and not with a traceback out of the tokenizer
-    rows = [{"prompt": "a"}, {"prompt": prompt}]
-    with pytest.raises(SystemExit, match="^--prompts.*row 2.*prompt"):
-        pf.encode_queries(tokenizer, rows, "prompt", 8, "prompts")
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -65,9 +65,11 @@ def run(forks, settings, script: str, folder: Path, **options) -> dict:
 
 def written(folder: Path) -> dict:
     """All that a run leaves, times aside: bytes of files, metrics, the checkpoint's state. Not compared:
-    args.json, which holds the folder's name, and the files of TensorBoard and of the optimizer."""
+    args.json, which holds the folder's name, the files of TensorBoard and of the optimizer, and an older
+    checkpoint, which stays where a kill fell behind the last one and before it was deleted."""
     found = {"folders": sorted(path.name for path in folder.iterdir())}
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
+    *older, _ = sorted((folder / "checkpoints").iterdir())
+    for path in [path for path in folder.rglob("*") if path.is_file() and path.parent not in older]:
         name = str(path.relative_to(folder))
         if path.name == "metrics.jsonl":
             found[name] = timeless(read_metrics(folder))
