@@ -43,13 +43,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DynamicCache, GenerationConfig
-from transformers import logging as transformers_logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 # Shapes: B prompts per update, N responses per prompt, K rows kept by the filter, Q query length, R response
 # length, V vocabulary. A rollout is a dict of tensors whose first axis is the response.
@@ -1062,7 +1061,7 @@ def start_accelerator() -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     torch.backends.cuda.enable_cudnn_sdp(
         False
@@ -1091,7 +1090,7 @@ def load_pretrained(auto_class, path: str, field: str):
 
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(AutoConfig, path, field)
+    config = load_pretrained(transformers.AutoConfig, path, field)
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
     for name, value in config.to_dict().items():
@@ -1103,7 +1102,9 @@ def load_config(path: str, field: str):
 def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, config=load_config(path, "model"), dtype=dtype
+    )
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1114,7 +1115,7 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
