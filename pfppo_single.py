@@ -1174,23 +1174,26 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         refuse(
             (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
         )
-        before, answer = answer[:-1], answer[-1].get("content")
-        answer = "".join(part["text"] for part in answer) if isinstance(answer, list) else answer
+        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
     prompt = before or row.get(prompt_field)
     refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
     return prompt, answer
 
 
+def plain_text(content) -> str | None:
+    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
+    picture)."""
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
 def plain_messages(messages: list[dict]) -> list[dict]:
-    """Chat messages whose content is one text, also where it was a list of text parts."""
-    plain = []
-    for message in messages:
-        content = message.get("content")
-        content = "".join(part["text"] for part in content) if isinstance(content, list) else content
-        if not isinstance(content, str) and "tool_calls" not in message:
-            raise ValueError("a message has no text as its content")
-        plain.append({**message, "content": content})
+    """Chat messages with plain texts. ValueError for one without, unless it calls a tool."""
+    plain = [{**message, "content": plain_text(message.get("content"))} for message in messages]
+    if any(message["content"] is None and "tool_calls" not in message for message in plain):
+        raise ValueError("a message has no text as its content")
     return plain
 
 
