@@ -370,18 +370,6 @@ def test_the_bound_is_what_readers_see_and_changes_nothing_else(train):
     assert largest_difference(free, bounded) == 0 and (free.bound, bounded.bound) == ("none", "tanh")
 
 
-def test_plain_transformers_reads_the_score_at_the_stop_token(train, tmp_path):
-    # the pad token of the saved configuration must not be the stop token: transformers would read the score
-    # one token earlier
-    _, model = train(bound="none", epochs=1)
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model").eval()
-    row, config = [5, 6, 7, EOS], plain.config
-    with torch.no_grad():
-        logit = plain(torch.tensor([row])).logits[0, 0].item()
-    found = config.reward_gain * (logit + config.score_bias) + config.reward_bias
-    assert found == pytest.approx(rewards_of(model, {"query": [], "samples": [row]})[0], abs=1e-5)
-
-
 def test_the_preset_runs_on_id_labels(world, tmp_path):
     # PITFALLS RM-5: one path through the code: best of 3 as ids, TensorFlow's Adam, untruncated samples, rows
     # behind num_train held out
