@@ -25,7 +25,6 @@ from conftest import (
     weights,
     write_jsonl,
 )
-from transformers import AutoModelForSequenceClassification
 
 import pfppo_single as pf
 import rm_single as rm
