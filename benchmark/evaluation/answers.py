@@ -31,6 +31,7 @@ WIDE = str.maketrans(
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 SPACING = re.compile(r"\\(?:left|right|displaystyle|textstyle|limits|[bB]ig+[lr]?|[!,;:> ]|q?quad\b)|~")
 WORDS_IN_LATEX = re.compile(r"\\(?:text|mathrm|mathbf|mbox|textbf|textit|operatorname|mathit|rm)\s*\{([^{}]*)\}")
+CHINESE_FRACTION = re.compile(r"([零一二三四五六七八九十百千]+)分之([零一二三四五六七八九十百千]+)")
 FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 REPLACED = {
     r"\times": "*", r"\cdot": "*", r"\div": "/", r"\%": "%", r"\$": "$", r"\#": "#", r"\approx": "≈", r"\circ": "°",
@@ -50,6 +51,10 @@ def plain_text(text):
     for latex, sign in REPLACED.items():
         text = text.replace(latex, sign)
     text = text.replace("{", "(").replace("}", ")")
+    text = re.sub(r"(\d)\s*dollars?,?\s*(?:and\s*)?(\d\d)\s*cents?\b", r"\1.\2 dollars", text)
+    text = re.sub(r"(\d)元(\d)角(?:(\d)分)?", r"\1.\2\3元", text)
+    text = re.sub(r"(?<=\d)\s*比\s*(?=\d)", ":", text)
+    text = CHINESE_FRACTION.sub(lambda m: f"{chinese_number(m[1])}分之{chinese_number(m[2])}", text)
     text = re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", text)
     text = re.sub(r"(?<=\d)\s*又\s*(\d+)\s*分之\s*(\d+)", r"(\2/\1)", text)
     text = re.sub(r"(\d+)\s*分之\s*(\d+)", r"(\2/\1)", text)
@@ -70,7 +75,7 @@ def in_parentheses(text):
 SPACE = re.compile(r"\s*")
 GROUPED = re.compile(r"\d{1,3}(?:([, '_])\d{3})(?:\1\d{3})*(?![\d])(?:\.\d+)?|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)")
 DECIMAL = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w|\.\d))?")
-MIXED = re.compile(r"\(\s*(\d+)\s*/\s*(\d+)\s*\)|\s+(\d+)/(\d+)(?![\d.])")
+MIXED = re.compile(r"\(\s*(\d+)\s*/\s*(\d+)\s*\)|\s+(\d+)/(\d+)(?!\d|\.\d)")
 TIMES = re.compile(r"\s*(\*\*|[*/:]|[xX](?=\s*\d))\s*")
 PLUS = re.compile(r"\s*([-+])\s*")
 PERCENT = re.compile(r"\s*(?:%|per\s?cent\b|percentage\b|pct\b)", re.I)
@@ -159,7 +164,7 @@ def atom_at(text, at, depth):
     while factor := FACTOR.match(text, found.end):
         found = Number(found.value * FACTORS[factor[0].strip()], factor.end())
     if percent := PERCENT.match(text, found.end):
-        found = Number(found.value / 100, percent.end(), percent=True)
+        found = Number(found.value / 100, percent.end(), True, found.decimals and found.decimals + 2)
     return found
 
 
@@ -171,11 +176,13 @@ ONES = (
 ).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = {word: i for i, word in enumerate(ONES)} | {word: 10 * i for i, word in enumerate(TENS, 2)}
+PARTS = dict(half=2, halve=2, third=3, quarter=4, fourth=4, fifth=5, sixth=6, seventh=7, eighth=8, ninth=9, tenth=10)
 CHINESE = {sign: i for i, sign in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0, "十": 10, "百": 100, "千": 1000}
-NUMBER_START = re.compile(r"(?<![A-Za-z0-9_.\\])(?:[-+$€£¥₹₩(]|\.?\d|负|minus\b|negative\b)")
+NUMBER_START = re.compile(r"(?<![A-Za-z0-9_.\\])(?:[-+$€£¥₹₩(]|\.?\d|负|minus\b|negative\b|(?:USD|EUR|RMB|CNY|Rs\.?)\s*\d)")
 RELATION = re.compile(r"(?<![<>!≤≥])[=≈](?!=)")
+SEVERAL = re.compile(r"\d.*(?:\bor\b|\band\b|或者?|和|[,;、])\s*\$?[A-Za-z]\w*\s*$", re.S)  # x = 1 or x = 2
 VARIABLE = re.compile(r"\s*(?:[xyznkabcijpqruvw]\b(?!\s+\w)|[xyz]+\b|\\)")  # 5x, 3\sqrt2: no number with a unit
-UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\*\*)?\(?[23²³]\)?")
+UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*(?:\*\*)?\s*(?:\(-?[123]\)|-?[123²³])(?!\d)")
 NOTE = re.compile(r"\([^()]*[A-Za-z\u4e00-\u9fff][^()]*\)")
 
 
@@ -185,6 +192,8 @@ def read(text):
         return None
     plain = re.sub(r"\*\*(?=\D|$)|(?<=\s)\*\*|^\*\*|[`\"]", "", plain_text(text)).strip()
     sides = RELATION.split(plain)
+    if len(sides) > 2 and SEVERAL.search(sides[-2]):
+        return None  # x = 1 or x = 2
     plain = next((side for side in reversed(sides) if side.strip()), "")
     if not re.search(r"\d", plain):
         return read_words(plain)
@@ -192,14 +201,14 @@ def read(text):
         found = number_at(plain, start.start())
         if found:
             before, after = plain[: start.start()], UNIT_POWER.sub("", NOTE.sub("", plain[found.end :]))
-            if VARIABLE.match(plain, found.end) or re.search(r"[\\\d*^<>|]|[-+/]\s*[(\\]|^\s*[-+/]", after):
+            if plain.startswith("!", found.end) or VARIABLE.match(plain, found.end) or re.search(r"[\\\d*^<>|]|[-+/]\s*[(\\]|^\s*[-+/]", after):
                 return None
             return None if re.search(r"[\\*/^_<>|]|[-+]\s*$|[(\[]\s*$", before) else found
     return None
 
 
 def read_words(text):
-    """twelve, twenty-five thousand, 一百二十."""
+    """twelve, twenty-five thousand, two thirds, 一百二十."""
     total = part = 0
     tokens = re.findall(r"[a-z]+", text.lower())
     if tokens[:1] and tokens[0] in WORDS and tokens[1:2] != ["of"]:
@@ -210,19 +219,24 @@ def read_words(text):
                 part *= 100
             elif token in FACTORS:
                 total, part = total + part * FACTORS[token], 0
+            elif token.removesuffix("s") in PARTS:
+                return Number(Fraction(total + part or 1, PARTS[token.removesuffix("s")]), 0)
             elif token != "and":
                 break
         return Number(Fraction(total + part), 0)
     signs = re.match(r"(?:大?约)?([零〇一二两三四五六七八九十百千]+)(?![共样起定些半般直边])", text)
-    if not signs:
-        return None
-    digit = 0
-    for sign in signs[1]:
+    return Number(Fraction(chinese_number(signs[1])), 0) if signs else None
+
+
+def chinese_number(text):
+    """120 of 一百二十."""
+    total = digit = 0
+    for sign in text:
         if CHINESE[sign] < 10:
             digit = CHINESE[sign]
         else:
             total, digit = total + (digit or 1) * CHINESE[sign], 0
-    return Number(Fraction(total + digit), 0)
+    return total + digit
 
 
 def evaluate_number(text):
@@ -250,25 +264,28 @@ def answers_equal(answer, gold):
         return theirs.percent and not mine.percent and "\\%" in gold and close(mine, theirs, mine.value / 100)
     if as_words(answer) == as_words(gold) != "":
         return True
-    if theirs and not mine and re.search(r"[A-Za-z\u4e00-\u9fff]{2}", re.sub(r"\\[A-Za-z]+", "", answer)):
-        return False  # words around several numbers: no answer
+    if theirs and not mine and not re.search(r"[\d\\]", answer):
+        return False
     ratio = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", answer)
     if theirs and ":" in gold and ratio != answer:
         return answers_equal(ratio, gold)
+    if theirs and not mine and re.search(r"[A-Za-z\u4e00-\u9fff]{2}", re.sub(r"\\[A-Za-z]+", "", answer)):
+        return False  # words around several numbers: no answer
     return symbolic.equal(answer, gold)
 
 
 def close(mine, theirs, value):
+    """Whether values are the same, or one is a decimal that stands for the other, rounded or cut off."""
     difference = abs(value - theirs.value)
-    if difference <= Fraction(1, 10**6) * max(1, abs(theirs.value)):
-        return True
     places = [number.decimals for number in (mine, theirs) if number.decimals >= 2]
-    return any(difference <= Fraction(1, 2 * 10**n) and difference <= abs(theirs.value) / 200 for n in places)
+    near = any(2 * difference <= Fraction(1, 10**n) or n > 3 and difference <= Fraction(1, 10**n) for n in places)
+    return difference == 0 or near and difference <= abs(theirs.value) / 200
 
 
 def as_words(text):
-    """Letters and digits of a text answer: (B), \\text{B} and B are one."""
-    return re.sub(r"[\s.,;:!?。，；：$*`\"'(){}\\]+", "", plain_text(text)).casefold()
+    """A text answer without its clothes: (B), \\text{B} and **B**. are one."""
+    words = re.sub(r"[\s$*`\"']+", "", plain_text(text)).strip(".。:;；").casefold()
+    return words[1:-1] if re.fullmatch(r"\(\w+\)", words) else words
 
 
 # ---------------------------------------------------------------- where the answer stands
@@ -280,6 +297,9 @@ QUESTION = re.compile(
     re.M,
 )
 ANSWERED = re.compile(r"####|\\boxed|\banswer\b|答|=[^=\n]*\d|\d[^\n]*\s*\Z", re.I)
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+JOINED = re.compile(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*")
+EXPLICIT = re.compile(r"####\s*\S*\d|\\boxed\{[^}]|answer is:?\s*\S*\d|答案(?:是|为|[:：])\s*\S*\d", re.I)
 TAGGED = re.compile(r"<(answer|final_answer)>(.*?)(?:</\1>|\Z)", re.S)
 MARK = re.compile(
     r"\banswers?\b[^.\n:：=]{0,60}?(?:\b(?:is|are|was|be|equals|equal to)\b|[:：=])|^[ \t#*>]*(?:final )?answer[ \t#*:：]*$"
@@ -287,15 +307,17 @@ MARK = re.compile(
     re.I | re.M,
 )
 FILLER = re.compile(
-    r"(?:[\s*_:：>`=]|therefore\b|thus\b|then\b|about\b|approximately\b|around\b|roughly\b|exactly\b|only\b|simply\b|just\b"
+    r"(?:[\s*_:：>`=\"'“”】]|therefore\b|thus\b|then\b|about\b|approximately\b|around\b|roughly\b|exactly\b|only\b|simply\b|just\b"
     r"|indeed\b|equal to\b|given by\b|a total of\b|the number\b|also\b|,|是|为|应该?是?|大约|约|等于|一?共有?|总共有?|\\approx)*",
     re.I,
 )
 ASSIGNED = re.compile(r"\$?\s*[A-Za-z]\w{0,12}\s*(?:\(\w{0,3}\)\s*)?[=≈]\s*")
 MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+DENIED = re.compile(r"\banswer (?:is not|isn't|can't be|cannot be)\b|答案不是", re.I)
 WEAK = re.compile(r"\b(?:correct|right|wrong|incorrect|reasonable|consistent|found|obtained|below|above|follows|same|clear)\b", re.I)
 CONNECTED = re.compile(
-    r"\$?\s*(?:(?:[A-Za-z°%]+\s*){0,2}?,?\s*\b(?:or|and|to)\b|[\u4e00-\u9fff%]{0,3}(?:或者?|和|至|到|~)|[,、;](?=\s))"
+    r"\$?\s*(?:(?:[A-Za-z°%]+\s*){0,2}?,?\s*\b(?:or|and|to)\b|[\u4e00-\u9fff%]{0,3}(?:或者?|和|至|到|~)"
+    r"|[,、;](?=\s?[-+$]{0,2}[\d./]+\s?(?:[,.。;、\n$)]|and\b|or\b|和|或|\Z)))"
     r"\s*(?:maybe |possibly |perhaps |even |可能是?)?\$?\s*(?:[A-Za-z]\s*=\s*)?(?=[-\d.(])"
 )
 COMPOUND = re.compile(r"\s*(?:([A-Za-z]+)\s+(?:and\s+)?|[\u4e00-\u9fff]{1,2}(?:零|又)?)(?=\d)")
@@ -311,7 +333,9 @@ SECOND_THOUGHT = re.compile(r"\b(?:wait|mistake|actually|sorry|recheck|recalcula
 
 def extract_answer(text):
     """The final answer in a solution, as text; "" when there is none."""
-    text = up_to_next_question(reply(str(text)))
+    text = str(text).replace("\x08oxed", "\\boxed").replace("\x0crac", "\\frac")  # escapes that were read as signs
+    text = text.replace("\\\\", "\\") if "\\\\boxed" in text else text
+    text = up_to_next_question(reply(text))
     tagged = [match[2] for match in TAGGED.finditer(text) if match[2].strip()]
     text = tagged[-1] if tagged else text
     boxed_at, boxed = last_box(text)
@@ -322,29 +346,36 @@ def extract_answer(text):
 
 
 def up_to_next_question(text):
-    """A text without the questions that the model goes on to ask itself."""
+    """A text without the questions that the model goes on to ask itself: below a heading such as `Question:`, or in a
+    paragraph behind an explicit answer."""
     for question in QUESTION.finditer(text):
         before = text[: question.start()]
         if ANSWERED.search(before[-2000:]):
-            return before
+            text = before
+            break
+    answered = EXPLICIT.search(text)
+    for gap in re.finditer(r"\n\s*\n", text) if answered else ():
+        paragraph = text[gap.end() :].split("\n\n")[0][:1000]
+        if gap.start() > answered.end() and re.search(r"[?？]", paragraph) and not SECOND_THOUGHT.search(paragraph):
+            return text[: gap.start()]
     return text
 
 
 def last_box(text):
-    """(place, content) of the last \\boxed{} with something in it, or of several that are joined by `and`."""
-    found, end = [], len(text)
+    """(place, content) of the last \\boxed{} with something in it, or of several that are joined by `or`."""
+    place, content, end = -1, "", len(text)
     for _ in range(20):
         start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
-        if start < 0 or found and not re.fullmatch(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*", text[found[0][1] : end]):
+        if start < 0:
             break
-        content, close_at = braced(text, re.compile(r"\\f?boxed\s*|\\fbox\s*").match(text, start).end())
-        if content.strip(" $\\,"):
-            joined = text[close_at : found[0][0]] if found else ""
-            found.insert(0, (start, close_at, content + joined))
-        elif found:
+        inner, after = braced(text, BOX.match(text, start).end())
+        if content and not JOINED.fullmatch(text, after, place):
             break
+        if inner.strip(" $\\,"):
+            content = inner + text[after:place] + content if content else inner
+            place = start
         end = start
-    return (found[-1][0], "".join(each[2] for each in found)) if found else (-1, "")
+    return place, content
 
 
 def braced(text, start):
@@ -377,26 +408,29 @@ def after_hashes(text):
 
 
 def after_mark(text):
-    """(place, answer) behind the last "the answer is": what directly follows, else a number of that sentence."""
-    best = (-1, -1, "")
-    for mark in MARK.finditer(text):
+    """(place, answer) behind the last "the answer is" that an answer directly follows; else a number of the sentence
+    behind the last one, else its words."""
+    best, weight = (-1, ""), 0
+    for mark in reversed(list(MARK.finditer(text))[-100:]):
         tail = text[mark.end() : mark.end() + 400]
         if denied := re.match(r"\s*(?:not\b|n't\b|不是)", tail):
             turn = re.search(r"\bbut\b|\brather\b|而是", tail.split("\n")[0])
             if not turn:
                 continue
             tail = tail[max(turn.end(), denied.end()) :]
-        answer, weight = direct(tail), 2
-        if not answer:
-            line = next((line for line in tail.split("\n") if line.strip()), "")
-            sentence = SENTENCE.split(line.strip())[0]
-            answer, weight = number_of_sentence(sentence, text[: mark.start()]), 1
-            words = sentence.strip(" *.。:：")
-            if not answer and words and len(words) < 60 and not WEAK.search(words):
-                answer, weight = words, 0
-        if answer and weight >= best[0]:
-            best = (weight, mark.start(), answer)
-    return best[1:]
+        line = next((line for line in tail.split("\n") if line.strip()), "")
+        sentence, answer = SENTENCE.split(line.strip())[0], direct(tail)
+        if answer and not (mark[0][0] == "答" and mark[0][-1] in ":：" and read(answer)):
+            return mark.start(), answer
+        number = number_of_sentence(sentence, text[: mark.start()])
+        if answer:  # behind 答: stands a sentence, often with several numbers
+            return mark.start(), number or answer
+        words = sentence.strip(" *.。:：")
+        if number and weight < 2:
+            best, weight = (mark.start(), number), 2
+        elif words and len(words) < 60 and not WEAK.search(words) and weight < 1:
+            best, weight = (mark.start(), words), 1
+    return best
 
 
 def direct(tail):
@@ -452,20 +486,21 @@ def numbers_in(plain):
 def number_of_sentence(sentence, before):
     """Of several numbers in a sentence the one that was computed last before it, else the last."""
     plain = plain_text(sentence[-1000:])
-    numbers = numbers_in(plain)
-    if not numbers:
-        return ""
-    relation = [match.end() for match in RELATION.finditer(plain)]
-    if relation and (answer := direct(plain[relation[-1] :])):
-        return answer
-    pick = len(numbers) - 1
+    relations = [match for match in RELATION.finditer(plain)]
+    if relations:
+        if len(relations) > 1 and SEVERAL.search(plain[: relations[-1].start()]):
+            return plain
+        if answer := direct(plain[relations[-1].end() :]):
+            return answer
+    groups = []  # of connected numbers: (start, end, value of a number alone)
+    for start, number in numbers_in(plain):
+        if not groups or start >= groups[-1][1]:
+            end = end_of_all(plain, number)
+            groups.append((start, end, number.value if end == number.end else None))
     result = last_result(before)
-    same = [i for i, (_, number) in enumerate(numbers) if result is not None and number.value == result]
-    pick = same[-1] if same else pick
-    start, number = numbers[pick]
-    if pick and CONNECTED.match(plain, numbers[pick - 1][1].end) and re.search(r"\bor\b|或", plain[numbers[pick - 1][1].end : start]):
-        start = numbers[pick - 1][0]
-    return plain[start : end_of_all(plain, number)]
+    same = [group for group in groups if result is not None and group[2] == result]
+    start, end, _ = (same or groups or [(0, 0, None)])[-1]
+    return plain[start:end]
 
 
 def last_result(text):
@@ -489,6 +524,8 @@ def last_number(text):
         return bold[-1]
     before = text[: text.rfind(lines[-1])]
     sentences = [each for each in SENTENCE.split(line) if re.search(r"\d", each)]
+    if DENIED.search(sentences[-1]):
+        return ""
     maths = [match for match in MATHS.finditer(sentences[-1])]
     if maths and not re.search(r"\d", sentences[-1][maths[-1].end() :]):
         inner = next(group for group in maths[-1].groups() if group)

@@ -20,7 +20,10 @@ taken from the other blocks: imports or helpers in a fence of their own.
 import ast
 import builtins
 import codeop
+import dataclasses
 import functools
+import html
+import keyword
 import re
 import symtable
 import textwrap
@@ -43,8 +46,11 @@ CORRECTION = re.compile(
     r"\b(?:(?:fixed|corrected|correct|revised|final|right) (?:version|code|solution|program|function|way|one)|correction)\b", re.I
 )
 INNER = re.compile(r"\s*(?:return|yield|else|elif|except|finally|break|continue)\b")  # never the start of a program
+TYPOGRAPHY = str.maketrans("“”„‘’\u00a0\u2003−–", "\"\"\"''  --", "\u200b\u200c\u2060")
+BUILTINS = {*dir(builtins), "__name__", "__file__"}
 DYNAMIC = {"eval", "exec", "globals", "locals", "vars", "__import__"}
 SETTINGS = {"setrecursionlimit", "set_int_max_str_digits", "seed", "stack_size", "filterwarnings", "simplefilter"}
+ACTIONS = (ast.Expr, ast.For, ast.While, ast.If, ast.With, ast.Try)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -101,6 +107,10 @@ class Piece:
     binds: set = field(default_factory=set)
     changes: set = field(default_factory=set)  # names of the objects that it changes: `table` of table[0] = 1
     uses: set = field(default_factory=set)  # global names that it or a function in it refers to
+
+    @property
+    def imports(self):
+        return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in self.nodes)
 
     @property
     def defines_only(self):
@@ -178,6 +188,8 @@ class Context:
     head: str | None = None  # the prompt's code up to where the body is to be written
     first_line: int = 0  # of the open definition, in head
     indent: str = ""  # of its body
+    method: str = ""  # whose body is open, where the entry point is a class
+    above_method: int = 0  # lines of head
 
     @property
     def names(self):
@@ -195,18 +207,24 @@ def root_name(entry_point):
 def context_of(prompt, entry_point):
     root = root_name(entry_point)
     prompt = prompt.replace("\r\n", "\n")
-    found = read_prompt(prompt, root)
-    if found is None:
-        texts = [block.text for block in reversed(blocks_of(prompt)) if block.fenced]
-        read = [context for context in (read_prompt(text, root) for text in texts) if context]
-        found = next((context for context in read if context.head is not None), read[0] if read else None)
-    if found is None:
-        found = Context(root, "")
+    lines = prompt.split("\n")
+    starts = [i for i, line in enumerate(lines) if re.match(r"(?:async |def |class |from |import |@)", line)][:TRIES]
+    texts = [block.text for block in reversed(blocks_of(prompt)) if block.fenced]
+    texts = [prompt, *texts, *["\n".join(lines[i:]) for i in starts]]
+    read = [context for context in (read_prompt(text, root) for text in texts) if context]
+    found = next((context for context in read if context.head is not None), read[0] if read else Context(root, ""))
     if root != "Solution":
         return found
     given = leetcode.prelude(prompt)
     head = None if found.head is None else given + found.head
-    return Context(root, given + found.above, head, found.first_line + given.count("\n"), found.indent)
+    lines = given.count("\n")
+    return dataclasses.replace(
+        found,
+        above=given + found.above,
+        head=head,
+        first_line=found.first_line + lines,
+        above_method=found.above_method + lines,
+    )
 
 
 def read_prompt(code, root):
@@ -221,16 +239,23 @@ def read_prompt(code, root):
             continue
         pieces = pieces_of(source, tree)
         opened = [piece for piece in pieces if any(isinstance(node, DEFINITIONS) and node.name == root for node in piece.nodes)]
+        above, bound = "", {*BUILTINS, "*"}
+        for piece in pieces:
+            if piece not in opened and (piece.defines_only or not isinstance(piece.nodes[0], (ast.Assert, *ACTIONS))):
+                if piece.defines_only or piece.uses <= bound:  # examples do not run above a program
+                    above, bound = above + piece.source + "\n", bound | piece.binds
         if not opened:
-            return Context(root, code.rstrip() + "\n" if code.strip() else "")
-        above = "".join(piece.source + "\n" for piece in pieces if piece is not opened[-1])
+            return Context(root, above)
         if opened[-1] is not pieces[-1]:
             return Context(root, above)
-        node = opened[-1].nodes[-1]
-        first_line = node.lineno
+        node, shift = opened[-1].nodes[-1], above.count("\n") + 1 - opened[-1].first_line
+        head = above + "\n".join(code.split("\n")[opened[-1].first_line - 1 :])
+        first_line = node.lineno + shift
         while isinstance(node.body[-1], DEFINITIONS):
             node = node.body[-1]
-        return Context(root, above, code, first_line, " " * node.body[0].col_offset)
+        method = node.name if node is not opened[-1].nodes[-1] else ""
+        indent, above_method = " " * node.body[0].col_offset, node.lineno - 1 + shift
+        return Context(root, above, head, first_line, indent, method, above_method)
     return None
 
 
@@ -386,9 +411,22 @@ def is_stub(piece, root):
 def is_empty(statement):
     if isinstance(statement, ast.Raise):
         return statement.exc is not None and base_name(statement.exc) == "NotImplementedError"
-    return isinstance(statement, ast.Pass) or (
+    return isinstance(statement, (ast.Pass, ast.Import, ast.ImportFrom)) or (
         isinstance(statement, ast.Expr) and isinstance(statement.value, (ast.Constant, ast.Name, ast.Compare))
     )
+
+
+def program_in(context, block):
+    """The program in a block: one that it begins with, else a continuation, else one further down."""
+    level = textwrap.dedent(block.text).strip("\n")
+    tree, count = longest("", level.split("\n"))
+    if tree:
+        found = whole(context, "\n".join(level.split("\n")[:count]))
+        if found and found.rank == 0:
+            found.pool = [piece for run in block.runs for piece in run]
+            return found
+    bodies = [continuation(context, block.text.split("\n")), whole(context, block.text, block.runs)]
+    return min((found for found in bodies if found), key=lambda found: found.rank, default=None)
 
 
 def find(context, text):
@@ -398,13 +436,12 @@ def find(context, text):
         found = whole(context, level)
         if found and found.rank == 0:
             return found
-    found = continuation(context, lines)
+    found = continuation(context, lines) if text.lstrip("\n")[:1].isspace() else None
     if found and found.rank == 0:
         return found
     blocks, programs = blocks_of(text), []
     for block in blocks:
-        indented = block.text[:1].isspace() and whole(context, textwrap.dedent(block.text))
-        found = indented or continuation(context, block.text.split("\n")) or whole(context, block.text, block.runs)
+        found = program_in(context, block)
         if found:
             found.pool = found.pool + [piece for b in blocks if b is not block for run in b.runs for piece in run]
             if found.rank == 0 and CORRECTION.search(block.intro):
@@ -418,8 +455,12 @@ def find(context, text):
     if good:
         return min(good, key=lambda found: found.rank)
     for block in blocks:
-        bodies = [continuation(context, lines) for lines in indented_again(block.text, context.indent)]
-        bodies = [each for each in bodies if each and each.rank == 0 and not all(map(is_empty, added(each, context)))]
+        level = context
+        if context.method and re.search(rf"^\s*def {context.method}\(", block.text, re.M):  # the method without its class
+            head = "".join(line + "\n" for line in context.head.split("\n")[: context.above_method])
+            level = dataclasses.replace(context, head=head, indent="    ")
+        bodies = [continuation(level, lines) for lines in indented_again(block.text, level.indent)]
+        bodies = [each for each in bodies if each and each.rank == 0 and not all(map(is_empty, added(each, level)))]
         if bodies:
             found = max(bodies, key=lambda each: len(each.body.rstrip().split("\n")))
             found.pool = found.pool + [piece for block in blocks for run in block.runs for piece in run]
@@ -441,12 +482,17 @@ def indented_again(text, indent):
             yield [" " * shift + line if shift > 0 else line[min(-shift, len(line) - len(line.lstrip())) :] for line in some]
 
 
+def are_words(line):
+    """Whether a line is no code, broken code included."""
+    return not line[0].isspace() and not can_start(line) and not keyword.iskeyword(line.split()[0])
+
+
 def indented_starts(lines):
     """Where indented lines begin that belong to no statement above them."""
     above = ""
     for i, line in enumerate(lines):
         if line.strip():
-            if line[0].isspace() and (not above or not above[0].isspace() and not can_start(above)):
+            if line[0].isspace() and (not above or are_words(above)):
                 yield i
             above = line
 
@@ -462,73 +508,79 @@ def added(found, context):
 # ---------------------------------------------------------------- what is kept of a program
 
 
-def reach(names, pieces):
-    """`names` and all that the pieces which bind them refer to, and so on."""
-    names, grows = set(names), True
-    while grows:
-        size = len(names)
-        for piece in pieces:
-            if piece.binds & names:
-                names |= piece.uses
-        grows = len(names) > size
-    return names
+def places(pieces, also_changes=False):
+    """{name: indices of the pieces that bind it}"""
+    found = {}
+    for i, piece in enumerate(pieces):
+        for name in piece.binds | piece.changes if also_changes else piece.binds:
+            found.setdefault(name, []).append(i)
+    return found
+
+
+def reach(names, pieces, found):
+    """`names` and all that the pieces which bind them refer to, and so on; and the indices of those pieces."""
+    seen, chosen, stack = set(names), set(), list(names)
+    while stack:
+        for i in found.get(stack.pop(), ()):
+            if i not in chosen:
+                chosen.add(i)
+                stack += pieces[i].uses - seen
+                seen |= pieces[i].uses
+    return seen, chosen
 
 
 def kept(own, root, wanted):
     """The pieces that the names in `wanted` need, and `wanted` with all names that those refer to.
 
-    A statement that is no definition stays where it binds or changes what is needed (a table that is filled), unless it
-    only calls the entry point (an example).
+    A statement that is no definition stays where it binds or changes what is needed (a table that is filled), or sets the
+    interpreter up. One that only calls the entry point (an example) goes, and one that reads input.
     """
-    imported = {name for piece in own for node in piece.nodes if isinstance(node, (ast.Import, ast.ImportFrom))
-                for name in piece.binds}  # fmt: skip
-    first = min(i for i, piece in enumerate(own) if root in piece.binds)
-    chosen, wanted, grows = set(), set(wanted), True
-    while grows:
-        grows = False
-        for i, piece in enumerate(own):
-            if i in chosen:
-                continue
-            stays = (piece.binds | piece.changes) & wanted
-            if not stays and not piece.defines_only:
-                node = piece.nodes[0]
-                reached = reach(piece.uses, own)
-                if isinstance(node, (ast.Expr, ast.For, ast.While, ast.If, ast.With, ast.Try)):
-                    stays = root not in reached and "input" not in reached and (reached & wanted) - BUILTINS
-                if piece.changes & imported and root not in reached:
-                    setting = isinstance(node, ast.Expr) and getattr(getattr(node.value, "func", None), "attr", "")
-                    stays = stays or i < first or setting in SETTINGS
-            if stays:
-                chosen.add(i)
-                wanted |= piece.uses
-                grows = True
+    bound = places(own)
+    reached = [set() if piece.defines_only else reach(piece.uses, own, bound)[0] for piece in own]
+    quiet = [piece if "input" not in names else Piece("", [], 0) for piece, names in zip(own, reached)]
+    imported = set().union(*[piece.binds for piece in own if piece.imports])
+    first = bound[root][0]
+    acts = {}  # statements that may prepare something
+    for i, piece in enumerate(quiet):
+        if piece.nodes and isinstance(piece.nodes[0], ACTIONS) and root not in reached[i]:
+            called = getattr(getattr(piece.nodes[0], "value", None), "func", None)
+            sets_up = i < first or getattr(called, "attr", "") in SETTINGS
+            acts[i] = bool(sets_up and piece.changes & imported)
+    found, chosen = places(quiet, also_changes=True), set()
+    while True:
+        wanted, more = reach(wanted, quiet, found)
+        more |= {i for i, sets_up in acts.items() if sets_up or (reached[i] & wanted) - BUILTINS}
+        if more <= chosen:
+            break
+        chosen |= more
+        wanted = wanted.union(*[own[i].uses for i in more])
     if wanted & DYNAMIC:  # names that cannot be seen
-        chosen |= {i for i, piece in enumerate(own) if piece.binds and not {"input", root} & reach(piece.uses, own)}
+        chosen |= {i for i, piece in enumerate(quiet) if piece.binds and root not in reached[i]}
     unknown = wanted - BUILTINS - set().union(*[own[i].binds for i in chosen])
-    for i, piece in enumerate(own):
-        docstring = i == 0 and isinstance(piece.nodes[0], ast.Expr) and isinstance(piece.nodes[0].value, ast.Constant)
-        if docstring or unknown and "*" in piece.binds:
-            chosen.add(i)
+    chosen |= {i for i, piece in enumerate(own) if unknown and "*" in piece.binds or i == 0 and is_docstring(piece)}
     return [own[i] for i in sorted(chosen)], wanted
 
 
+def is_docstring(piece):
+    return isinstance(piece.nodes[0], ast.Expr) and isinstance(piece.nodes[0].value, ast.Constant)
+
+
 def supplied(pool, wanted, given):
-    """The pieces of `pool` that bind what is wanted and not given, with what those need."""
-    chosen, missing, grows = [], wanted - given - BUILTINS, True
-    while grows and missing:
-        grows = False
-        for piece in pool:
-            if piece not in chosen and piece.binds & missing and not isinstance(piece.nodes[0], (ast.Expr, ast.For)):
-                chosen.append(piece)
+    """The pieces of `pool` that bind what is wanted and not given, the first of each, with what those need."""
+    found, chosen, stack, given = places(pool), set(), list(wanted), given | BUILTINS
+    while stack:
+        name = stack.pop()
+        if name not in given and name in found:
+            piece = pool[found[name][0]]
+            if not isinstance(piece.nodes[0], ACTIONS):
+                chosen.add(found[name][0])
                 given = given | piece.binds
-                missing = (missing | piece.uses) - given - BUILTINS
-                grows = True
-    if missing:
-        chosen += [piece for piece in pool if "*" in piece.binds and is_standard(piece)]
-    return [piece for piece in pool if piece in chosen]
+                stack += piece.uses
+    if wanted - given:
+        chosen |= {i for i, piece in enumerate(pool) if "*" in piece.binds and is_standard(piece)}
+    return [pool[i] for i in sorted(chosen)]
 
 
-BUILTINS = {*dir(builtins), "__name__", "__file__"}
 
 
 def is_standard(piece):
@@ -560,9 +612,13 @@ def program_of(context, found, names):
 
 
 def look_for(text, context):
-    """The program in an output, or None. A special token ends an output, unless it is part of the only program."""
-    texts = dict.fromkeys([reply(text), reply(text, cut=False)])
-    return next((found for each in texts if (found := find(context, each))), None)
+    """The program in an output, or None. A special token ends an output, unless it is part of the only program; signs
+    that were changed on the way are read as Python's where nothing else compiles."""
+    cut = reply(text)
+    texts = [cut, reply(text, cut=False), cut.translate(TYPOGRAPHY), html.unescape(cut), re.sub(r"^> ?", "", cut, flags=re.M)]
+    if "\n" not in cut.strip():
+        texts.append(cut.replace("\\n", "\n").replace('\\"', '"'))
+    return next((found for each in dict.fromkeys(texts) if (found := find(context, each))), None)
 
 
 def complete(prompt, completion, entry_point, tests=""):
@@ -572,7 +628,7 @@ def complete(prompt, completion, entry_point, tests=""):
     found = look_for(completion, context)
     if found is None:
         return (context.above if context.head is None else context.head) + reply(completion)
-    return program_of(context, found, set(re.findall(r"[A-Za-z_]\w*", tests)))
+    return program_of(context, found, global_names(tests))
 
 
 def extract_code(text, entry_point=""):

@@ -416,9 +416,11 @@ def as_job(
             raise GradingError(f"`entry_point` {entry_point!r} is no name and no expression: {error}") from None
         name = re.search(r"[A-Za-z_]\w*", entry_point)[0]
         program, entry_point = f"{program}\n\n{ENTRY_POINT} = {entry_point}\n", ENTRY_POINT
+    if name == "Solution":
+        program, helpers = [leetcode.SORTED + code if "sortedcontainers" in code else code for code in (program, helpers)]
     called = set(re.findall(r"[A-Za-z_]\w*", tests))
     if not helpers and name == "Solution" and called & leetcode.NODE_NAMES:
-        helpers = leetcode.NODES  # the lists and trees of the tests, as the site has them
+        helpers, program = leetcode.NODES, leetcode.NODES + program  # lists and trees, as the site has them
     # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a process that
     # holds that part of the program alone, so that what follows cannot change them.
     prefix = re.split(rf"^(?:def|class) {re.escape(name)}\b", program, maxsplit=1, flags=re.M)[0]

@@ -93,3 +93,141 @@ def described_classes(prompt):
         except (SyntaxError, ValueError):
             continue
         yield source + "\n\n\n"
+
+
+# The site offers sortedcontainers; programs here see the standard library alone. The part of it that solutions use.
+SORTED = '''
+def _sortedcontainers():
+    import bisect
+    import sys
+    import types
+
+    class SortedList:
+        def __init__(self, iterable=(), key=None):
+            self._key = key or (lambda value: value)
+            self._list = sorted(iterable or (), key=key)
+            self._keys = [self._key(value) for value in self._list]
+
+        def bisect_left(self, value):
+            return bisect.bisect_left(self._keys, self._key(value))
+
+        def bisect_right(self, value):
+            return bisect.bisect_right(self._keys, self._key(value))
+
+        bisect = bisect_right
+
+        def add(self, value):
+            at = self.bisect_right(value)
+            self._list.insert(at, value)
+            self._keys.insert(at, self._key(value))
+
+        def update(self, iterable):
+            self.__init__([*self._list, *iterable], self._key)
+
+        def index(self, value):
+            for at in range(self.bisect_left(value), self.bisect_right(value)):
+                if self._list[at] == value:
+                    return at
+            raise ValueError(f"{value!r} is not in list")
+
+        def __delitem__(self, at):
+            del self._list[at], self._keys[at]
+
+        def remove(self, value):
+            del self[self.index(value)]
+
+        def discard(self, value):
+            if value in self:
+                self.remove(value)
+
+        def pop(self, index=-1):
+            self._keys.pop(index)
+            return self._list.pop(index)
+
+        def clear(self):
+            self.__init__((), self._key)
+
+        def count(self, value):
+            return self._list[self.bisect_left(value) : self.bisect_right(value)].count(value)
+
+        def copy(self):
+            return type(self)(self._list, self._key)
+
+        def irange(self, minimum=None, maximum=None, inclusive=(True, True), reverse=False):
+            start = 0 if minimum is None else (self.bisect_left if inclusive[0] else self.bisect_right)(minimum)
+            end = len(self) if maximum is None else (self.bisect_right if inclusive[1] else self.bisect_left)(maximum)
+            return iter(self._list[start:end][:: -1 if reverse else 1])
+
+        def __contains__(self, value):
+            return value in self._list[self.bisect_left(value) : self.bisect_right(value)]
+
+        def __getitem__(self, index):
+            return self._list[index]
+
+        def __len__(self):
+            return len(self._list)
+
+        def __iter__(self):
+            return iter(self._list)
+
+        def __reversed__(self):
+            return reversed(self._list)
+
+        def __eq__(self, other):
+            return self._list == list(other)
+
+        def __repr__(self):
+            return f"{type(self).__name__}({self._list!r})"
+
+    class SortedSet(SortedList):
+        def __init__(self, iterable=(), key=None):
+            super().__init__(set(iterable or ()), key)
+
+        def add(self, value):
+            if value not in self:
+                super().add(value)
+
+    class SortedDict(dict):
+        def _sorted(self):
+            return SortedList(dict.keys(self))
+
+        def __iter__(self):
+            return iter(self._sorted())
+
+        def keys(self):
+            return self._sorted()
+
+        def values(self):
+            return [self[key] for key in self]
+
+        def items(self):
+            return [(key, self[key]) for key in self]
+
+        def peekitem(self, index=-1):
+            key = self._sorted()[index]
+            return key, self[key]
+
+        def popitem(self, index=-1):
+            key = self._sorted()[index]
+            return key, self.pop(key)
+
+        def bisect_left(self, key):
+            return self._sorted().bisect_left(key)
+
+        def bisect_right(self, key):
+            return self._sorted().bisect_right(key)
+
+        bisect = bisect_right
+
+        def irange(self, *arguments, **keywords):
+            return self._sorted().irange(*arguments, **keywords)
+
+    module = sys.modules["sortedcontainers"] = types.ModuleType("sortedcontainers")
+    module.SortedList = module.SortedKeyList = SortedList
+    module.SortedSet, module.SortedDict = SortedSet, SortedDict
+
+
+_sortedcontainers()
+
+
+'''
