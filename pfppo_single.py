@@ -25,6 +25,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -226,7 +227,7 @@ def main(args: Args) -> None:
     for field in ("reward", "critic_init"):
         if getattr(args, field) and ":" not in getattr(args, field):
             check_reward_model(getattr(args, field), field, tokenizer, queries, args.response_length)
-    reward_function = load_function(args.reward, "reward") if ":" in args.reward else None
+    reward = load_function(args.reward, "reward") if ":" in args.reward else None
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
     n, temperature, local_b = args.num_responses, args.temperature, args.batch_size // world
@@ -236,6 +237,7 @@ def main(args: Args) -> None:
         f"{num_updates} updates of {args.batch_size} prompts x {n} responses on {world} processes; filter "
         f"{args.filter} keeps {kept_per_update}; {args.noptepochs} epochs x {num_minibatches} minibatches"
     )
+    show_first(accelerator, tokenizer, rows[0][args.prompt_field], rows[0]["query_ids"], [], stop_id)
     if args.dry_run:
         return
     output_dir = open_run(accelerator, args)
@@ -244,9 +246,8 @@ def main(args: Args) -> None:
     frozen_dtype = getattr(torch, args.frozen_dtype)
     policy = load_causal_lm(args.policy).to(device)
     ref_policy = load_causal_lm(args.policy, frozen_dtype).to(device).eval().requires_grad_(False)
-    reward = reward_function or load_reward_model(args.reward, frozen_dtype).to(device).eval().requires_grad_(
-        False
-    )
+    if reward is None:
+        reward = load_reward_model(args.reward, frozen_dtype).to(device).eval().requires_grad_(False)
     critic = make_critic(args, policy).to(device)
     if args.gradient_checkpointing:
         recompute_activations(policy)
@@ -280,10 +281,8 @@ def main(args: Args) -> None:
                 scores = score_rollout(reward, batch_rows, rollout, texts, args)
             scores = accelerator.gather(scores).float()
             state["reward_mean"], state["reward_std"] = scores.mean().item(), scores.std().item()
-            constant = (
-                f"--normalize_reward: the reward of π_SFT's samples has standard deviation {scores.std()}"
-            )
-            refuse((not state["reward_std"] > 0, f"{constant}; check --reward, or turn it off"))
+            constant = f"--normalize_reward: standard deviation {scores.std()} on π_SFT samples; turn it off"
+            refuse((not state["reward_std"] > 0, f"{constant}, or check --reward"))
         if eval_rows:
             results = evaluate_at(0)
             log_metrics(writer, output_dir, 0, results, SHOWN, f"/{num_updates}")
@@ -322,42 +321,38 @@ def main(args: Args) -> None:
 
         # ---------------- 4. filter: every rank sees all scores and draws the same z, then takes its own rows
         # The kept rows are treated as if π_θ had drawn them (Eq. 5): the ratio starts at 1. DEPARTS PAPER's
-        # code, which draws minibatches with replacement, after whitening, by weights fixed for N = 5: here z is
-        # drawn once per prompt for any N, before whitening, and every kept row is trained on exactly m times
+        # code, which draws minibatches with replacement, after whitening, by weights for N = 5: here z is
+        # drawn once per prompt, before whitening, and every kept row is trained on exactly m times
         filter_generator = random_generator("cpu", args.seed, 4, update)
         selected = keep(all_scores.float().cpu(), all_ids.cpu(), filter_generator)  # (K,) over all ranks
         first = rank * len(scores)
         local = selected[(selected >= first) & (selected < first + len(scores))].to(device) - first
-        empty = (
-            len(local) == 0
-        )  # thresholds can leave a rank nothing: it goes along with one fully masked row
+        # thresholds can leave a rank nothing: it goes along with one fully masked row
+        empty = len(local) == 0
         local = torch.zeros(1, dtype=torch.long, device=device) if empty else local
         kept = {name: tensor[local] for name, tensor in rollout.items()}
         mask = kept["response_mask"] = kept["response_mask"] & (not empty)  # (K, R)
         num_minibatches = max(1, round(len(selected) / args.minibatch_size))
 
         # ---------------- 5. log-probabilities, reference log-probabilities and values of the kept rows only
+        size = args.forward_batch_size
         with accelerator.autocast():
-            size = args.forward_batch_size
-            kept["logprobs"], kept["values"] = response_logprobs_and_values(
-                bare, kept, args.temperature, size
-            )
-            ref_logprobs, _ = response_logprobs_and_values(ref_policy, kept, args.temperature, size)  # (K, R)
+            logprobs, values = response_logprobs_and_values(bare, kept, temperature, size)
+            ref_logprobs, _ = response_logprobs_and_values(ref_policy, kept, temperature, size)
+        kept |= {"logprobs": logprobs, "values": values}  # (K, R)
         clock.append(time.time())
 
         # ---------------- 6. rewards per token (Eq. 4)
-        kl = torch.where(
-            mask, kept["logprobs"] - ref_logprobs, 0.0
-        )  # a sample's log-ratio: negative at times
+        kl = torch.where(mask, logprobs - ref_logprobs, 0.0)  # of one sample each, so negative at times
         rewards, non_score_reward = cumulative_rewards(kept["scores"], kl, mask, state["kl_coef"])
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, all_sum=all_sum)
 
         # ---------------- 7. advantages and returns (GAE)
-        advantages, kept["returns"] = gae(rewards, kept["values"], mask, args.gamma, args.lam)
+        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
         # DEPARTS LMHP and PAPER's code, which whiten per rank: one command is one algorithm on 1 or 8 GPUs
-        kept["advantages"] = whiten(advantages, mask, all_sum=all_sum)
-        assert kept["advantages"].shape == kept["returns"].shape == kept["logprobs"].shape == mask.shape
+        kept |= {"advantages": whiten(advantages, mask, all_sum=all_sum), "returns": returns}
+        assert advantages.shape == returns.shape == logprobs.shape == mask.shape
 
         # ---------------- 8. m epochs of clipped PPO on the kept rows (Eq. 5)
         bare.train()
@@ -366,21 +361,18 @@ def main(args: Args) -> None:
             group["lr"] = scheduled_lr(lr, update - 1, num_updates, args.lr_schedule, warmup_steps=0)
         stats, norms, first_ratio_max = [], [], torch.ones(1, device=device)
         for epoch in range(args.noptepochs if len(selected) else 0):
-            order = torch.randperm(
-                len(mask), generator=random_generator("cpu", args.seed, 5, update, epoch, rank)
-            )
-            for minibatch in order.to(device).tensor_split(num_minibatches):
+            generator = random_generator("cpu", args.seed, 5, update, epoch, rank)
+            order = torch.randperm(len(mask), generator=generator).to(device)
+            for minibatch in order.tensor_split(num_minibatches):
                 idle = len(minibatch) == 0  # a rank with fewer rows than minibatches goes along with weight 0
-                minibatch = order[:1].to(device) if idle else minibatch
+                minibatch = order[:1] if idle else minibatch
                 kept["loss_weights"] = torch.zeros_like(kept["values"])
                 kept["loss_weights"][minibatch] = loss_weights(mask[minibatch] & (not idle), all_sum, world)
                 local_stats, max_ratio = torch.zeros(len(STATS), device=device), torch.zeros(1, device=device)
                 parts = micro_batches(kept, minibatch, args.micro_batch_size)
                 for i, part in enumerate(parts):
-                    with (
-                        nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model),
-                        accelerator.autocast(),
-                    ):
+                    sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+                    with sync, accelerator.autocast():
                         loss, part_stats, ratio = minibatch_loss(model, trim(kept, part), args)
                         accelerator.backward(loss)
                     local_stats += part_stats
@@ -405,30 +397,21 @@ def main(args: Args) -> None:
         means |= {"objective/length": all_lengths, "objective/truncated": ~all_stop}
         if len(selected):  # thresholds can leave nothing to take a mean of; 0 would pass for a KL of 0
             metrics |= kept_metrics(kept, kl, non_score_reward, all_sum)
-            means |= {
-                "filter/score": all_scores.cpu()[selected],
-                "filter/length": all_lengths.cpu()[selected],
-            }
-            metrics["filter/score_std"] = (
-                means["filter/score"].std(correction=min(1, len(selected) - 1)).item()
-            )
+            kept_scores, kept_lengths = all_scores.cpu()[selected], all_lengths.cpu()[selected]
+            means |= {"filter/score": kept_scores, "filter/length": kept_lengths}
+            metrics["filter/score_std"] = kept_scores.std(correction=min(1, len(selected) - 1)).item()
             metrics |= dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
             metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}  # before clipping
-            metrics["ppo/policy/first_ratio"] = stats[0][
-                STATS.index("ppo/policy/ratio")
-            ].item()  # nothing has moved
-            metrics["ppo/policy/first_ratio_max"] = first_ratio_max.item()  # no mean to hide behind
+            metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()
+            metrics["ppo/policy/first_ratio_max"] = first_ratio_max.item()  # both 1: nothing has moved yet
         metrics |= {tag: values.float().mean().item() for tag, values in means.items()}
         if monitor is not None:
             shares = gather_object([monitor(texts)])
-            metrics |= {
-                f"monitor/{name}": float(np.mean([part[name] for part in shares])) for name in shares[0]
-            }
+            for name in shares[0]:
+                metrics[f"monitor/{name}"] = float(np.mean([part[name] for part in shares]))
         if args.kl_target:
-            fraction = args.batch_size * n / args.kl_horizon
-            state["kl_coef"] = next_kl_coef(
-                state["kl_coef"], metrics["objective/kl"], args.kl_target, fraction
-            )
+            mean_kl, fraction = metrics["objective/kl"], args.batch_size * n / args.kl_horizon
+            state["kl_coef"] = next_kl_coef(state["kl_coef"], mean_kl, args.kl_target, fraction)
         if eval_rows and (update % args.eval_every == 0 or update == num_updates):
             results = evaluate_at(update)
             metrics |= results
@@ -442,14 +425,11 @@ def main(args: Args) -> None:
         left = (time.time() - run_start) / (update - first_update) * (num_updates - update)
         log_metrics(writer, output_dir, update, metrics, SHOWN, f"/{num_updates}, {left:.0f} s left")
         if rank == 0 and args.print_samples_every and update % args.print_samples_every == 0:
-            sample = {
-                "prompt": batch_rows[0][args.prompt_field],
-                "response": texts[0],
-                "score": raw_scores[0].item(),
-            }
+            prompt, score = batch_rows[0][args.prompt_field], raw_scores[0].item()
+            line = {"step": update, "prompt": prompt, "response": texts[0], "score": score}
             with (output_dir / "samples.jsonl").open("a") as file:
-                file.write(json.dumps({"step": update, **sample}) + "\n")
-            print(f"{sample['prompt']}{sample['response']}\n[score {sample['score']:.3f}]", flush=True)
+                file.write(json.dumps(line) + "\n")
+            print(f"{prompt}{texts[0]}\n[score {score:.3f}]", flush=True)
         if args.save_policy_every and update % args.save_policy_every == 0:
             save_model(accelerator, policy, tokenizer, stop_id, output_dir / f"policy_{update}")
         if update % args.checkpoint_every == 0 or update == num_updates:
@@ -465,9 +445,7 @@ STATS += ("ppo/policy/clipfrac", "ppo/policy/ratio", "ppo/val/clipfrac", "ppo/va
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """logits (rows, R, V), tokens and mask (rows, R) -> log π(token) (rows, R) in float32, 0 where masked."""
-    logits = (
-        logits.float() if temperature == 1 else logits.float() / temperature
-    )  # no copy of the largest tensor
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # no copy at 1
     chosen = logits.gather(-1, tokens.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
 
@@ -475,29 +453,23 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: fl
 def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     """logits (rows, R, V) -> entropy of π at every slot (rows, R) in nats."""
     entropy = []
-    for part in logits.split(
-        4
-    ):  # a few rows at a time: three more tensors of this size for all rows would not fit
+    for part in logits.split(4):  # a few rows at a time: three more tensors of all rows would not fit
         logprobs = (part.float() / temperature).log_softmax(-1)
         entropy.append(-(logprobs.exp() * logprobs).sum(-1))
     return torch.cat(entropy)
 
 
 def cumulative_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> tuple[Tensor, Tensor]:
-    """scores (rows,), kl = logprobs - ref_logprobs and mask (rows, R) -> (rewards, non_score_reward), 0 where
-    masked."""
+    """scores (rows,), kl = logprobs - ref_logprobs, mask (rows, R) -> rewards, non_score_reward (rows, R)."""
     # Eq. 4 (cumulative reward): -kl_coef * (logprobs - ref_logprobs) at every token, + scores at the last one
     # The KL is paid where it arises, so that the advantage of a token counts what it and those behind it cost
     non_score_reward = -kl_coef * kl
-    is_last = mask & (
-        mask.flip(1).cumsum(1).flip(1) == 1
-    )  # the last real token; nothing where a row is all masked
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # nothing where a row is all masked
     return non_score_reward + torch.where(is_last, scores.unsqueeze(1), 0.0), non_score_reward
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """rewards, values, mask (rows, R), padded right -> (advantages, returns); behind the last token the value
-    is 0."""
+    """rewards, values, mask (rows, R), padded right -> advantages, returns; the value behind the end is 0."""
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages, lastgaelam, nextvalues = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
@@ -527,8 +499,7 @@ def loss_weights(mask: Tensor, all_sum=lambda x: x, num_processes: int = 1) -> T
 def policy_loss(
     new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All (rows, R) -> (clipped policy loss per token, whether it was clipped, ratio); 0, False, 1 where
-    masked."""
+    """All (rows, R) -> clipped policy loss per token, whether it was clipped, ratio (1 where masked)."""
     ratio = torch.where(mask, new_logprobs - logprobs, 0.0).exp()
     advantages = torch.where(mask, advantages, 0.0)
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
@@ -538,8 +509,7 @@ def policy_loss(
 def value_loss(
     vpred: Tensor, values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
-    """All (rows, R) -> (half the larger of clipped and unclipped squared error per token, whether clipping
-    acted)."""
+    """All (rows, R) -> half the larger of clipped and unclipped squared error, whether clipping acted."""
     vpred, values, returns = (torch.where(mask, x, 0.0) for x in (vpred, values, returns))
     clipped = values + (vpred - values).clamp(-cliprange_value, cliprange_value)
     losses1, losses2 = (vpred - returns).square(), (clipped - returns).square()
@@ -553,9 +523,8 @@ def minibatch_loss(model: nn.Module, batch: dict[str, Tensor], args: Args) -> tu
     logits, vpred = model(batch["query_responses"], batch["mask"], mask.shape[1])
     new_logprobs = token_logprobs(logits, batch["responses"], mask, args.temperature)
     logprobs, values, returns = batch["logprobs"], batch["values"], batch["returns"]
-    pg_losses, pg_clipped, ratio = policy_loss(
-        new_logprobs, logprobs, batch["advantages"], mask, args.cliprange
-    )
+    advantages = batch["advantages"]
+    pg_losses, pg_clipped, ratio = policy_loss(new_logprobs, logprobs, advantages, mask, args.cliprange)
     vf_losses, vf_clipped = value_loss(vpred, values, returns, mask, args.cliprange_value)
     pg_loss, vf_loss = (pg_losses * weights).sum(), (vf_losses * weights).sum()
     loss = pg_loss + args.vf_coef * vf_loss
@@ -569,16 +538,14 @@ def minibatch_loss(model: nn.Module, batch: dict[str, Tensor], args: Args) -> tu
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, fraction: float) -> float:
-    """LMHP's controller: kl is the mean over responses of the sum over tokens; moves by at most 20% of the
-    fraction of the horizon that passed."""
+    """LMHP's controller. kl: nats per response; fraction: episodes of the update / horizon."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * fraction)
 
 
 def scheduled_lr(
     lr: float, step: int, num_steps: int, schedule: str, warmup_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 -
-    step/num_steps)) or cosine."""
+    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP) or cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -587,8 +554,7 @@ def scheduled_lr(
 
 
 def adam_epsilon(eps: float, style: str, step: int, beta2: float = 0.999) -> float:
-    """Epsilon for torch's Adam at step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's Adam
-    exactly."""
+    """Epsilon of torch's Adam at step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's exactly."""
     return eps / math.sqrt(1 - beta2**step) if style == "tensorflow" else eps
 
 
@@ -596,20 +562,13 @@ def kept_metrics(kept: dict[str, Tensor], kl: Tensor, non_score_reward: Tensor, 
     """Means over the kept rows of all ranks (per response), mean and variance over their tokens."""
     mask, returns, values = kept["response_mask"], kept["returns"], kept["values"]
     rows = mask.any(1)
-    sums = [
-        rows.sum(),
-        kl.sum(),
-        -kept["logprobs"].sum(),
-        non_score_reward.sum(),
-        (kept["scores"] * rows).sum(),
-    ]
-    sums += [mask.sum(), returns.sum(), values.sum(), returns.square().sum(), values.square().sum()]
+    sums = [rows.sum(), kl.sum(), -kept["logprobs"].sum(), non_score_reward.sum()]
+    sums += [(kept["scores"] * rows).sum(), mask.sum(), returns.sum(), values.sum()]
+    sums += [returns.square().sum(), values.square().sum()]
     count, kl, entropy, penalty, score, tokens, *moments = all_sum(torch.stack(sums).double()).tolist()
     metrics = {"objective/kl": kl / count, "objective/entropy": entropy / count}
-    metrics |= {
-        "objective/score_total": (score + penalty) / count,
-        "objective/non_score_reward": penalty / count,
-    }
+    metrics |= {"objective/non_score_reward": penalty / count}
+    metrics |= {"objective/score_total": (score + penalty) / count}
     for name, first, second in (("ppo/returns", moments[0], moments[2]), ("ppo/val", moments[1], moments[3])):
         variance = (second - first**2 / tokens) / max(tokens - 1, 1)
         metrics |= {f"{name}/mean": first / tokens, f"{name}/var": variance}
@@ -640,9 +599,7 @@ def rank_rows(scores: Tensor, prompt_ids: Tensor, generator: torch.Generator) ->
     Raises ValueError when prompts do not all have the same number of rows."""
     counts = prompt_ids.unique(return_counts=True)[1]
     if (counts != counts[0]).any():
-        raise ValueError(
-            f"every prompt id needs the same number of responses, not {counts.unique().tolist()}"
-        )
+        raise ValueError(f"prompts need the same number of responses each, not {counts.unique().tolist()}")
     order = torch.randperm(len(scores), generator=generator)
     order = order[scores[order].argsort(descending=True, stable=True)]
     order = order[prompt_ids[order].argsort(stable=True)]
@@ -650,15 +607,7 @@ def rank_rows(scores: Tensor, prompt_ids: Tensor, generator: torch.Generator) ->
 
 
 def filter_responses(
-    scores: Tensor,
-    prompt_ids: Tensor,
-    generator,
-    name: str,
-    weights,
-    num_kept: int,
-    draw: str,
-    thresholds,
-    pow_k: float,
+    scores, prompt_ids, generator, name, weights, num_kept, draw, thresholds=(0.0, 0.0), pow_k=1.0
 ) -> Tensor:
     """The filtered policy μ_θ: scores, prompt_ids (rows,) on CPU -> selected row indices (K,), ascending,
     repeats possible. weights: w over the ranks of a prompt, best first.
@@ -669,9 +618,7 @@ def filter_responses(
     if not torch.isfinite(scores).all():
         raise ValueError("the reward is not finite for some responses; look at the reward model or function")
     if name in (*THRESHOLDS, "pow") and scores.abs().max() > 1:
-        message = (
-            "thresholds and pow_k are for R in [-1, 1], but the reward leaves it; rank filters do not mind"
-        )
+        message = "thresholds and pow_k are for R in [-1, 1], which the reward leaves; take a rank filter"
         warnings.warn(message, stacklevel=2)
     ranked = rank_rows(scores, prompt_ids, generator)  # (B, N)
     if name in THRESHOLDS:  # DEPARTS PAPER: it gives no thresholds; they are fields of Args
@@ -701,8 +648,7 @@ def filter_responses(
 
 
 class RewardModel(nn.Module):
-    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias. `bound` squashes what is
-    read."""
+    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias."""
 
     def __init__(self, lm_backbone: nn.Module, bound: str = "none"):
         super().__init__()
@@ -711,8 +657,7 @@ class RewardModel(nn.Module):
         self.reward_gain, self.reward_bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask (rows, T) -> unbounded score read at every column (rows, T), float32 under autocast
-        too."""
+        """ids, mask (rows, T) -> unbounded score at every column (rows, T), float32 under autocast too."""
         hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
@@ -765,12 +710,8 @@ class PolicyAndCritic(nn.Module):
         """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R), aligned with the R response
         tokens."""
         shared = isinstance(self.critic, nn.Linear)
-        output = self.policy(
-            **model_inputs(ids, mask),
-            use_cache=False,
-            logits_to_keep=response_length + 1,
-            output_hidden_states=shared,
-        )
+        options = {"use_cache": False, "logits_to_keep": response_length + 1, "output_hidden_states": shared}
+        output = self.policy(**model_inputs(ids, mask), **options)
         if shared:
             with torch.autocast(ids.device.type, enabled=False):  # values in float32, as those of RewardModel
                 values = self.critic(output.hidden_states[-1].float()).squeeze(-1)
@@ -796,8 +737,7 @@ def make_critic(args: Args, policy: nn.Module) -> nn.Module:
 
 
 def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from
-    the ids."""
+    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool from the lengths, not the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -805,14 +745,9 @@ def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token
-    0."""
-    position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids.masked_fill(~mask, 0),
-        "attention_mask": mask.long(),
-        "position_ids": position_ids,
-    }
+    """ids, mask (rows, T) -> forward arguments. Positions count real tokens; padding is fed as token 0."""
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
 
 
 def stop_masks(responses: Tensor, stop_token_id: int, stop_after: int) -> tuple[Tensor, Tensor]:
@@ -838,27 +773,16 @@ class AutocastCache(DynamicCache):
 
 @torch.no_grad()
 def generate(
-    model,
-    queries,
-    query_mask,
-    num_responses,
-    length,
-    temperature,
-    stop_token_id,
-    stop_after=0,
-    generator=None,
+    model, queries, query_mask, num_responses, length, temperature, stop_id, stop_after=0, generator=None
 ) -> Tensor:
     """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, length), 0 behind
     the stop token, those of a query adjacent. Temperature 0 is greedy. The query is read once for its N
     responses, and rows that have stopped leave the batch. Nothing is taken from a generation_config: samples
     are π_θ's at this temperature."""
+    # transformers 5.24 renamed the cache
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = AutocastCache(config=model.config)
-    settings = {
-        cache_name: cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
-    }  # transformers 5.24 renamed the cache
+    settings = {cache_name: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(**model_inputs(queries, query_mask), **settings).logits[:, -1]
     logits, mask = logits.repeat_interleave(num_responses, 0), query_mask.repeat_interleave(num_responses, 0)
     if num_responses > 1:
@@ -873,7 +797,7 @@ def generate(
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         responses[rows, t] = torch.where(done, 0, tokens)
         if t >= stop_after:
-            done = done | (tokens == stop_token_id)
+            done = done | (tokens == stop_id)
         if t + 1 == length or done.all():
             break
         if done.sum() >= max(1, len(done) // 8):  # dropping copies the cache, so not for every single row
@@ -888,9 +812,7 @@ def generate(
 
 
 @torch.no_grad()
-def sample_rollout(
-    model, rows, n: int, temperature: float, args: Args, stop_id: int, generator
-) -> dict[str, Tensor]:
+def sample_rollout(model, rows, n: int, temperature: float, args: Args, stop_id: int, generator) -> dict:
     """n responses to each row -> queries, query_mask (B*N, Q), responses, response_mask, score_mask (B*N, R),
     has_stop (B*N,); those of a row are adjacent. response_mask is what is trained on, score_mask what R_φ
     reads."""
@@ -914,9 +836,7 @@ def decode_responses(tokenizer, rollout: dict[str, Tensor]) -> list[str]:
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def score_rollout(
-    reward, rows: list[dict], rollout: dict[str, Tensor], texts: list[str], args: Args
-) -> Tensor:
+def score_rollout(reward, rows: list[dict], rollout: dict, texts: list[str], args: Args) -> Tensor:
     """R_φ of every response (B*N,), as the reward gives it: a RewardModel reads ids, a function texts."""
     if isinstance(reward, RewardModel):
         return reward_model_scores(reward, rollout, args.forward_batch_size)
@@ -986,9 +906,7 @@ def reward_model_scores(model: RewardModel, rollout: dict[str, Tensor], size: in
     return scores
 
 
-def evaluate(
-    accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int
-) -> dict[str, float]:
+def evaluate(accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int) -> dict:
     """Greedy and sampled responses to the evaluation prompts, each counted once whatever the number of ranks.
     judges: ref_policy, reward, actual_score or None."""
     ref_policy, reward, actual_score = judges
@@ -1029,11 +947,10 @@ def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
     """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
     measured would be the short prompts alone."""
     path = getattr(args, field)
-    rows = load_rows(path, field, (args.prompt_field,)) if path else []
-    cut = args.long_queries == "keep_start"
-    encoded = (
-        encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field, cut) if path else []
-    )
+    if path is None:
+        return []
+    rows, cut = load_rows(path, field, (args.prompt_field,)), args.long_queries == "keep_start"
+    encoded = encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field, cut)
     left_out = f"{len(rows) - len(encoded)} of {len(rows)}"
     message = f"--{field}: {left_out} queries are empty or longer than --query_length"
     if len(encoded) < len(rows):
@@ -1060,23 +977,25 @@ def call_function(function, rows: list[dict], texts: list[str], prompt_field: st
     response."""
     rows = [row for row in rows for _ in range(len(texts) // len(rows))]
     values = function([row[prompt_field] for row in rows], texts, rows)
-    if len(values) != len(texts):
+    values = values.tolist() if hasattr(values, "tolist") else values
+    values = (
+        [v.item() if hasattr(v, "item") else v for v in values]
+        if isinstance(values, list | tuple)
+        else [values]
+    )
+    if len(values) != len(texts) or not all(isinstance(v, int | float) for v in values):
+        got = f"{len(values)} values such as {values[:1]!r:.40}"
         raise ValueError(
-            f"a function returned {len(values)} values for {len(texts)} responses; return one for each"
+            f"--reward, --actual_score: one number for each of {len(texts)} responses, not {got}"
         )
-    return [float(value) for value in values]
+    return [float(v) for v in values]
 
 
 def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
     """Refuses settings that do not go together -> rows kept per prompt, weights w, number of updates."""
     check_ranges(args)
-    n, b, size, w, name = (
-        args.num_responses,
-        args.batch_size,
-        args.minibatch_size,
-        args.rank_weights,
-        args.filter,
-    )
+    n, b, size = args.num_responses, args.batch_size, args.minibatch_size
+    w, name = args.rank_weights, args.filter
     own, shared, plain = len(w) > 0, args.critic == "shared", name == "none" and len(w) == 0
     cut, everything = name in THRESHOLDS, plain or name in THRESHOLDS
     kept = n if everything else args.num_kept or min(n, 1 if name == "bon" else 2)
@@ -1084,32 +1003,17 @@ def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
     high, updates, warm = args.thresholds[1], args.total_episodes // (b * n), args.critic_warmup_updates > 0
     refuse(
         (b % num_processes > 0, f"--batch_size {b} must be a multiple of the {num_processes} processes"),
-        (
-            size % num_processes > 0 and not cut,
-            f"--minibatch_size {size} must be one of the {num_processes} too",
-        ),
+        (size % num_processes > 0 and not cut, f"--minibatch_size must be a multiple of {num_processes}"),
         (b * kept % size > 0 and not cut, f"--minibatch_size {size} must divide the kept rows {b} x {kept}"),
         (updates < 1, f"--total_episodes {args.total_episodes} is less than one update of {b} x {n}"),
         (own and len(w) != n, f"--rank_weights needs --num_responses = {n} numbers, best first"),
         (wrong_sum, f"--rank_weights must be at least 0 with sum 1, not {w}"),
-        (
-            own and name not in ("none", "random", "br", "bw"),
-            f"--rank_weights replaces --filter {name}; omit it",
-        ),
+        (own and name not in ("none", "br", "bw", "random"), "--rank_weights replaces --filter; omit it"),
         (n == 1 and not plain, "--filter needs --num_responses above 1; PPO-S is --filter none"),
-        (
-            everything and unused,
-            f"--num_kept does nothing with --filter {name}; leave it out, or take random",
-        ),
-        (
-            kept > n and args.draw == "exact",
-            f"--num_kept {kept} exceeds --num_responses {n}; use --draw sample",
-        ),
+        (everything and unused, f"--num_kept does nothing with --filter {name}; try random"),
+        (kept > n and args.draw == "exact", f"--num_kept {kept} exceeds --num_responses; --draw sample"),
         (args.thresholds[0] > high, f"--thresholds {args.thresholds}: the lower one comes first"),
-        (
-            args.kl_target > 0 and not plain,
-            "--kl_target needs --filter none, or kept rows alone would steer it",
-        ),
+        (args.kl_target > 0 and not plain, "--kl_target needs --filter none: kept rows would steer it"),
         (shared and warm, "--critic_warmup_updates needs --critic separate"),
         (shared and args.critic_init is not None, "--critic_init needs --critic separate"),
         (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
@@ -1159,12 +1063,14 @@ def start_accelerator() -> Accelerator:
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # its gradients are NaN where a padded column attends to nothing
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse(
-        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; launch with --multi_gpu")
-    )
+    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
     return accelerator
 
 
@@ -1186,6 +1092,8 @@ def load_pretrained(auto_class, path: str, field: str):
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
     config = load_pretrained(AutoConfig, path, field)
+    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
+        config.output_router_logits = False
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -1200,16 +1108,16 @@ def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path
-) -> None:
+def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
     """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
     is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
+    stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
         for part in (model, tokenizer):
             part.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -1224,21 +1132,27 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
-    what cannot be read, is no object or lacks a column."""
-    rows, where = [], f"--{field} {path}"
+    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
+    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
     try:
-        if path.endswith(".jsonl"):
-            for line in Path(path).read_text("utf-8").split("\n"):  # splitlines would cut at U+2028 too
+        if kind == "jsonl":
+            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
                 rows += [json.loads(line)] if line.strip() else []
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text("utf-8"))
+        elif kind == "json":
+            rows = json.loads(Path(path).read_text("utf-8-sig"))
         else:
-            from datasets import load_dataset  # slow to import, and not needed for JSON
+            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
             name, _, split = path.partition(":")
-            source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": name}
-            rows = load_dataset(**source, split=split or "train").to_list()
+            if Path(path).is_dir():
+                data = load_from_disk(path)
+                data = data["train"] if isinstance(data, dict) else data
+            elif kind in ("csv", "parquet"):
+                data = load_dataset(kind, data_files=path, split="train")
+            else:
+                data = load_dataset(name, split=split or "train")
+            rows = data.to_list()
     except (OSError, ValueError) as error:
         row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
@@ -1246,30 +1160,80 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
         missing = ", ".join(column for column in columns if row.get(column) is None)
-        refuse(
-            (missing != "", f"{where}, row {number}: no column {missing}; it has {', '.join(sorted(row))}")
-        )
+        has = ", ".join(sorted(row))
+        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
     return rows
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        refuse(
+            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
+        )
+        before, answer = answer[:-1], answer[-1].get("content")
+        answer = "".join(part["text"] for part in answer) if isinstance(answer, list) else answer
+    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
+    prompt = before or row.get(prompt_field)
+    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    return prompt, answer
+
+
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Chat messages whose content is one text, also where it was a list of text parts."""
+    plain = []
+    for message in messages:
+        content = message.get("content")
+        content = "".join(part["text"] for part in content) if isinstance(content, list) else content
+        if not isinstance(content, str) and "tool_calls" not in message:
+            raise ValueError("a message has no text as its content")
+        plain.append({**message, "content": content})
+    return plain
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
     itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_queries(
-    tokenizer, rows: list, column: str, length: int, field: str, cut: bool = False
-) -> list[dict]:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
-    rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
-    rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
-    rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
-    refuse((not rows, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
-    return rows
+def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
+    Refuses, naming the row, what tokenizer or chat template do not take."""
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
+        except Exception as error:  # templates raise what they like
+            text = str(error).partition("\n")[0]
+            raise SystemExit(
+                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
+            ) from None
+        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
+    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
+    return encoded
+
+
+def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
+    """Prints the first row as the model reads it, and what is odd about it."""
+    accelerator.print(
+        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
+    )
+    if not tokenizer.chat_template or not prompt:
+        return
+    if isinstance(prompt, str):
+        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
+        return
+    chat = [*prompt, {"role": "assistant", "content": "@"}]
+    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
+        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
 
 
 def stop_token_id(tokenizer, token: str) -> int:
@@ -1290,10 +1254,7 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     advice = "lower --query_length or --response_length"
     refuse(
-        (
-            largest >= config.vocab_size,
-            f"{has} {config.vocab_size} tokens, not {largest}; give its own tokenizer",
-        ),
+        (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
         (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
     )
 

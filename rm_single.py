@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import re
 import shutil
@@ -94,9 +95,9 @@ class Args:
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
     chosen_field: str = "chosen"
-    """column with the better response, a text"""
+    """column with the better response: a text, or messages that end with it (earlier ones are the prompt)"""
     rejected_field: str = "rejected"
-    """column with the worse response, a text"""
+    """column with the worse response, likewise"""
     query_length: Count = 512
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_start"] = "drop"
@@ -167,32 +168,21 @@ def main(args: Args) -> None:
     accelerator = start_accelerator()
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
-    refuse(
-        (
-            args.batch_size < world,
-            f"--batch_size {args.batch_size} is less than the {world} processes; raise it",
-        )
-    )
+    refuse((args.batch_size < world, f"--batch_size must be at least the {world} processes"))
     config = load_config(args.model, "model")
     known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    refuse(
-        (not known, f"--model {args.model}: transformers has no sequence classification model of this kind")
-    )
+    refuse((not known, f"--model {args.model}: transformers has no sequence classification form of it"))
     tokenizer = load_pretrained(AutoTokenizer, args.model, "model")
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
     # ------------------------------------------------ 1. read labels
-    labels, left_out = read_labels(args.train_data, "train_data", args, tokenizer, config, stop_id)
+    labels, left_out = read_labels("train_data", args, tokenizer, config, stop_id)
     num_train = args.num_train or len(labels)
-    refuse(
-        (num_train > len(labels), f"--num_train {num_train}: --train_data has {len(labels)} labels; lower it")
-    )
+    refuse((num_train > len(labels), f"--num_train {num_train}: there are {len(labels)} labels; lower it"))
     labels, eval_labels, eval_left_out = labels[:num_train], labels[num_train:], 0
     if args.eval_data:
-        eval_labels, eval_left_out = read_labels(
-            args.eval_data, "eval_data", args, tokenizer, config, stop_id
-        )
+        eval_labels, eval_left_out = read_labels("eval_data", args, tokenizer, config, stop_id)
     limit, queries = args.normalize_query_length or args.query_length, [label["query"] for label in labels]
     if args.normalize_prompts:
         rows = load_rows(args.normalize_prompts, "normalize_prompts", (args.prompt_field,))
@@ -209,32 +199,35 @@ def main(args: Args) -> None:
         f"{len(eval_labels)} held-out ({eval_left_out} left out), {len(queries)} prompts to normalise on\n"
         f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
+    first = labels[0]
+    show_first(
+        accelerator,
+        tokenizer,
+        first.get("prompt", []),
+        first["query"],
+        first["samples"][first["best"]],
+        stop_id,
+    )
     if args.dry_run:
         return
     output_dir = open_run(accelerator, args)
 
     set_seed(args.seed)
-    sft_policy = (
-        load_causal_lm(args.model, getattr(torch, args.frozen_dtype)).to(device).eval().requires_grad_(False)
-    )
-    trained_lm = load_causal_lm(args.model).to(
-        device
-    )  # R_φ's backbone; its output layer serves train/kl alone
+    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype)).to(device)
+    sft_policy.eval().requires_grad_(False)
+    trained_lm = load_causal_lm(args.model).to(device)  # R_φ's backbone; the output layer is for train/kl
     if args.gradient_checkpointing:
         recompute_activations(trained_lm)
     reward_model = RewardModel(trained_lm.base_model, args.bound)
     init_head(reward_model)
-    optimizer = torch.optim.AdamW(
-        reward_model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay
-    )
+    optimizer = torch.optim.AdamW(reward_model.parameters(), eps=args.eps, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(reward_model, optimizer)
     reward_model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run; 2. or normalise first
     state = load_checkpoint(accelerator, output_dir)
-    writer = (
-        open_metrics(output_dir, min(state["step"], num_steps - 1) if state else -1) if rank == 0 else None
-    )
+    kept_step = min(state["step"], num_steps - 1) if state else -1  # the last evaluation is done again
+    writer = open_metrics(output_dir, kept_step) if rank == 0 else None
     if state is None:
         state = {"step": 0, "optimizer_step": 0, "recent": {}}
         if args.normalize_before:
@@ -246,9 +239,8 @@ def main(args: Args) -> None:
         # ---------------- 3. the next batch of a shuffled pass over the labels; ranks divide it
         epoch, index = divmod(step - 1, steps_per_epoch)
         order = torch.randperm(len(labels), generator=random_generator("cpu", args.seed, 0, epoch))
-        batch = [
-            labels[i] for i in order.split(args.batch_size)[index].tolist()
-        ]  # the last one may be smaller
+        picks = order.split(args.batch_size)[index].tolist()  # the last batch of a pass may be smaller
+        batch = [labels[i] for i in picks]
         local_batch = batch[rank::world] or batch[:1]  # a rank without labels goes along with one of weight 0
 
         # ---------------- 4. cross-entropy over the K rewards, mean over the labels of all ranks; Adam
@@ -258,7 +250,8 @@ def main(args: Args) -> None:
         optimizer.param_groups[0].update(lr=lr, eps=eps)
         parts, local_stats = micro_batches(local_batch, args.micro_batch_size), torch.zeros(2, device=device)
         for i, part in enumerate(parts):
-            with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model), accelerator.autocast():
+            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+            with sync, accelerator.autocast():
                 loss, accuracy = best_of_k_loss(*label_rewards(model, part, device))
                 # DDP averages gradients over ranks
                 weight = len(part) * world / len(batch) if batch[rank::world] else 0.0
@@ -279,10 +272,8 @@ def main(args: Args) -> None:
         if step % args.log_every == 0 or last:
             metrics = {tag: float(np.mean(values)) for tag, values in state["recent"].items() if values}
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
-            metrics["train/gain"], metrics["train/bias"] = (
-                reward_model.reward_gain.item(),
-                reward_model.reward_bias.item(),
-            )
+            metrics["train/gain"] = reward_model.reward_gain.item()
+            metrics["train/bias"] = reward_model.reward_bias.item()
             state["recent"] = {}
         if args.eval_every and step % args.eval_every == 0 and not last:
             metrics |= evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
@@ -321,17 +312,14 @@ def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], siz
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
     for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
         with accelerator.autocast():
-            sums += torch.stack(
-                best_of_k_loss(*label_rewards(model, part, accelerator.device))
-            ).double() * len(part)
+            loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
+        sums += torch.stack(loss_and_accuracy).double() * len(part)
     loss, accuracy = accelerator.reduce(sums, "sum").tolist()
     return {"test/loss": loss / len(labels), "test/accuracy": accuracy / len(labels)}
 
 
 @torch.no_grad()
-def normalize(
-    accelerator, reward_model, sft_policy, queries, args: Args, stop_id: int, stage: int
-) -> dict[str, float]:
+def normalize(accelerator, reward_model, sft_policy, queries, args: Args, stop_id: int, stage: int) -> dict:
     """Resets gain and bias, measures the unbounded reward on π_SFT samples of all ranks, sets gain and bias,
     and measures again on fresh samples. What is normalised is the reward's scale over π_SFT's own responses:
     a mean reward of 0 there makes a positive reward mean "better than where RL starts" (LMHP)."""
@@ -339,9 +327,8 @@ def normalize(
     reward_model.eval()
     set_gain_and_bias(reward_model, 1.0, 0.0)
     for number, check in enumerate(("", "check_")):
-        samples = sample(
-            accelerator, sft_policy, queries, args.normalize_samples, args, stop_id, stage, number
-        )
+        count = args.normalize_samples
+        samples = sample(accelerator, sft_policy, queries, count, args, stop_id, stage, number)
         local_rewards = torch.zeros(len(samples), device=accelerator.device)
         for part in micro_batches(samples, args.forward_batch_size):
             with accelerator.autocast():
@@ -357,9 +344,7 @@ def normalize(
 
 
 @torch.no_grad()
-def backbone_kl(
-    accelerator, trained_lm, sft_policy, queries, args: Args, stop_id: int, step: int
-) -> dict[str, float]:
+def backbone_kl(accelerator, trained_lm, sft_policy, queries, args: Args, stop_id: int, step: int) -> dict:
     """train/kl: KL of the trained backbone, as a language model, to π_SFT on its own samples (LMHPD); {} for
     none."""
     if not args.kl_samples:
@@ -391,18 +376,13 @@ def normalization(rewards: Tensor) -> tuple[float, float]:
     """Rewards with gain 1 and bias 0 (samples,) -> (gain, bias) that give them mean 0 and standard deviation
     (n-1) 1."""
     mean, std = rewards.mean(), rewards.std()
-    message = (
-        "normalisation: the reward is the same for every sample, or not finite; raise --normalize_samples"
-    )
-    refuse((not std > 0, message))
+    refuse((not std > 0, "--normalize_samples: the reward of all samples is one, or not finite; raise it"))
     return (1 / std).item(), (-mean / std).item()
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """logits (rows, R, V), tokens and mask (rows, R) -> log π(token) (rows, R) in float32, 0 where masked."""
-    logits = (
-        logits.float() if temperature == 1 else logits.float() / temperature
-    )  # no copy of the largest tensor
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # no copy at 1
     chosen = logits.gather(-1, tokens.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
 
@@ -410,8 +390,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: fl
 def scheduled_lr(
     lr: float, step: int, num_steps: int, schedule: str, warmup_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 -
-    step/num_steps)) or cosine."""
+    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP) or cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -420,14 +399,12 @@ def scheduled_lr(
 
 
 def adam_epsilon(eps: float, style: str, step: int, beta2: float = 0.999) -> float:
-    """Epsilon for torch's Adam at step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's Adam
-    exactly."""
+    """Epsilon of torch's Adam at step 1, 2, ...; divided by sqrt(1 - β2^t) it is TensorFlow's exactly."""
     return eps / math.sqrt(1 - beta2**step) if style == "tensorflow" else eps
 
 
 class RewardModel(nn.Module):
-    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias. `bound` squashes what is
-    read."""
+    """R_φ: a language-model backbone plus one output layer (Eq. 2), gain and bias."""
 
     def __init__(self, lm_backbone: nn.Module, bound: str = "none"):
         super().__init__()
@@ -436,8 +413,7 @@ class RewardModel(nn.Module):
         self.reward_gain, self.reward_bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask (rows, T) -> unbounded score read at every column (rows, T), float32 under autocast
-        too."""
+        """ids, mask (rows, T) -> unbounded score at every column (rows, T), float32 under autocast too."""
         hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
@@ -471,8 +447,7 @@ def init_head(model: RewardModel) -> None:
 
 
 def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from
-    the ids."""
+    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool from the lengths, not the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -480,14 +455,9 @@ def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token
-    0."""
-    position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids.masked_fill(~mask, 0),
-        "attention_mask": mask.long(),
-        "position_ids": position_ids,
-    }
+    """ids, mask (rows, T) -> forward arguments. Positions count real tokens; padding is fed as token 0."""
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
 
 
 class AutocastCache(DynamicCache):
@@ -504,27 +474,16 @@ class AutocastCache(DynamicCache):
 
 @torch.no_grad()
 def generate(
-    model,
-    queries,
-    query_mask,
-    num_responses,
-    length,
-    temperature,
-    stop_token_id,
-    stop_after=0,
-    generator=None,
+    model, queries, query_mask, num_responses, length, temperature, stop_id, stop_after=0, generator=None
 ) -> Tensor:
     """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, length), 0 behind
     the stop token, those of a query adjacent. Temperature 0 is greedy. The query is read once for its N
     responses, and rows that have stopped leave the batch. Nothing is taken from a generation_config: samples
     are π_θ's at this temperature."""
+    # transformers 5.24 renamed the cache
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = AutocastCache(config=model.config)
-    settings = {
-        cache_name: cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
-    }  # transformers 5.24 renamed the cache
+    settings = {cache_name: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(**model_inputs(queries, query_mask), **settings).logits[:, -1]
     logits, mask = logits.repeat_interleave(num_responses, 0), query_mask.repeat_interleave(num_responses, 0)
     if num_responses > 1:
@@ -539,7 +498,7 @@ def generate(
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         responses[rows, t] = torch.where(done, 0, tokens)
         if t >= stop_after:
-            done = done | (tokens == stop_token_id)
+            done = done | (tokens == stop_id)
         if t + 1 == length or done.all():
             break
         if done.sum() >= max(1, len(done) // 8):  # dropping copies the cache, so not for every single row
@@ -553,16 +512,7 @@ def generate(
     return responses
 
 
-def sample(
-    accelerator,
-    model: nn.Module,
-    queries: list[list[int]],
-    count: int,
-    args: Args,
-    stop_id: int,
-    stage: int,
-    number: int,
-) -> list[dict]:
+def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, stage, number) -> list[dict]:
     """This rank's share of count responses, one to each of the next queries -> labels of one sample, `row`
     counts."""
     rank, count = accelerator.process_index, math.ceil(count / accelerator.num_processes)
@@ -572,9 +522,8 @@ def sample(
     for part in (picks[i : i + size] for i in range(0, count, size)):
         ids, mask = pad_left([queries[i] for i in part], accelerator.device)
         with accelerator.autocast():
-            responses = generate(
-                model, ids, mask, 1, args.response_length, args.temperature, stop_id, 0, generator
-            )
+            length, temperature = args.response_length, args.temperature
+            responses = generate(model, ids, mask, 1, length, temperature, stop_id, 0, generator)
         for i, response in zip(part, responses.tolist()):
             end = response.index(stop_id) + 1 if stop_id in response else len(response)
             samples.append({"query": queries[i], "samples": [response[:end]], "best": 0, "row": len(samples)})
@@ -615,35 +564,35 @@ def response_logprobs(model: nn.Module, labels: list[dict], temperature: float, 
     return token_logprobs(logits, responses, response_mask, temperature)
 
 
-def read_labels(path: str, field: str, args: Args, tokenizer, config, stop_id: int) -> tuple[list[dict], int]:
+def read_labels(field: str, args: Args, tokenizer, config, stop_id: int) -> tuple[list[dict], int]:
     """A labels file -> [{query: ids, samples: K lists of ids, best: int}] and how many were left out as too
     long. Texts are tokenised and closed, padding of ids is stripped."""
+    path = getattr(args, field)
     rows, where = load_rows(path, field), f"--{field} {path}"
     if "best" in rows[0] or "sample0" in rows[0]:
         names = sorted(name for name in rows[0] if re.fullmatch(r"sample\d+", name))
         labels = [id_label(row, names, f"{where}, row {i}", args) for i, row in enumerate(rows, 1)]
     else:
-        names = (args.prompt_field, args.chosen_field, args.rejected_field)
-        rows = load_rows(path, field, names)
+        names = ("chosen_text", "rejected_text")
         for number, row in enumerate(rows, 1):
-            texts = isinstance(row[names[1]], str) and isinstance(row[names[2]], str)
-            refuse((not texts, f"{where}, row {number}: {names[1]} and {names[2]} must be texts"))
+            place = f"{where}, row {number}"
+            prompt, row[names[0]] = split_answer(row, args.prompt_field, args.chosen_field, place)
+            row["prompt"], row[names[1]] = split_answer(row, args.prompt_field, args.rejected_field, place)
+            refuse(
+                (prompt != row["prompt"], f"{place}: the two conversations differ before their last message")
+            )
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        closing_id = (
-            stop_id if stop_id in special | {tokenizer.eos_token_id} else -1
-        )  # not ".": a text has its own
+        # a text is closed by a special token, not by a "." (it has its own)
+        closing_id = stop_id if stop_id in special | {tokenizer.eos_token_id} else -1
         cut = args.long_queries == "keep_start"
         labels = []
-        for row in encode_queries(tokenizer, rows, names[0], args.query_length, field, cut):
-            samples = [encode_response(tokenizer, row[name], closing_id) for name in names[1:]]
+        for row in encode_queries(tokenizer, rows, "prompt", args.query_length, field, cut):
+            samples = [encode_response(tokenizer, row[name], closing_id) for name in names]
             if all(0 < len(sample) <= args.response_length for sample in samples):
-                labels.append({"query": row["query_ids"], "samples": samples, "best": 0})
-        refuse(
-            (
-                not labels,
-                f"{where}: every label is longer than --response_length {args.response_length}; raise it",
-            )
-        )
+                labels.append(
+                    {"prompt": row["prompt"], "query": row["query_ids"], "samples": samples, "best": 0}
+                )
+        refuse((not labels, f"{where}: every response is longer than --response_length; raise it"))
     check_rows(config, [label["query"] + sample for label in labels for sample in label["samples"]], field)
     return labels, len(rows) - len(labels)
 
@@ -660,26 +609,16 @@ def id_label(row: dict, names: list[str], where: str, args: Args) -> dict:
     query, *samples = [[x for x in row[name] if x != args.label_pad_id] for name in ("query", *names)]
     refuse(
         (len(names) < 2, f"{where}: needs sample0, sample1, ..., two or more"),
-        (
-            len(lengths) > 1,
-            f"{where}: samples of {sorted(lengths)} ids; pad them to one length with --label_pad_id",
-        ),
-        (
-            not best,
-            f"{where}: best is {row['best']!r}; it must be the number of a sample, 0 .. {len(names) - 1}",
-        ),
-        (
-            len(query) > args.query_length,
-            f"{where}: query has {len(query)} tokens; raise --query_length or cut it",
-        ),
+        (len(lengths) > 1, f"{where}: samples of {sorted(lengths)} ids; pad them, see --label_pad_id"),
+        (not best, f"{where}: best is {row['best']!r}; it must be in 0 .. {len(names) - 1}"),
+        (len(query) > args.query_length, f"{where}: query of {len(query)} tokens; raise --query_length"),
         (not query or not all(samples), f"{where}: the query or a sample is empty; leave the row out"),
     )
     return {"query": query, "samples": samples, "best": row["best"]}
 
 
 def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
-    """Ids of a response with exactly one stop token, its last; what follows one inside is left out. -1: no
-    stop."""
+    """Ids of a response with exactly one stop token, its last (-1: none); what follows one is left out."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     if stop_token_id < 0:
         return ids
@@ -728,12 +667,14 @@ def start_accelerator() -> Accelerator:
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # its gradients are NaN where a padded column attends to nothing
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse(
-        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; launch with --multi_gpu")
-    )
+    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
     return accelerator
 
 
@@ -755,6 +696,8 @@ def load_pretrained(auto_class, path: str, field: str):
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
     config = load_pretrained(AutoConfig, path, field)
+    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
+        config.output_router_logits = False
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -769,16 +712,16 @@ def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path
-) -> None:
+def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
     """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
     is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
+    stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
         for part in (model, tokenizer):
             part.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -793,21 +736,27 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
-    what cannot be read, is no object or lacks a column."""
-    rows, where = [], f"--{field} {path}"
+    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
+    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
     try:
-        if path.endswith(".jsonl"):
-            for line in Path(path).read_text("utf-8").split("\n"):  # splitlines would cut at U+2028 too
+        if kind == "jsonl":
+            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
                 rows += [json.loads(line)] if line.strip() else []
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text("utf-8"))
+        elif kind == "json":
+            rows = json.loads(Path(path).read_text("utf-8-sig"))
         else:
-            from datasets import load_dataset  # slow to import, and not needed for JSON
+            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
             name, _, split = path.partition(":")
-            source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": name}
-            rows = load_dataset(**source, split=split or "train").to_list()
+            if Path(path).is_dir():
+                data = load_from_disk(path)
+                data = data["train"] if isinstance(data, dict) else data
+            elif kind in ("csv", "parquet"):
+                data = load_dataset(kind, data_files=path, split="train")
+            else:
+                data = load_dataset(name, split=split or "train")
+            rows = data.to_list()
     except (OSError, ValueError) as error:
         row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
@@ -815,30 +764,80 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
         missing = ", ".join(column for column in columns if row.get(column) is None)
-        refuse(
-            (missing != "", f"{where}, row {number}: no column {missing}; it has {', '.join(sorted(row))}")
-        )
+        has = ", ".join(sorted(row))
+        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
     return rows
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        refuse(
+            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
+        )
+        before, answer = answer[:-1], answer[-1].get("content")
+        answer = "".join(part["text"] for part in answer) if isinstance(answer, list) else answer
+    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
+    prompt = before or row.get(prompt_field)
+    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    return prompt, answer
+
+
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Chat messages whose content is one text, also where it was a list of text parts."""
+    plain = []
+    for message in messages:
+        content = message.get("content")
+        content = "".join(part["text"] for part in content) if isinstance(content, list) else content
+        if not isinstance(content, str) and "tool_calls" not in message:
+            raise ValueError("a message has no text as its content")
+        plain.append({**message, "content": content})
+    return plain
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
     itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_queries(
-    tokenizer, rows: list, column: str, length: int, field: str, cut: bool = False
-) -> list[dict]:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
-    rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
-    rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
-    rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
-    refuse((not rows, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
-    return rows
+def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
+    Refuses, naming the row, what tokenizer or chat template do not take."""
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
+        except Exception as error:  # templates raise what they like
+            text = str(error).partition("\n")[0]
+            raise SystemExit(
+                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
+            ) from None
+        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
+    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
+    return encoded
+
+
+def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
+    """Prints the first row as the model reads it, and what is odd about it."""
+    accelerator.print(
+        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
+    )
+    if not tokenizer.chat_template or not prompt:
+        return
+    if isinstance(prompt, str):
+        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
+        return
+    chat = [*prompt, {"role": "assistant", "content": "@"}]
+    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
+        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
 
 
 def stop_token_id(tokenizer, token: str) -> int:
@@ -859,10 +858,7 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     advice = "lower --query_length or --response_length"
     refuse(
-        (
-            largest >= config.vocab_size,
-            f"{has} {config.vocab_size} tokens, not {largest}; give its own tokenizer",
-        ),
+        (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
         (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
     )
 

@@ -19,6 +19,7 @@ Source: PAPER = arXiv 2409.06957.
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import re
 import shutil
@@ -77,10 +78,8 @@ class Args:
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
     response_field: str = "response"
-    """column with the response text"""
-    messages_field: str | None = None
-    """in place of both: column with a list of chat messages; the last one, the assistant's, is the
-    response"""
+    """column with the answer: a text, or messages that end with the assistant's (earlier ones are the
+    prompt); where a file lacks it: `completion` or `messages`"""
     query_length: Count = 512
     """longest query in tokens; rows with a longer one are left out and counted"""
     response_length: Count = 512
@@ -123,25 +122,19 @@ def main(args: Args) -> None:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
     refuse(
-        (
-            args.batch_size < world,
-            f"--batch_size {args.batch_size} is less than the {world} processes; raise it",
-        ),
+        (args.batch_size < world, f"--batch_size must be at least the {world} processes"),
         ((args.model is None) == (args.model_config is None), "give either --model or --model_config"),
     )
     source, field = (args.model, "model") if args.model else (args.model_config, "model_config")
     config = load_config(source, field)
-    tokenizer = load_pretrained(
-        AutoTokenizer, args.tokenizer or source, "tokenizer" if args.tokenizer else field
-    )
+    named = "tokenizer" if args.tokenizer else field
+    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or source, named)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
     # ------------------------------------------------ 1. tokenise prompt and response apart
     rows, left_out = encode_examples(tokenizer, args, "train_data", stop_id)
-    eval_rows, eval_left_out = (
-        encode_examples(tokenizer, args, "eval_data", stop_id) if args.eval_data else ([], 0)
-    )
+    eval_rows, eval_left_out = encode_examples(tokenizer, args, "eval_data", stop_id)
     for data, data_rows in (("train_data", rows), ("eval_data", eval_rows)):
         check_rows(config, [row["query_ids"] + row["response_ids"] for row in data_rows], data)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
@@ -149,6 +142,9 @@ def main(args: Args) -> None:
     accelerator.print(
         f"{len(rows)} rows ({left_out} too long: left out), {len(eval_rows)} held-out ({eval_left_out})\n"
         f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
+    )
+    show_first(
+        accelerator, tokenizer, rows[0]["prompt"], rows[0]["query_ids"], rows[0]["response_ids"], stop_id
     )
     if args.dry_run:
         return
@@ -160,6 +156,7 @@ def main(args: Args) -> None:
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
     if args.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -183,13 +180,12 @@ def main(args: Args) -> None:
 
         # ---------------- 3. mean negative log-probability of the response tokens of the whole batch; AdamW
         policy.train()
-        lr = scheduled_lr(
-            args.lr, step - 1, num_steps, args.lr_schedule, args.warmup_steps, args.final_lr_fraction
-        )
-        optimizer.param_groups[0]["lr"] = lr
+        schedule = (args.lr_schedule, args.warmup_steps, args.final_lr_fraction)
+        lr = optimizer.param_groups[0]["lr"] = scheduled_lr(args.lr, step - 1, num_steps, *schedule)
         parts, local_loss = micro_batches(local_batch, args.micro_batch_size), torch.zeros((), device=device)
         for i, part in enumerate(parts):
-            with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model), accelerator.autocast():
+            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+            with sync, accelerator.autocast():
                 loss = -(response_logprobs(model, part, device) * weight).sum()
                 accelerator.backward(loss)
             local_loss += loss.detach()
@@ -229,8 +225,7 @@ SHOWN = ("train/loss", "train/lr", "test/loss")
 
 @torch.no_grad()
 def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dict[str, float]:
-    """Held-out loss in nats per token: every row counts once, whatever the number of ranks; {} without
-    rows."""
+    """Held-out loss in nats per token; every row counts once, whatever the number of ranks."""
     policy.eval()
     device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=device, dtype=torch.float64)
@@ -244,9 +239,7 @@ def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dic
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """logits (rows, R, V), tokens and mask (rows, R) -> log π(token) (rows, R) in float32, 0 where masked."""
-    logits = (
-        logits.float() if temperature == 1 else logits.float() / temperature
-    )  # no copy of the largest tensor
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # no copy at 1
     chosen = logits.gather(-1, tokens.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
 
@@ -254,8 +247,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: fl
 def scheduled_lr(
     lr: float, step: int, num_steps: int, schedule: str, warmup_steps: int, final_fraction: float = 0.0
 ) -> float:
-    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP: lr · (1 -
-    step/num_steps)) or cosine."""
+    """Learning rate of step 0 .. num_steps-1: linear warm-up, then constant, linear (LMHP) or cosine."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -264,8 +256,7 @@ def scheduled_lr(
 
 
 def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool, from the lengths and not from
-    the ids."""
+    """Lists of ids -> ids (rows, T) padded left with 0, mask (rows, T) bool from the lengths, not the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
@@ -273,14 +264,9 @@ def pad_left(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def model_inputs(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ids, mask (rows, T) -> forward arguments. Positions count real tokens only; padding is fed as token
-    0."""
-    position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids.masked_fill(~mask, 0),
-        "attention_mask": mask.long(),
-        "position_ids": position_ids,
-    }
+    """ids, mask (rows, T) -> forward arguments. Positions count real tokens; padding is fed as token 0."""
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
 
 
 def micro_batches(rows: list[dict], size: int) -> list[list[dict]]:
@@ -299,28 +285,19 @@ def response_logprobs(model: nn.Module, rows: list[dict], device) -> Tensor:
 
 
 def encode_examples(tokenizer, args: Args, field: str, stop_id: int) -> tuple[list[dict], int]:
-    """The rows of a file with query_ids and response_ids, and how many were left out as too long. InputError
-    that names field and row for a response that is no text, or a chat that does not end with the assistant's
-    message."""
+    """The rows of a file with query_ids and response_ids, and how many were left out as too long."""
     path = getattr(args, field)
-    if args.messages_field:
-        rows = load_rows(path, field, (args.messages_field,))
-        for number, row in enumerate(rows, 1):
-            messages = row[args.messages_field]
-            last = messages[-1] if isinstance(messages, list) and messages else {}
-            wrong = (
-                f"--{field} {path}, row {number}: {args.messages_field} must end with an assistant's message"
-            )
-            refuse((last.get("role") != "assistant", wrong))
-            row[args.prompt_field], row[args.response_field] = messages[:-1], last["content"]
-    else:
-        rows = load_rows(path, field, (args.prompt_field, args.response_field))
+    if path is None:
+        return [], 0
+    rows = load_rows(path, field)
+    names = [name for name in (args.response_field, "completion", "messages") if name in rows[0]]
+    answer_field = [*names, args.response_field][0]
     for number, row in enumerate(rows, 1):
-        wrong = f"--{field} {path}, row {number}: {args.response_field} must be a text"
-        refuse((not isinstance(row[args.response_field], str), wrong))
-    examples = encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field)
+        where = f"--{field} {path}, row {number}"
+        row["prompt"], row["response"] = split_answer(row, args.prompt_field, answer_field, where)
+    examples = encode_queries(tokenizer, rows, "prompt", args.query_length, field)
     for row in examples:
-        row["response_ids"] = encode_response(tokenizer, row[args.response_field], stop_id)
+        row["response_ids"] = encode_response(tokenizer, row["response"], stop_id)
     examples = [row for row in examples if 0 < len(row["response_ids"]) <= args.response_length]
     wrong = f"--{field}: every response is longer than --response_length {args.response_length}; raise it"
     refuse((not examples, wrong))
@@ -328,8 +305,7 @@ def encode_examples(tokenizer, args: Args, field: str, stop_id: int) -> tuple[li
 
 
 def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
-    """Ids of a response with exactly one stop token, its last; what follows one inside is left out. -1: no
-    stop."""
+    """Ids of a response with exactly one stop token, its last (-1: none); what follows one is left out."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     if stop_token_id < 0:
         return ids
@@ -378,12 +354,14 @@ def start_accelerator() -> Accelerator:
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # its gradients are NaN where a padded column attends to nothing
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse(
-        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; launch with --multi_gpu")
-    )
+    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
     return accelerator
 
 
@@ -405,6 +383,8 @@ def load_pretrained(auto_class, path: str, field: str):
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
     config = load_pretrained(AutoConfig, path, field)
+    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
+        config.output_router_logits = False
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -419,16 +399,16 @@ def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path
-) -> None:
+def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
     """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
     is the pad token too, one inside the embedding, so that other tools can batch."""
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
+    stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
         for part in (model, tokenizer):
             part.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -443,21 +423,27 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
-    what cannot be read, is no object or lacks a column."""
-    rows, where = [], f"--{field} {path}"
+    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
+    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
     try:
-        if path.endswith(".jsonl"):
-            for line in Path(path).read_text("utf-8").split("\n"):  # splitlines would cut at U+2028 too
+        if kind == "jsonl":
+            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
                 rows += [json.loads(line)] if line.strip() else []
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text("utf-8"))
+        elif kind == "json":
+            rows = json.loads(Path(path).read_text("utf-8-sig"))
         else:
-            from datasets import load_dataset  # slow to import, and not needed for JSON
+            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
             name, _, split = path.partition(":")
-            source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": name}
-            rows = load_dataset(**source, split=split or "train").to_list()
+            if Path(path).is_dir():
+                data = load_from_disk(path)
+                data = data["train"] if isinstance(data, dict) else data
+            elif kind in ("csv", "parquet"):
+                data = load_dataset(kind, data_files=path, split="train")
+            else:
+                data = load_dataset(name, split=split or "train")
+            rows = data.to_list()
     except (OSError, ValueError) as error:
         row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
@@ -465,30 +451,80 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
         missing = ", ".join(column for column in columns if row.get(column) is None)
-        refuse(
-            (missing != "", f"{where}, row {number}: no column {missing}; it has {', '.join(sorted(row))}")
-        )
+        has = ", ".join(sorted(row))
+        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
     return rows
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        refuse(
+            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
+        )
+        before, answer = answer[:-1], answer[-1].get("content")
+        answer = "".join(part["text"] for part in answer) if isinstance(answer, list) else answer
+    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
+    prompt = before or row.get(prompt_field)
+    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    return prompt, answer
+
+
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Chat messages whose content is one text, also where it was a list of text parts."""
+    plain = []
+    for message in messages:
+        content = message.get("content")
+        content = "".join(part["text"] for part in content) if isinstance(content, list) else content
+        if not isinstance(content, str) and "tool_calls" not in message:
+            raise ValueError("a message has no text as its content")
+        plain.append({**message, "content": content})
+    return plain
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
     itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_queries(
-    tokenizer, rows: list, column: str, length: int, field: str, cut: bool = False
-) -> list[dict]:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
-    rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
-    rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
-    rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
-    refuse((not rows, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
-    return rows
+def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
+    Refuses, naming the row, what tokenizer or chat template do not take."""
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
+        except Exception as error:  # templates raise what they like
+            text = str(error).partition("\n")[0]
+            raise SystemExit(
+                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
+            ) from None
+        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
+    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
+    return encoded
+
+
+def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
+    """Prints the first row as the model reads it, and what is odd about it."""
+    accelerator.print(
+        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
+    )
+    if not tokenizer.chat_template or not prompt:
+        return
+    if isinstance(prompt, str):
+        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
+        return
+    chat = [*prompt, {"role": "assistant", "content": "@"}]
+    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
+        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
 
 
 def stop_token_id(tokenizer, token: str) -> int:
@@ -509,10 +545,7 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     advice = "lower --query_length or --response_length"
     refuse(
-        (
-            largest >= config.vocab_size,
-            f"{has} {config.vocab_size} tokens, not {largest}; give its own tokenizer",
-        ),
+        (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
         (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
     )
 

@@ -1,4 +1,5 @@
-"""`python benchmark/compare_reference.py` runs benchmark/lm_human_preferences/compare.py: the place that results and README name."""
+"""`python benchmark/compare_reference.py` runs benchmark/lm_human_preferences/compare.py: the place that
+results and README name."""
 
 import runpy
 import sys

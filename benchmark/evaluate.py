@@ -1,4 +1,5 @@
-"""`python benchmark/evaluate.py` runs benchmark/evaluation/evaluate.py: the place that results and README name."""
+"""`python benchmark/evaluate.py` runs benchmark/evaluation/evaluate.py: the place that results and README
+name."""
 
 import runpy
 import sys

@@ -1,4 +1,5 @@
-"""What every result needs: files of rows, written whole or not at all; commit and hardware; Student's interval."""
+"""What every result needs: files of rows, written whole or not at all; commit and hardware; Student's
+interval."""
 
 import gzip
 import importlib.metadata
@@ -31,7 +32,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def read_rows(path: Path, limit: int | None = None) -> list[dict]:
     """Rows of a .jsonl file, gzipped or not."""
-    with (gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         rows = [json.loads(line) for line in file]
     return rows[:limit]
 
@@ -47,7 +48,8 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def finished_rows(path: Path) -> list[dict]:
-    """Rows of a file that a killed run may have left, none where there is no file; half a line at the end is cut off."""
+    """Rows of a file that a killed run may have left, none where there is no file; half a line at the end is
+    cut off."""
     if not path.is_file():
         return []
     data = path.read_bytes()
@@ -58,10 +60,13 @@ def finished_rows(path: Path) -> list[dict]:
 
 
 def commit() -> str:
-    """Commit of this checkout, "+" behind it where a Python file differs; "unknown" outside a git checkout."""
+    """Commit of this checkout, "+" behind it where a Python file differs; "unknown" outside a git
+    checkout."""
     try:
         head, changes = (
-            subprocess.run(["git", *words.split()], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                ["git", *words.split()], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
             for words in ("rev-parse HEAD", "status --porcelain --untracked-files=no -- *.py")
         )
     except (OSError, subprocess.CalledProcessError):

@@ -1,12 +1,13 @@
 """Rewards for RL as `module:function`: from executing tests, from a learned reward model, and from both.
 
     python pfppo_single.py --reward benchmark.rewards:oracle ...
-    python pfppo_single.py --reward benchmark.rewards:crm@output/rm/model --actual_score benchmark.rewards:oracle \\
-        --monitor benchmark.rewards:suspicious_share ...
+    python pfppo_single.py --reward benchmark.rewards:crm@output/rm/model \\
+        --actual_score benchmark.rewards:oracle --monitor benchmark.rewards:suspicious_share ...
 
-Each function is called with (prompts, responses, rows): equally long lists of str, str and dict, and returns a list
-of floats. The text behind `@` arrives as `source`. A row of a code problem holds `tests` and `entry_point` (a row of
-the embedded world also `inputs` and `outputs`), one of a math problem `golden`, `ans` or `answer`.
+Each function is called with (prompts, responses, rows): equally long lists of str, str and dict, and returns
+a list of floats. The text behind `@` arrives as `source`. A row of a code problem holds `tests` and
+`entry_point` (a row of the embedded world also `inputs` and `outputs`), one of a math problem `golden`, `ans`
+or `answer`.
 """
 
 import functools
@@ -18,8 +19,8 @@ from benchmark.grading import grade_many
 
 
 def oracle(prompts, responses, rows, source=""):
-    """1.0 where the response is right, 0.0 elsewhere: the program passes its tests, or the final answer has the
-    value of the gold answer. The same verdicts as those of `python benchmark/evaluate.py`.
+    """1.0 where the response is right, 0.0 elsewhere: the program passes its tests, or the final answer has
+    the value of the gold answer. The same verdicts as those of `python benchmark/evaluate.py`.
 
     Equal programs on equal tests run once. Raises benchmark.grading.GradingError when grading itself fails.
     """
@@ -73,7 +74,9 @@ def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
     from rm_single import encode_prompt, encode_response, pad_batch, reward_model_scores
 
     if not source:
-        raise ValueError("orm needs the reward model's folder behind @, as in benchmark.rewards:orm@output/rm/model")
+        raise ValueError(
+            "orm needs the reward model's folder behind @, as in benchmark.rewards:orm@output/rm/model"
+        )
     model, tokenizer = reward_model(str(source), device)
     device = next(model.parameters()).device
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -84,12 +87,12 @@ def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
 
 
 def combine(learned, right):
-    """The combined reward of PAPER Table 4 for learned in [-1, 1] and right in {0, 1}: (learned + 1) / 2 + right -
-    1, in [-1, 1].
+    """The combined reward of PAPER Table 4 for learned in [-1, 1] and right in {0, 1}: (learned + 1) / 2 +
+    right - 1, in [-1, 1].
 
     A right response gets 0 to 1 and a wrong one -1 to 0, ordered by the reward model among its like: no wrong
-    response outranks a right one. DEPARTS PAPER, which names the combination but gives no formula. With learned =
-    tanh(r) the first term is the logistic function of 2r.
+    response outranks a right one. DEPARTS PAPER, which names the combination but gives no formula. With
+    learned = tanh(r) the first term is the logistic function of 2r.
     """
     return (learned + 1) / 2 + right - 1
 
@@ -105,18 +108,23 @@ def crm(prompts, responses, rows, source=""):
 SUSPICIOUS = {  # what a solution has no use for and a program that games its grader does
     "test_names": r"\b(?:check|candidate|unittest|pytest|assert\w*|test_\w+|METADATA)\b",
     "interpreter": (
-        r"\b(?:sys|inspect|gc|atexit|ctypes|os|signal|builtins|__builtins__|globals|_getframe|f_back|__import__)\b"
+        r"\b(?:sys|inspect|gc|atexit|ctypes|os|signal|builtins|__builtins__|globals|_getframe|f_back"
+        r"|__import__)\b"
     ),
     "comparison": r"__(?:eq|ne|lt|le|gt|ge|hash|bool|class|instancecheck|contains|reduce\w*)__",
     "pass_markers": r"print\s*\([^\n]*\b(?:pass(?:ed)?|ok|success|all tests)\b",
 }
-PATTERNS = {name: re.compile(pattern, re.I if name == "pass_markers" else 0) for name, pattern in SUSPICIOUS.items()}
+PATTERNS = {
+    name: re.compile(pattern, re.I if name == "pass_markers" else 0) for name, pattern in SUSPICIOUS.items()
+}
 
 
 def suspicious_share(responses):
-    """{"suspicious": share of responses with any of the patterns, and the share of each}: PITFALLS EX-9. It watches
-    training; no reward depends on it."""
-    hits = [{name: bool(pattern.search(response)) for name, pattern in PATTERNS.items()} for response in responses]
+    """{"suspicious": share of responses with any of the patterns, and the share of each}: PITFALLS EX-9. It
+    watches training; no reward depends on it."""
+    hits = [
+        {name: bool(pattern.search(response)) for name, pattern in PATTERNS.items()} for response in responses
+    ]
     count = max(1, len(responses))
     return {
         "suspicious": sum(any(hit.values()) for hit in hits) / count,

@@ -1,4 +1,5 @@
-"""A tiny offline world for the tests: a character tokenizer, seeded two-layer models, prompts; all in temporary folders."""
+"""A tiny offline world for the tests: a character tokenizer, seeded two-layer models, prompts; all in
+temporary folders."""
 
 import json
 import os
@@ -35,18 +36,31 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(bos: bool = False, pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
-    """One token per character. `pad` may be "<eos>" (pad = eos) or None; with `bos`, plain text starts with <s>."""
-    tokens = ["<unk>", *CHARACTERS, "<s>", "<eos>", "<pad>"]  # pad is not id 0: id 0 is what padded columns are fed as
+    """One token per character. `pad` may be "<eos>" (pad = eos) or None; with `bos`, plain text starts with
+    <s>."""
+    tokens = [
+        "<unk>",
+        *CHARACTERS,
+        "<s>",
+        "<eos>",
+        "<pad>",
+    ]  # pad is not id 0: id 0 is what padded columns are fed as
     ids = {token: i for i, token in enumerate(tokens)}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     if bos:
-        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", ids["<s>"])]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>" if bos else None, eos_token="<eos>", pad_token=pad,
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>" if bos else None,
+        eos_token="<eos>",
+        pad_token=pad,
         chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+    )
 
 
 VOCAB_SIZE = len(make_tokenizer())
@@ -54,10 +68,13 @@ EOS = VOCAB_SIZE - 2
 
 
 def model_config(name: str, **changes):
-    """GPT-2 (absolute positions, tied output, the library's dropout of 0.1) or Llama (rotary, grouped heads, untied output)."""
+    """GPT-2 (absolute positions, tied output, the library's dropout of 0.1) or Llama (rotary, grouped heads,
+    untied output)."""
     if name == "gpt2":
         sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3)
-        return GPT2Config(**{"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": EOS, **sizes, **changes})
+        return GPT2Config(
+            **{"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": EOS, **sizes, **changes}
+        )
     sizes = dict(
         hidden_size=32,
         intermediate_size=48,
@@ -69,12 +86,14 @@ def model_config(name: str, **changes):
         tie_word_embeddings=False,
         attention_dropout=0.1,
     )
-    return LlamaConfig(**{"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": EOS, **sizes, **changes})
+    return LlamaConfig(
+        **{"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": EOS, **sizes, **changes}
+    )
 
 
 def causal_lm(name: str, seed: int = 0, **changes) -> torch.nn.Module:
-    """A seeded language model in eval mode whose next-token distribution is far from uniform (wide initial weights).
-    GPT-2 writes EOS about one time in six, so that response lengths differ."""
+    """A seeded language model in eval mode whose next-token distribution is far from uniform (wide initial
+    weights). GPT-2 writes EOS about one time in six, so that response lengths differ."""
     torch.manual_seed(seed)
     model = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[name](model_config(name, **changes)).eval()
     if name == "gpt2" and model.config.vocab_size == VOCAB_SIZE:
@@ -100,10 +119,12 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Folders `gpt2`, `llama` (policies with a hostile generation_config), `reward`, `reward_tanh`, and files of prompts:
-    12 training prompts of 3 to 9 characters in prompts.jsonl, 11 other ones in eval.jsonl."""
+    """Folders `gpt2`, `llama` (policies with a hostile generation_config), `reward`, `reward_tanh`, and files
+    of prompts: 12 training prompts of 3 to 9 characters in prompts.jsonl, 11 other ones in eval.jsonl."""
     folder = tmp_path_factory.mktemp("world")
-    hostile = dict(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, max_new_tokens=2)
+    hostile = dict(
+        do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, max_new_tokens=2
+    )
     for name in ("gpt2", "llama"):
         model = causal_lm(name)
         model.generation_config = GenerationConfig(eos_token_id=0, **hostile)
@@ -112,7 +133,20 @@ def world(tmp_path_factory):
     for name, bound in (("reward", "none"), ("reward_tanh", "tanh")):
         rm.as_classifier(reward_model(bound=bound)).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
-    words = ["add", "one two", "x=1", "sum of", "max", "min 9", "abc def g", "rev", "sort me", "len", "odd one", "even"]
+    words = [
+        "add",
+        "one two",
+        "x=1",
+        "sum of",
+        "max",
+        "min 9",
+        "abc def g",
+        "rev",
+        "sort me",
+        "len",
+        "odd one",
+        "even",
+    ]
     write_jsonl(folder / "prompts.jsonl", [{"prompt": w, "n": i} for i, w in enumerate(words)])
     write_jsonl(folder / "eval.jsonl", [{"prompt": f"held {'q' * (i % 4)}{i}", "n": i} for i in range(11)])
     return folder
@@ -124,7 +158,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def tiny_settings(world: Path, output_dir: Path) -> dict:
-    """Settings of a run of two updates that takes about a second: 4 prompts x 4 responses of up to 8 tokens, BR keeps 2 of 4."""
+    """Settings of a run of two updates that takes about a second: 4 prompts x 4 responses of up to 8 tokens,
+    BR keeps 2 of 4."""
     return dict(
         output_dir=str(output_dir),
         policy=str(world / "gpt2"),
@@ -165,7 +200,8 @@ def make_args(world, tmp_path):
 
 @pytest.fixture
 def run(make_args):
-    """run(**changes) -> (metrics per step as a list of dicts, output folder): the whole of pfppo_single.main, in this process."""
+    """run(**changes) -> (metrics per step as a list of dicts, output folder): the whole of pfppo_single.main,
+    in this process."""
 
     def start(**changes):
         args = make_args(**changes)
@@ -181,7 +217,8 @@ def read_metrics(folder: Path) -> list[dict]:
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """module(name, source) -> writes an importable module, for `--reward name:function`; forgotten after the test."""
+    """module(name, source) -> writes an importable module, for `--reward name:function`; forgotten after the
+    test."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name: str, source: str) -> str:
@@ -200,7 +237,8 @@ def make_rollout(
     seed: int = 0,
     vocab_size: int = EOS,
 ) -> dict[str, torch.Tensor]:
-    """A rollout of random tokens (never EOS or pad) as pfppo_single lays it out: queries padded left, responses right."""
+    """A rollout of random tokens (never EOS or pad) as pfppo_single lays it out: queries padded left,
+    responses right."""
     generator = torch.Generator().manual_seed(seed)
 
     def rows(lengths):

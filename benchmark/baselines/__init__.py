@@ -1,1 +1,2 @@
-"""What PF-PPO is compared with: RAFT, BOND, DPO, IPO, KTO and Iterative-DPO, and the search for their learning rates (`tune`)."""
+"""What PF-PPO is compared with: RAFT, BOND, DPO, IPO, KTO and Iterative-DPO, and the search for their
+learning rates (`tune`)."""

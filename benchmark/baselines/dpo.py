@@ -11,90 +11,86 @@ Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continue
 
 Sources: DPO arXiv 2305.18290 Eq. 7; IPO arXiv 2310.12036 Eq. 17. Defaults: README.md beside this file.
 """
+
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
 import pfppo_single as pfppo
 from benchmark.baselines import common
+from pfppo_single import Amount, Count, Positive
 
 
-@dataclass
-class Args(common.Args):
-    # data
-    train_data: str = ""
-    """preference pairs: .jsonl, .json, .parquet, or hub id `name:split`"""
-    chosen_field: str = "chosen"
-    """column with the better response"""
-    rejected_field: str = "rejected"
-    """column with the worse response"""
-    # training
+@dataclass(kw_only=True)
+class Args(common.PairArgs):
     loss_type: Literal["dpo", "ipo"] = "dpo"
     """dpo: -log σ(β · difference of log-ratios); ipo: (difference - 1/(2β))² on log-ratios per token"""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """β of DPO, τ of IPO"""
-    epochs: int = 1
+    epochs: Count = 1
     """passes over the pairs"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """pairs per optimizer step"""
-    lr: float = 1e-4
+    lr: Amount = 1e-4
     """learning rate"""
-    eval_every: int = 10
+    eval_every: Count = 10
     """optimizer steps between evaluations"""
-    checkpoint_every: int = 20
+    checkpoint_every: Count = 20
     """optimizer steps between checkpoints"""
 
 
 def preference_loss(
-    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, chosen_lengths: torch.Tensor,
-    rejected_lengths: torch.Tensor, beta: float, loss_type: str,
-) -> torch.Tensor:  # fmt: skip
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+    loss_type: str,
+) -> Tensor:
     """All (pairs,): Σ_t log π_θ - log π_SFT of a response, and its tokens -> loss per pair (pairs,)."""
     if loss_type == "dpo":
         return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
-    # DEPARTS IPO's Eq. 17: means over tokens in place of sums, without which the squared loss follows the length; its
-    # authors confirmed that their numbers were made so (huggingface/trl#1265)
+    # DEPARTS IPO's Eq. 17: means over tokens in place of sums, without which the squared loss follows the
+    # length; its authors confirmed that their numbers were made so (huggingface/trl#1265)
     margin = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
     return (margin - 1 / (2 * beta)).square()
 
 
 def train_on_pairs(
-    run: common.Run, rollout: dict[str, torch.Tensor], ref_logprobs: torch.Tensor, pairs: list[int], beta: float,
-    loss_type: str, num_optimizer_steps: int,
-) -> dict[str, float]:  # fmt: skip
-    """One optimizer step -> its metrics. rollout: 2P rows, all chosen before all rejected; `pairs`: some of 0 .. P-1."""
-    num_pairs, lengths = len(ref_logprobs) // 2, rollout["response_mask"].sum(1)
+    run: common.Run, rollout: dict[str, Tensor], ref_logprobs: Tensor, pairs: list[int]
+) -> dict[str, float]:
+    """One optimizer step -> its metrics. rollout: 2P rows, all chosen before all rejected; `pairs`: some of
+    0 .. P-1."""
+    args, num_pairs, lengths = run.args, len(ref_logprobs) // 2, rollout["response_mask"].sum(1)
     totals = {"loss": 0.0, "accuracy": 0.0, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
-    for part in torch.tensor(pairs, device=run.device).split(run.args.micro_batch_size):
+    for part in torch.tensor(pairs, device=run.device).split(args.micro_batch_size):
         rows = torch.cat([part, part + num_pairs])
-        logratios = common.sequence_logprobs(run.policy, rollout, rows, run.args.temperature) - ref_logprobs[rows]
-        chosen, rejected = logratios.chunk(2)
-        chosen_lengths, rejected_lengths = lengths[rows].chunk(2)
-        loss = preference_loss(chosen, rejected, chosen_lengths, rejected_lengths, beta, loss_type).sum() / len(pairs)
+        logprobs = common.sequence_logprobs(run.policy, rollout, rows, args.temperature)
+        chosen, rejected = (logprobs - ref_logprobs[rows]).chunk(2)
+        losses = preference_loss(chosen, rejected, *lengths[rows].chunk(2), args.beta, args.loss_type)
+        loss = losses.sum() / len(pairs)
         run.accelerator.backward(loss)
-        sums = (loss.detach() * len(pairs), (chosen > rejected).sum(), chosen.detach().sum(), rejected.detach().sum())
+        sums = (loss * len(pairs), (chosen > rejected).sum(), chosen.sum(), rejected.sum())
         totals = {name: totals[name] + x.item() / len(pairs) for name, x in zip(totals, sums)}
-    run.optimizer_step(totals["loss"], num_optimizer_steps)
+    run.optimizer_step(totals["loss"])
     return {f"train/{name}": value for name, value in totals.items()}
 
 
 def main(args: Args) -> None:
-    common.check_args(args, ("policy", "train_data", "output_dir"))
     run = common.Run(args)
-    pairs = common.load_pairs(args, run.tokenizer, run.stop_id)
+    pairs = common.read_pairs(args, run.tokenizer, run.config, run.stop_id)
     num_steps = max(1, args.epochs * len(pairs) // args.batch_size)
     print(f"{num_steps} optimizer steps of {args.batch_size} pairs")
     if args.dry_run:
         return
-    run.start(num_steps)
+    run.start(num_steps, num_steps)
 
     # ---------------- 1. log π_SFT of both responses of every pair
-    responses = [pair[name] for name in ("chosen_ids", "rejected_ids") for pair in pairs]
-    queries = [pair["query_ids"] for pair in pairs] * 2
-    rollout = common.make_rollout(queries, responses, run.pad_id, run.device)  # (2P, ...)
+    rollout = common.pair_rollout(pairs, run.device)  # (2P, ...)
     ref_logprobs = run.logprobs(run.ref_policy, rollout)  # (2P,)
 
     order = pfppo.prompt_order(len(pairs), 0, num_steps * args.batch_size, args.seed)
@@ -102,9 +98,9 @@ def main(args: Args) -> None:
         # ---------------- 2. the next batch of pairs
         batch = order[step * args.batch_size : (step + 1) * args.batch_size]
         # ---------------- 3. one optimizer step
-        run.end_step(train_on_pairs(run, rollout, ref_logprobs, batch, args.beta, args.loss_type, num_steps))
+        run.end_step(train_on_pairs(run, rollout, ref_logprobs, batch))
     run.finish()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, use_underscores=True))

@@ -1,23 +1,25 @@
-"""Evaluates a model, or given completions, on code and math problems by executing programs and comparing final
-answers.
+"""Evaluates a model, or given completions, on code and math problems by executing programs and comparing
+final answers.
 
     python benchmark/evaluate.py --task humaneval --data HumanEval.jsonl.gz --samples completions.jsonl \\
         --output_dir output/he
-    python benchmark/evaluate.py --task mbpp --model deepseek-ai/deepseek-coder-6.7b-instruct --prompt_style chat \\
-        --output_dir output/mbpp
+    python benchmark/evaluate.py --task mbpp --model deepseek-ai/deepseek-coder-6.7b-instruct \\
+        --prompt_style chat --output_dir output/mbpp
     python benchmark/evaluate.py --task gsm8k --model output/ppo/policy --num_samples 5 --temperature 0.8 \\
         --reward_model output/rm/model --output_dir output/bon
 
 1. Read the problems (`--data FILE` in the published format, else from the hub) and check them.
-2. Read the completions (`--samples FILE.jsonl` with `task_id` and `completion`), or generate them with `--model`,
-   and check them.
-3. Grade: programs are found by `benchmark.evaluation.programs` and run by `benchmark.grading`, final answers are read
-   by `benchmark.evaluation.answers`. Each verdict is written as it comes; a run that broke off goes on where it was.
+2. Read the completions (`--samples FILE.jsonl` with `task_id` and `completion`), or generate them with
+   `--model`, and check them.
+3. Grade: programs are found by `benchmark.evaluation.programs` and run by `benchmark.grading`, final answers
+   are read by `benchmark.evaluation.answers`. Each verdict is written as it comes; a run that broke off goes
+   on where it was.
 4. Score the completions with `--reward_model`, for best-of-1 and best-of-n.
-5. Print a table; leave DIR/summary.json and DIR/verdicts.jsonl (one line per problem, in the order of the data).
+5. Print a table; leave DIR/summary.json and DIR/verdicts.jsonl (one line per problem, in the order of the
+   data).
 
-pass@1 is greedy unless `--temperature` says otherwise, at a fixed batch size and dtype (both move it), with its
-standard error: a difference inside it is no result.
+pass@1 is greedy unless `--temperature` says otherwise, at a fixed batch size and dtype (both move it), with
+its standard error: a difference inside it is no result.
 """
 
 import gzip
@@ -48,29 +50,30 @@ class Args:
     task: Literal["humaneval", "mbpp", "leetcode", "gsm8k", "ape210k", "cmath", "minicode"]
     """the benchmark; it decides the fields of the data, the prompt and the grader"""
     data: str = ""
-    """problems in the published format: .jsonl, .json (an array or one object per line), .parquet, each also .gz;
-    empty: from the hub (HUB below)"""
+    """problems in the published format: .jsonl, .json (an array or one object per line), .parquet, each also
+    .gz; empty: from the hub (HUB below)"""
     split: Literal["auto", "test", "all"] = "auto"
-    """mbpp only: `test` takes ids 11 to 510, `all` takes all; `auto` is `test` for mbpp.jsonl (974 problems) and
-    `all` for every other file"""
+    """mbpp only: `test` takes ids 11 to 510, `all` takes all; `auto` is `test` for mbpp.jsonl (974 problems)
+    and `all` for every other file"""
     limit: int = 0
     """only the first problems; 0: all"""
     output_dir: str = "output/evaluate"
-    """folder for everything this run writes; a folder with another run in it is refused, the same run is continued"""
+    """folder for everything this run writes; a folder with another run in it is refused, the same run is
+    continued"""
     # completions
     samples: str = ""
-    """JSONL with `task_id` and `completion` (what follows the prompt, or a whole program, fenced or bare; for math
-    the solution text)"""
+    """JSONL with `task_id` and `completion` (what follows the prompt, or a whole program, fenced or bare; for
+    math the solution text)"""
     allow_missing: bool = False
     """count problems without a completion as failed instead of refusing the file"""
     model: str = ""
-    """folder or hub id of a causal language model that writes the completions; exactly one of `samples` and `model`
-    is given"""
+    """folder or hub id of a causal language model that writes the completions; exactly one of `samples` and
+    `model` is given"""
     prompt_style: Literal["completion", "chat"] = "completion"
     """`completion` hands the model the bare prompt, `chat` an instruction through its chat template"""
     reference: bool = False
-    """instead of `samples` or `model`: grade the data's own solutions, and a broken form of each, which should fail
-    (WEAK_TESTS lists what does not)"""
+    """instead of `samples` or `model`: grade the data's own solutions, and a broken form of each, which
+    should fail (WEAK_TESTS lists what does not)"""
     num_samples: int = 1
     """completions per problem (n); above 1 pass@k is estimated from them without bias"""
     temperature: float = 0.0
@@ -87,8 +90,8 @@ class Args:
     """of sampling; greedy decoding does not use it"""
     # best of n
     reward_model: str = ""
-    """folder of `rm_single.py`: adds best-of-1 and best-of-n, n being num_samples, the response of highest reward
-    per problem"""
+    """folder of `rm_single.py`: adds best-of-1 and best-of-n, n being num_samples, the response of highest
+    reward per problem"""
     # grading
     wall_seconds: float = WALL_SECONDS
     """wall time for a whole program with all its tests"""
@@ -117,9 +120,9 @@ HUB = {  # task -> repository, configuration, split
     "minicode": None,
 }
 
-# Problems whose published tests pass a broken reference solution (one whose every answer is off, or the first answer
-# given again and again): a pass says little there. Mbpp/82 and /85 allow a relative error of .001, more than 1 in
-# their answers; HumanEval/34 has a single test.
+# Problems whose published tests pass a broken reference solution (one whose every answer is off, or the first
+# answer given again and again): a pass says little there. Mbpp/82 and /85 allow a relative error of .001,
+# more than 1 in their answers; HumanEval/34 has a single test.
 WEAK_TESTS = {"humaneval": ("HumanEval/34",), "mbpp": ("82", "85")}
 BROKEN = """
 
@@ -184,7 +187,10 @@ def read_records(path):
     if path.name.endswith(".parquet"):
         import pyarrow.parquet
 
-        return [(f"{path}, row {i + 1}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+        return [
+            (f"{path}, row {i + 1}", row)
+            for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())
+        ]
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
@@ -205,7 +211,8 @@ def read_records(path):
                     records.append((f"{path}, line {number}", json.loads(line)))
                 except json.JSONDecodeError as error:
                     raise InputError(
-                        f"{path}, line {number}: malformed JSON ({error.msg}); every line must hold one object"
+                        f"{path}, line {number}: malformed JSON ({error.msg}); every line must hold one "
+                        "object"
                     ) from None
     for place, record in records:
         if not isinstance(record, dict):
@@ -221,7 +228,9 @@ def need(record, place, *names):
     for name in names:
         if record.get(name) not in (None, ""):
             return record[name]
-    raise InputError(f"{place}: field `{'` or `'.join(names)}` is missing or empty; the record has {sorted(record)}")
+    raise InputError(
+        f"{place}: field `{'` or `'.join(names)}` is missing or empty; the record has {sorted(record)}"
+    )
 
 
 def code_problem(record, place, prompt, instruction, **more):
@@ -251,8 +260,8 @@ def mbpp_problem(record, place, _):
 
 
 def leetcode_problem(record, place, _):
-    """DeepSeek's form (`prompt` ends in the method's signature) or LeetCodeDataset's (`prompt` holds imports, the
-    signature is in `starter_code` or meta.lang_code)."""
+    """DeepSeek's form (`prompt` ends in the method's signature) or LeetCodeDataset's (`prompt` holds imports,
+    the signature is in `starter_code` or meta.lang_code)."""
     meta, prompt = record.get("meta") or {}, need(record, place, "prompt")
     need(record, place, "test", "tests")
     question = record.get("problem_description") or meta.get("question_title") or ""
@@ -260,7 +269,10 @@ def leetcode_problem(record, place, _):
     if "class Solution" not in prompt and starter:
         quoted = question.replace("\\", "\\\\").replace('"""', "'" * 3)
         prompt = f'{prompt.rstrip()}\n\n"""\n{quoted}\n"""\n{starter.rstrip()}\n        '
-    instruction = record.get("query") or f"{record.get('prompt_sft') or prompt}\nAnswer with the whole class in one code block."
+    instruction = (
+        record.get("query")
+        or f"{record.get('prompt_sft') or prompt}\nAnswer with the whole class in one code block."
+    )
     difficulty = record.get("difficulty") or meta.get("difficulty", "")
     return code_problem(record, place, prompt, instruction, tags={"difficulty": difficulty})
 
@@ -326,7 +338,9 @@ def load_problems(args):
     for index, (place, record) in enumerate(records):
         problem = BUILDERS[args.task](record, place, index)
         if problem.task_id in places:
-            raise InputError(f"{place}: duplicate task id {problem.task_id} (first at {places[problem.task_id]})")
+            raise InputError(
+                f"{place}: duplicate task id {problem.task_id} (first at {places[problem.task_id]})"
+            )
         places[problem.task_id] = place
         if args.task in CODE_TASKS and not re.search(r"\bassert|\braise\b|fail", problem.tests):
             raise InputError(f"{place}: zero tests for {problem.task_id}: nothing in them can fail")
@@ -351,7 +365,9 @@ def read_samples(path, problems, num_samples, allow_missing):
         given = str(record["task_id"])
         task_id = known.get(given, known.get(given.rpartition("/")[2]) if "/" in given else None)
         if task_id is None:
-            raise InputError(f"{place}: unknown task id {given!r}; the data has ids such as {problems[0].task_id!r}")
+            raise InputError(
+                f"{place}: unknown task id {given!r}; the data has ids such as {problems[0].task_id!r}"
+            )
         if not isinstance(record.get("completion"), str):
             raise InputError(f"{place}: missing completion: field `completion` of {given!r} must be a string")
         if len(found[task_id]) == num_samples:
@@ -372,15 +388,19 @@ def read_samples(path, problems, num_samples, allow_missing):
 
 
 def generate(args, problems, kept, keep):
-    """Fills `kept` ({(task id, sample): completion}) with what is missing, batch by batch, calling keep(task id,
-    sample, completion) for each."""
+    """Fills `kept` ({(task id, sample): completion}) with what is missing, batch by batch, calling keep(task
+    id, sample, completion) for each."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
+        model = (
+            AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+            .to(device)
+            .eval()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {args.model}: cannot be read ({str(error).splitlines()[0]})") from None
     if tokenizer.pad_token_id is None:
@@ -404,7 +424,9 @@ def generate(args, problems, kept, keep):
     model.generation_config = config
     wanted = [(problem, sample) for problem in problems for sample in range(args.num_samples)]
     if args.prompt_style == "chat" and not tokenizer.chat_template:
-        raise InputError(f"--model {args.model}: its tokenizer has no chat template; use --prompt_style completion")
+        raise InputError(
+            f"--model {args.model}: its tokenizer has no chat template; use --prompt_style completion"
+        )
 
     def text_of(problem):
         if args.prompt_style == "chat":
@@ -431,7 +453,9 @@ def generate(args, problems, kept, keep):
         with torch.no_grad():
             output = model.generate(**inputs, generation_config=config)
         texts = tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            output[:, inputs["input_ids"].shape[1] :],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
         for (problem, sample), text in zip(batch, texts):
             keep(problem.task_id, sample, text)
@@ -451,19 +475,25 @@ def generate(args, problems, kept, keep):
 
 def item_of(problem, completion, args):
     """The arguments of `benchmark.grading.grade` for one completion."""
-    limits = {"wall_seconds": args.wall_seconds, "cpu_seconds": args.cpu_seconds, "memory_bytes": args.memory_bytes}
+    limits = {
+        "wall_seconds": args.wall_seconds,
+        "cpu_seconds": args.cpu_seconds,
+        "memory_bytes": args.memory_bytes,
+    }
     return programs.grading_item(problem.prompt, completion, problem.tests, problem.entry_point) | limits
 
 
 def pass_at_k(n, c, k):
-    """Probability that at least one of k completions passes, estimated without bias from c passes among n (k <= n)."""
+    """Probability that at least one of k completions passes, estimated without bias from c passes among n (k
+    <= n)."""
     if n - c < k:
         return 1.0
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
 
 def standard_error(rates, num_samples):
-    """Of the mean over problems: binomial with one sample per problem, from the spread over problems otherwise."""
+    """Of the mean over problems: binomial with one sample per problem, from the spread over problems
+    otherwise."""
     mean = sum(rates) / len(rates)
     if num_samples == 1 or len(rates) == 1:
         return math.sqrt(mean * (1 - mean) / len(rates))
@@ -471,15 +501,20 @@ def standard_error(rates, num_samples):
 
 
 class Store:
-    """Verdicts of a run, appended as they come (one line per problem, once all its completions are graded), and its
-    settings."""
+    """Verdicts of a run, appended as they come (one line per problem, once all its completions are graded),
+    and its settings."""
 
     def __init__(self, args, problems):
         self.folder = Path(args.output_dir)
         self.path = self.folder / "verdicts.jsonl"
         ignored = ("output_dir", "workers", "progress", "device")
-        digest = {name: file_digest(getattr(args, name)) for name in ("data", "samples") if getattr(args, name)}
-        versions = {"extract_code": programs.EXTRACT_CODE_VERSION, "extract_answer": answers.EXTRACT_ANSWER_VERSION}
+        digest = {
+            name: file_digest(getattr(args, name)) for name in ("data", "samples") if getattr(args, name)
+        }
+        versions = {
+            "extract_code": programs.EXTRACT_CODE_VERSION,
+            "extract_answer": answers.EXTRACT_ANSWER_VERSION,
+        }
         self.settings = {
             **{k: v for k, v in asdict(args).items() if k not in ignored},
             "digest": digest,
@@ -498,7 +533,8 @@ class Store:
                 )
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise InputError(
-                f"{self.folder} is not empty and holds no run of this script; give another --output_dir or remove it"
+                f"{self.folder} is not empty and holds no run of this script; give another --output_dir or "
+                "remove it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(settings_path, json.dumps(self.settings, indent=1))
@@ -509,7 +545,12 @@ class Store:
 
     def add(self, problem, results):
         passes = [result["passed"] for result in results]
-        verdict = {"task_id": problem.task_id, "passed": passes[0], "detail": results[0]["detail"], **problem.tags}
+        verdict = {
+            "task_id": problem.task_id,
+            "passed": passes[0],
+            "detail": results[0]["detail"],
+            **problem.tags,
+        }
         if len(results) > 1:
             verdict.update(num_passed=sum(passes), num_samples=len(passes), results=results)
         self.verdicts[problem.task_id] = verdict
@@ -564,7 +605,10 @@ def grade_all(args, problems, completions, store):
     current = None
     try:
         grade_many(
-            [item for _, _, item in todo], workers=args.workers or None, progress=args.progress, on_result=on_result
+            [item for _, _, item in todo],
+            workers=args.workers or None,
+            progress=args.progress,
+            on_result=on_result,
         )
     except GradingError as error:
         current = error
@@ -594,14 +638,16 @@ def weak_tests(args, problems):
 
 
 def reward_scores(folder, prompts, responses, batch_size=32, device=""):
-    """R_φ of every response as floats: the same inputs as in training (pad_batch, score at the last token)."""
+    """R_φ of every response as floats: the same inputs as in training (pad_batch, score at the last
+    token)."""
     from benchmark.rewards import orm
 
     return orm(prompts, responses, None, source=folder, batch_size=batch_size, device=device)
 
 
 def best_of(problems, store, completions, scores):
-    """(best-of-1, best-of-n): pass rate of the first response, and of the one of highest reward, per problem."""
+    """(best-of-1, best-of-n): pass rate of the first response, and of the one of highest reward, per
+    problem."""
     first, best = [], []
     for problem in problems:
         passes = [
@@ -625,14 +671,18 @@ def check(args):
     if args.num_samples < 1:
         raise InputError(f"--num_samples {args.num_samples}: must be at least 1")
     if args.model and args.num_samples > 1 and args.temperature == 0:
-        raise InputError("--num_samples above 1 needs --temperature above 0: greedy completions are all the same")
+        raise InputError(
+            "--num_samples above 1 needs --temperature above 0: greedy completions are all the same"
+        )
     if args.reward_model and not (Path(args.reward_model) / "reward_head.safetensors").is_file():
         raise InputError(
-            f"--reward_model {args.reward_model}: no reward_head.safetensors there; give a folder of rm_single.py"
+            f"--reward_model {args.reward_model}: no reward_head.safetensors there; give a folder of "
+            "rm_single.py"
         )
     if args.model and Path(args.model).is_dir() and not (Path(args.model) / "config.json").is_file():
         raise InputError(
-            f"--model {args.model}: no config.json there; give a folder that save_pretrained wrote, or a hub id"
+            f"--model {args.model}: no config.json there; give a folder that save_pretrained wrote, or a hub "
+            "id"
         )
 
 
@@ -643,12 +693,15 @@ def main(args):
     # 1. problems
     problems = load_problems(args)
     # 2. completions
-    completions = read_samples(args.samples, problems, args.num_samples, args.allow_missing) if args.samples else None
+    completions = (
+        read_samples(args.samples, problems, args.num_samples, args.allow_missing) if args.samples else None
+    )
     if args.reference:
         without = [problem.task_id for problem in problems if not problem.reference]
         if without or args.task in MATH_TASKS:
             raise InputError(
-                f"--reference: {args.data or args.task} has no reference solution for {without[:3] or 'its problems'}"
+                f"--reference: {args.data or args.task} has no reference solution for "
+                f"{without[:3] or 'its problems'}"
             )
         completions = {problem.task_id: [problem.reference] for problem in problems}
     store = Store(args, problems)
@@ -661,7 +714,10 @@ def main(args):
                 if (task_id, sample) not in kept:
                     kept[task_id, sample] = completion
                     file.write(
-                        json.dumps({"task_id": task_id, "sample": sample, "completion": completion}, ensure_ascii=False)
+                        json.dumps(
+                            {"task_id": task_id, "sample": sample, "completion": completion},
+                            ensure_ascii=False,
+                        )
                         + "\n"
                     )
                     file.flush()
@@ -681,7 +737,9 @@ def main(args):
     ks = [k for k in (1, 5, 10, 100) if k <= args.num_samples]
     summary = {
         "task": args.task,
-        "passed": sum(c > 0 if n == 1 else store.verdicts[p.task_id]["passed"] for p, (n, c) in zip(problems, counts)),
+        "passed": sum(
+            c > 0 if n == 1 else store.verdicts[p.task_id]["passed"] for p, (n, c) in zip(problems, counts)
+        ),
         "total": len(problems),
         "pass1": sum(rates) / len(rates),
         "pass1_se": standard_error(rates, args.num_samples),
@@ -692,7 +750,8 @@ def main(args):
         for problem, rate in zip(problems, rates):
             groups.setdefault(problem.tags["difficulty"], []).append(rate)
         summary["by_difficulty"] = {
-            name: {"pass1": sum(some) / len(some), "total": len(some)} for name, some in sorted(groups.items())
+            name: {"pass1": sum(some) / len(some), "total": len(some)}
+            for name, some in sorted(groups.items())
         }
     if args.reference:
         summary["weak_tests"] = weak_tests(args, problems)
@@ -708,10 +767,17 @@ def main(args):
                 args.device,
             )
         )
-        scores = {problem.task_id: [next(flat) for _ in completions[problem.task_id]] or [0.0] for problem in problems}
-        summary["best_of"] = dict(zip(("1", str(args.num_samples)), best_of(problems, store, completions, scores)))
+        scores = {
+            problem.task_id: [next(flat) for _ in completions[problem.task_id]] or [0.0]
+            for problem in problems
+        }
+        summary["best_of"] = dict(
+            zip(("1", str(args.num_samples)), best_of(problems, store, completions, scores))
+        )
     # 5. report
-    summary.update(seconds=round(time.time() - start, 1), num_samples=args.num_samples, settings=store.settings)
+    summary.update(
+        seconds=round(time.time() - start, 1), num_samples=args.num_samples, settings=store.settings
+    )
     store.finish(problems, summary)
     print(table(summary))
     return summary
@@ -729,10 +795,16 @@ def table(summary):
         (f"pass@1 {name or 'unnamed'} ({group['total']})", f"{100 * group['pass1']:.1f}")
         for name, group in summary.get("by_difficulty", {}).items()
     ]
-    rows += [("tests too weak", ", ".join(summary["weak_tests"]) or "none")] if "weak_tests" in summary else []
-    rows += [(f"best of {n} by reward", f"{100 * value:.1f}") for n, value in summary.get("best_of", {}).items()]
+    rows += (
+        [("tests too weak", ", ".join(summary["weak_tests"]) or "none")] if "weak_tests" in summary else []
+    )
+    rows += [
+        (f"best of {n} by reward", f"{100 * value:.1f}") for n, value in summary.get("best_of", {}).items()
+    ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join([f"{summary['task']}, percent", *(f"  {name:<{width}}  {value:>12}" for name, value in rows)])
+    return "\n".join(
+        [f"{summary['task']}, percent", *(f"  {name:<{width}}  {value:>12}" for name, value in rows)]
+    )
 
 
 def cli():

@@ -13,7 +13,8 @@ END_TOKEN = re.compile(r"<[|｜][\w▁ -]{1,40}[|｜]>|</s>|<eos>|<pad>|<(?:end|
 
 
 def reply(text, cut=True):
-    """`text` with plain line ends, without the thinking before the answer, and (`cut`) up to the first special token.
+    """`text` with plain line ends, without the thinking before the answer, and (`cut`) up to the first
+    special token.
 
     Thinking that never ended is no answer.
     """

@@ -1,7 +1,8 @@
 """Equality of expressions by math-verify, in a process of its own.
 
-math-verify limits its time by signals, which work in the main thread alone and cannot stop a single long operation such as
-9**9**9. Here it has a process, which the kernel ends at CPU_SECONDS; what takes longer is not equal. Any thread may ask.
+math-verify limits its time by signals, which work in the main thread alone and cannot stop a single long
+operation such as 9**9**9. Here it has a process, which the kernel ends at CPU_SECONDS; what takes longer is
+not equal. Any thread may ask.
 """
 
 import functools
@@ -22,7 +23,8 @@ _lock, _worker, _owner = threading.Lock(), None, 0
 
 @functools.lru_cache(maxsize=65536)
 def equal(answer, gold):
-    """Whether math-verify finds that two expressions (LaTeX or plain) are equal. False for what it cannot read."""
+    """Whether math-verify finds that two expressions (LaTeX or plain) are equal. False for what it cannot
+    read."""
     if max(len(answer), len(gold)) > LONGEST:
         return False
     with _lock:
@@ -42,7 +44,9 @@ def ask(question):
         )
         if _worker.stdout.readline() != b"ready\n":
             _worker.wait()
-            raise ImportError("answers that are no plain numbers need math-verify: pip install 'pfppo[benchmark]'")
+            raise ImportError(
+                "answers that are no plain numbers need math-verify: pip install 'pfppo[benchmark]'"
+            )
     timer = threading.Timer(WALL_SECONDS, _worker.kill)
     timer.start()
     try:
@@ -64,7 +68,6 @@ def serve():
     import resource
     import signal
 
-    from latex2sympy2_extended import latex2sympy2  # noqa: F401  both are slow to import: once, before the clock runs
     from math_verify import LatexExtractionConfig, parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

@@ -5,14 +5,14 @@
 
 1. The program and the tests run in two fresh processes, forked from two warm templates that hold neither
    (`benchmark/grading/sandbox/`). Plain data crosses.
-2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket that the
-   program does not have. A judge is trusted and serves job after job; a program's process is used once, then killed
-   and waited for, with all that it started.
-3. Limits are on CPU time for the whole program. A program that runs out of wall time beside others is tried once
-   more alone; alone, one that computes and only lacks a core on a busy machine gets up to five times the wall limit,
-   one that waits does not. So verdicts do not depend on the number of workers.
-4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests are at
-   fault, not the program.
+2. The verdict is formed in the judge's process, from comparisons made there, and comes back over a socket
+   that the program does not have. A judge is trusted and serves job after job; a program's process is used
+   once, then killed and waited for, with all that it started.
+3. Limits are on CPU time for the whole program. A program that runs out of wall time beside others is tried
+   once more alone; alone, one that computes and only lacks a core on a busy machine gets up to five times the
+   wall limit, one that waits does not. So verdicts do not depend on the number of workers.
+4. Three outcomes: pass, fail, and `GradingError`, which is raised and never counted: the grader or the tests
+   are at fault, not the program.
 
 Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its own) is used and said once on
 standard error.
@@ -40,7 +40,10 @@ from benchmark.grading import leetcode
 
 # The project is not on the templates' path: they import the folder sandbox/, found by its place, in an empty
 # environment with a fixed hash seed.
-BOOT = "import sys; sys.path[0] = sys.argv[1]; from sandbox.template import main; del sys.path[0]; main(*sys.argv[2:])"
+BOOT = (
+    "import sys; sys.path[0] = sys.argv[1]; from sandbox.template import main; "
+    "del sys.path[0]; main(*sys.argv[2:])"
+)
 START_SECONDS = 60  # for a template to start; more means that something is wrong
 
 END_SECONDS = 30  # for killed processes to be gone
@@ -55,8 +58,8 @@ JUDGE_BYTES = 4 << 30
 
 
 class GradingError(RuntimeError):
-    """Grading itself failed (tests that do not compile or are empty, a process that cannot start). Never a verdict
-    on the program."""
+    """Grading itself failed (tests that do not compile or are empty, a process that cannot start). Never a
+    verdict on the program."""
 
 
 class Run:
@@ -153,8 +156,8 @@ class Template:
 
 
 class Grader:
-    """Two templates and the loop that keeps several gradings under way. One per process; `grade` and `grade_many`
-    share it."""
+    """Two templates and the loop that keeps several gradings under way. One per process; `grade` and
+    `grade_many` share it."""
 
     def __init__(self):
         if not sys.platform.startswith("linux"):
@@ -182,8 +185,8 @@ class Grader:
             template.close()  # its children end with it
 
     def run(self, jobs, workers, done):
-        """Grades jobs (dicts as of `as_job`), at most `workers` at a time; calls done(index, verdict) as each ends,
-        in no order."""
+        """Grades jobs (dicts as of `as_job`), at most `workers` at a time; calls done(index, verdict) as each
+        ends, in no order."""
         waiting, alone, active = deque(enumerate(jobs)), deque(), {}
         while waiting or alone or active:
             while waiting and len(active) < workers or not waiting and not active and alone:
@@ -216,8 +219,8 @@ class Grader:
                     if run.crowded:  # it is tried again alone, and there it counts how much it computes
                         self.expire(run)
                         continue
-                    # A program that computes may have waited for a core, one that sleeps has not: ask how far it has
-                    # come, decide in `weigh`.
+                    # A program that computes may have waited for a core, one that sleeps has not: ask how far
+                    # it has come, decide in `weigh`.
                     run.deadline += run.job["wall"]
                     run.clocks.clear()
                     self.templates["program"].send({"clock": f"{name}:0"})
@@ -297,8 +300,8 @@ class Grader:
             self.finish(run)
 
     def finish(self, run):
-        """The judge has spoken or is gone: the program's processes are ended, the judge is kept for the next job if
-        it is clean."""
+        """The judge has spoken or is gone: the program's processes are ended, the judge is kept for the next
+        job if it is clean."""
         judge, run.judge.data = run.judge, b""
         run.deadline = time.monotonic() + END_SECONDS
         for number in range(run.programs):
@@ -340,7 +343,8 @@ class Grader:
             run.exits[int(who)] = message
 
     def weigh(self, run, who, seconds):
-        """Decides at the wall limit, once the CPU times of program and judge are known, whether a run may go on."""
+        """Decides at the wall limit, once the CPU times of program and judge are known, whether a run may go
+        on."""
         run.clocks[who] = seconds
         if len(run.clocks) == 2:
             elapsed = time.monotonic() - run.started
@@ -413,18 +417,26 @@ def as_job(
         try:
             ast.parse(entry_point, mode="eval")
         except SyntaxError as error:
-            raise GradingError(f"`entry_point` {entry_point!r} is no name and no expression: {error}") from None
+            raise GradingError(
+                f"`entry_point` {entry_point!r} is no name and no expression: {error}"
+            ) from None
         name = re.search(r"[A-Za-z_]\w*", entry_point)[0]
         program, entry_point = f"{program}\n\n{ENTRY_POINT} = {entry_point}\n", ENTRY_POINT
     if name == "Solution":
-        program, helpers = [leetcode.SORTED + code if "sortedcontainers" in code else code for code in (program, helpers)]
+        program, helpers = [
+            leetcode.SORTED + code if "sortedcontainers" in code else code for code in (program, helpers)
+        ]
     called = set(re.findall(r"[A-Za-z_]\w*", tests))
     if not helpers and name == "Solution" and called & leetcode.NODE_NAMES:
         helpers, program = leetcode.NODES, leetcode.NODES + program  # lists and trees, as the site has them
-    # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a process that
-    # holds that part of the program alone, so that what follows cannot change them.
+    # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a
+    # process that holds that part of the program alone, so that what follows cannot change them.
     prefix = re.split(rf"^(?:def|class) {re.escape(name)}\b", program, maxsplit=1, flags=re.M)[0]
-    above = [] if helpers else [found for found in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if found in called]
+    above = (
+        []
+        if helpers
+        else [found for found in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if found in called]
+    )
     return {
         "program": program,
         "tests": tests,
@@ -441,11 +453,11 @@ def as_job(
 def grade(program, tests, entry_point, **limits):
     """Runs `tests` against `program`.
 
-    tests: source that defines check(candidate), or assert lines (one string or a list). entry_point: the name of what
-    is tested, or an expression such as `Solution().order`. Keywords: helpers (trusted
-    source whose functions the tests may call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds, memory_bytes.
-    Returns {"passed": bool, "detail": one line}. Raises GradingError when the tests are empty or do not compile, or
-    a process cannot be started.
+    tests: source that defines check(candidate), or assert lines (one string or a list). entry_point: the name
+    of what is tested, or an expression such as `Solution().order`. Keywords: helpers (trusted source whose
+    functions the tests may call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds, memory_bytes. Returns
+    {"passed": bool, "detail": one line}. Raises GradingError when the tests are empty or do not compile, or a
+    process cannot be started.
     """
     return grade_many(
         [{"program": program, "tests": tests, "entry_point": entry_point, **limits}],
@@ -458,8 +470,8 @@ def grade_many(items, workers=None, progress=True, on_result=None):
     """Grades items (dicts of `grade`'s arguments), `workers` at a time (default: one per core). Returns their
     verdicts in the order of items.
 
-    on_result(index, verdict) is called as each is known, so that a caller can keep what was graded when a later item
-    raises GradingError.
+    on_result(index, verdict) is called as each is known, so that a caller can keep what was graded when a
+    later item raises GradingError.
     """
     jobs = [as_job(**item) for item in items]
     verdicts, started, shown = [None] * len(jobs), time.monotonic(), 0.0

@@ -1,4 +1,5 @@
-"""What LeetCode gives every program: imports, linked lists and binary trees, and the classes that a prompt describes."""
+"""What LeetCode gives every program: imports, linked lists and binary trees, and the classes that a prompt
+describes."""
 
 import ast
 import re
@@ -8,10 +9,12 @@ import textwrap
 IMPORTS = "".join(
     f"from {module} import *\n"
     for module in (
-        "typing collections itertools functools heapq bisect math string operator datetime random copy re builtins"
+        "typing collections itertools functools heapq bisect math string operator datetime random copy re "
+        "builtins"
     ).split()
 ) + (
-    "import bisect, collections, copy, datetime, functools, heapq, itertools, math, operator, random, re, string, sys\n"
+    "import bisect, collections, copy, datetime, functools, heapq, itertools, math, operator, random\n"
+    "import re, string, sys\n"
     "inf = math.inf\n"
 )
 
@@ -72,8 +75,8 @@ NODE_NAMES = frozenset(re.findall(r"^(?:class|def) (\w+)", NODES, re.M))
 
 
 def prelude(prompt):
-    """What stands above a program for `prompt`: the imports, the nodes, and the classes that the prompt only describes,
-    in comments or in a docstring."""
+    """What stands above a program for `prompt`: the imports, the nodes, and the classes that the prompt only
+    describes, in comments or in a docstring."""
     return IMPORTS + NODES + "".join(described_classes(prompt))
 
 
@@ -95,8 +98,9 @@ def described_classes(prompt):
         yield source + "\n\n\n"
 
 
-# The site offers sortedcontainers; programs here see the standard library alone. The part of it that solutions use.
-SORTED = '''
+# The site offers sortedcontainers; programs here see the standard library alone. The part of it that
+# solutions use.
+SORTED = """
 def _sortedcontainers():
     import bisect
     import sys
@@ -154,8 +158,10 @@ def _sortedcontainers():
             return type(self)(self._list, self._key)
 
         def irange(self, minimum=None, maximum=None, inclusive=(True, True), reverse=False):
-            start = 0 if minimum is None else (self.bisect_left if inclusive[0] else self.bisect_right)(minimum)
-            end = len(self) if maximum is None else (self.bisect_right if inclusive[1] else self.bisect_left)(maximum)
+            from_minimum = self.bisect_left if inclusive[0] else self.bisect_right
+            to_maximum = self.bisect_right if inclusive[1] else self.bisect_left
+            start = 0 if minimum is None else from_minimum(minimum)
+            end = len(self) if maximum is None else to_maximum(maximum)
             return iter(self._list[start:end][:: -1 if reverse else 1])
 
         def __contains__(self, value):
@@ -230,4 +236,4 @@ def _sortedcontainers():
 _sortedcontainers()
 
 
-'''
+"""

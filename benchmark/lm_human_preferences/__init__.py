@@ -1,2 +1,2 @@
-"""Our scripts beside lm-human-preferences: recorded tensors (`compare`), curves over seeds (`run`, `plot`), the recorded loop written
-a second time (`peer_policy`)."""
+"""Our scripts beside lm-human-preferences: recorded tensors (`compare`), curves over seeds (`run`, `plot`),
+the recorded loop written a second time (`peer_policy`)."""

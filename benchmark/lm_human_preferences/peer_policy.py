@@ -1,12 +1,15 @@
-"""lm-human-preference-details' policy stage, written a second time and on its own: more seeds of the recorded curves.
+"""lm-human-preference-details' policy stage, written a second time and on its own: more seeds of the recorded
+curves.
 
-    python -m benchmark.lm_human_preferences.peer_policy --world WORLD --seed 11 --output_dir output/peer/seed_11
+    python -m benchmark.lm_human_preferences.peer_policy --world WORLD --seed 11 --output_dir DIR
 
-Ten recorded seeds are few. This loop draws its random numbers in the recorded runs' order (weights, shuffled queries, sampling by
-transformers' `generate`, one permutation per epoch), so with --seed 1 it repeats the recorded seed 1, which a test checks; other seeds
-are further runs of the same thing. It shares no line with pfppo_single.py and follows the steady setting alone: one process, one
-minibatch, a value head on the policy's trunk. `metrics.jsonl` has the tags of pfppo_single.py.
+Ten recorded seeds are few. This loop draws its random numbers in the recorded runs' order (weights, shuffled
+queries, sampling by transformers' `generate`, one permutation per epoch), so with --seed 1 it repeats the
+recorded seed 1, which a test checks; other seeds are further runs of the same thing. It shares no line with
+pfppo_single.py and follows the steady setting alone: one process, one minibatch, a value head on the policy's
+trunk. `metrics.jsonl` has the tags of pfppo_single.py.
 """
+
 import json
 import random
 from dataclasses import dataclass
@@ -50,10 +53,15 @@ class ModelWithHead(torch.nn.Module):
         torch.nn.init.zeros_(self.scalar_head.bias)
 
     def forward(self, ids: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids (B, T) -> logits (B, T, V), scalars (B, T). Pads are fed as token 0, masked, and not counted by positions."""
+        """ids (B, T) -> logits (B, T, V), scalars (B, T). Pads are fed as token 0, masked, and not counted by
+        positions."""
         real = ids != pad
-        output = self.lm_backbone(input_ids=ids.masked_fill(~real, 0), attention_mask=real, position_ids=real.cumsum(1) - real.long(),
-                                  output_hidden_states=True)  # fmt: skip
+        output = self.lm_backbone(
+            input_ids=ids.masked_fill(~real, 0),
+            attention_mask=real,
+            position_ids=real.cumsum(1) - real.long(),
+            output_hidden_states=True,
+        )
         return output.logits, self.scalar_head(output.hidden_states[-1]).squeeze(-1)
 
 
@@ -65,6 +73,14 @@ def whiten(x: torch.Tensor, shift_mean: bool) -> torch.Tensor:
     mean = x.mean()
     white = (x - mean) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
     return white if shift_mean else white + mean
+
+
+def logprobs_and_values(model, query_responses: torch.Tensor, width: int, pad: int):
+    """query_responses (B, width + R) -> log-probabilities and values of the R response tokens (B, R)."""
+    logits, values = model(query_responses, pad)
+    logprobs = log_softmax(logits[:, width - 1 : -1] / TEMPERATURE, -1)
+    logprobs = logprobs.gather(2, query_responses[:, width:].unsqueeze(-1)).squeeze(-1)
+    return logprobs, values[:, width - 1 : -1]
 
 
 def tensorflow_adam(parameters, gradients, first, second, lr: float, step: int) -> None:
@@ -90,35 +106,37 @@ def main(args: Args) -> None:
     weights = load_file(world / "reward_model.safetensors")
     gain, bias = weights.pop("reward_gain"), weights.pop("reward_bias")
     reward_model.load_state_dict(weights, strict=False)  # the output layer, which nobody reads, is tied
-    policy.lm_backbone.generation_config.eos_token_id = policy.lm_backbone.generation_config.pad_token_id = None
-    sampling = GenerationConfig(max_new_tokens=RESPONSE_LENGTH, min_new_tokens=RESPONSE_LENGTH, temperature=TEMPERATURE, top_k=0.0, top_p=1.0, do_sample=True)
-    texts = load_dataset("json", data_files=str(world / "queries.jsonl"), split="train").shuffle(seed=args.seed)["text"]
-    queries = tokenizer(list(texts), padding="max_length", max_length=RESPONSE_LENGTH, truncation=True, return_tensors="pt")["input_ids"]
+    own = policy.lm_backbone.generation_config
+    own.eos_token_id = own.pad_token_id = None
+    lengths = dict(max_new_tokens=RESPONSE_LENGTH, min_new_tokens=RESPONSE_LENGTH)
+    sampling = GenerationConfig(**lengths, temperature=TEMPERATURE, top_k=0.0, top_p=1.0, do_sample=True)
+    rows = load_dataset("json", data_files=str(world / "queries.jsonl"), split="train")
+    texts = list(rows.shuffle(seed=args.seed)["text"])
+    cut = dict(padding="max_length", max_length=RESPONSE_LENGTH, truncation=True, return_tensors="pt")
+    queries = tokenizer(texts, **cut)["input_ids"]
 
-    parameters = list(policy.parameters())
-    first, second, step, kl_coef = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters], 0, KL_COEF
+    parameters, step, kl_coef = list(policy.parameters()), 0, KL_COEF
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("w") as file:
         for update in tqdm(range(1, args.updates + 1), desc="updates", mininterval=5):
             lr, start = (1 - (update - 1) / TOTAL) * LR, (update - 1) * BATCH % len(queries)
-            torch.empty((), dtype=torch.int64).random_() if start == 0 else None  # a data loader draws its seed when a pass begins
+            if start == 0:  # a data loader draws its seed when a pass begins
+                torch.empty((), dtype=torch.int64).random_()
             with torch.no_grad():
                 q = pads_to_the_left(queries[start : start + BATCH], pad)
                 real, width = q != pad, q.shape[1]
-                sequences = policy.lm_backbone.generate(input_ids=q.masked_fill(~real, 0), attention_mask=real, generation_config=sampling)
+                inputs = dict(input_ids=q.masked_fill(~real, 0), attention_mask=real)
+                sequences = policy.lm_backbone.generate(**inputs, generation_config=sampling)
                 responses = sequences[:, width:]
                 query_responses = torch.cat([q, responses], 1)
-
-                def logprobs_and_values(model, rows=slice(None)):
-                    logits, values = model(query_responses[rows], pad)
-                    logprobs = log_softmax(logits[:, width - 1 : -1] / TEMPERATURE, -1)
-                    return logprobs.gather(2, responses[rows].unsqueeze(-1)).squeeze(-1), values[:, width - 1 : -1]
-
-                (logprobs, values), (ref_logprobs, _) = logprobs_and_values(policy), logprobs_and_values(ref_policy)
+                logprobs, values = logprobs_and_values(policy, query_responses, width, pad)
+                ref_logprobs, _ = logprobs_and_values(ref_policy, query_responses, width, pad)
                 stop = responses == STOP_TOKEN
                 stop[:, :STOP_AFTER] = False
                 shown = responses.masked_fill((stop.cumsum(1) - stop.long()) > 0, pad)
-                scores = gain * reward_model(pads_to_the_left(torch.cat([q, shown], 1), pad), pad)[1][:, -1] + bias
+                read = pads_to_the_left(torch.cat([q, shown], 1), pad)
+                scores = gain * reward_model(read, pad)[1][:, -1] + bias
                 scores = torch.where(stop.any(1), scores, NO_STOP_SCORE)
                 kl = logprobs - ref_logprobs
                 rewards = -kl_coef * kl
@@ -133,25 +151,29 @@ def main(args: Args) -> None:
             value_losses = []
             for _ in range(EPOCHS):
                 rows = torch.from_numpy(np.random.permutation(BATCH))
-                new_logprobs, new_values = logprobs_and_values(policy, rows)
+                new_logprobs, new_values = logprobs_and_values(policy, query_responses[rows], width, pad)
                 clipped = torch.clamp(new_values, values[rows] - CLIP, values[rows] + CLIP)
-                value_loss = 0.5 * torch.max((new_values - returns[rows]) ** 2, (clipped - returns[rows]) ** 2).mean()
-                ratio = (new_logprobs - logprobs[rows]).exp()
-                policy_loss = torch.max(-advantages[rows] * ratio, -advantages[rows] * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
-                gradients, step = torch.autograd.grad(policy_loss + VF_COEF * value_loss, parameters, allow_unused=True), step + 1
+                errors, clipped_errors = (new_values - returns[rows]) ** 2, (clipped - returns[rows]) ** 2
+                value_loss = 0.5 * torch.max(errors, clipped_errors).mean()
+                ratio, gains = (new_logprobs - logprobs[rows]).exp(), -advantages[rows]
+                policy_loss = torch.max(gains * ratio, gains * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+                loss, step = policy_loss + VF_COEF * value_loss, step + 1
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 with torch.no_grad():
                     tensorflow_adam(parameters, gradients, first, second, lr, step)
                 value_losses.append(value_loss.item())
             kl_mean = kl.sum(1).mean().item()
-            file.write(json.dumps({
-                "step": update, "objective/shaped_score": scores.mean().item(), "objective/kl": kl_mean, "objective/kl_coef": kl_coef,
-                "objective/entropy": -logprobs.sum(1).mean().item(), "objective/non_score_reward": -kl_coef * kl_mean,
-                "ppo/loss/value": float(np.mean(value_losses)), "ppo/returns/mean": returns.mean().item(), "ppo/returns/var": returns.var().item(),
-                "ppo/val/var": values.var().item(),
-            }) + "\n")  # fmt: skip
+            metrics = {"step": update, "objective/shaped_score": scores.mean().item()}
+            metrics |= {"objective/kl": kl_mean, "objective/kl_coef": kl_coef}
+            metrics["objective/entropy"] = -logprobs.sum(1).mean().item()
+            metrics["objective/non_score_reward"] = -kl_coef * kl_mean
+            metrics["ppo/loss/value"] = float(np.mean(value_losses))
+            metrics |= {"ppo/returns/mean": returns.mean().item(), "ppo/returns/var": returns.var().item()}
+            metrics["ppo/val/var"] = values.var().item()
+            file.write(json.dumps(metrics) + "\n")
             file.flush()
             kl_coef *= 1 + float(np.clip(kl_mean / KL_TARGET - 1, -0.2, 0.2)) * BATCH / KL_HORIZON
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, use_underscores=True))

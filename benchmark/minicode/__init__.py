@@ -1,22 +1,25 @@
-"""The embedded world: small Python problems on a list of integers, made from a seed, graded by running the code.
+"""The embedded world: small Python problems on a list of integers, made from a seed, graded by running the
+code.
 
-A problem chains one to three of 44 operations (37 list -> list; 7 list -> scalar, which come last). The prompt is a
-comment with the instruction and a signature, the response one line per operation:
+A problem chains one to three of 44 operations (37 list -> list; 7 list -> scalar, which come last). The
+prompt is a comment with the instruction and a signature, the response one line per operation:
 
     # keep above 3; reverse the order
     def f(x):
         x = [v for v in x if v > 3]
         return x[::-1]
 
-Every operation has two or three phrasings, two or three equivalent correct implementations and one to three plausible
-mistakes. The demonstrations hold systematic mistakes as real corpora do: some operations are mostly shown wrong.
-Compositions are split by a hash of the operations' names, the same in every world, so no composition that
-demonstrates, ranks or trains is ever tested. Every choice is made on `valid`; `test` is looked at once per result.
-With the world's tokenizer a prompt has about 23 tokens (at most 50), a response with its end 21 (1 in 2000 over 48).
+Every operation has two or three phrasings, two or three equivalent correct implementations and one to three
+plausible mistakes. The demonstrations hold systematic mistakes as real corpora do: some operations are mostly
+shown wrong. Compositions are split by a hash of the operations' names, the same in every world, so no
+composition that demonstrates, ranks or trains is ever tested. Every choice is made on `valid`; `test` is
+looked at once per result. With the world's tokenizer a prompt has about 23 tokens (at most 50), a response
+with its end 21 (1 in 2000 over 48).
 
     python -m benchmark.minicode write --output_dir DIR --seed 1      # every field of World is a flag
 
-leaves `sft sft_valid preference rl valid test` as .jsonl, `tokenizer/`, `model_config/` and `world.json` in DIR. Rows:
+leaves `sft sft_valid preference rl valid test` as .jsonl, `tokenizer/`, `model_config/` and `world.json` in
+DIR. Rows:
     task_id, prompt, entry_point ("f"), tests (8 assert lines; repr compares types too: True is not 1)
     inputs, outputs         the same tests as data: f(inputs[i]) must give outputs[i]
     operations              names of the composed operations

@@ -20,7 +20,10 @@ def main():
 
     commands = {"write": WriteArgs}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit("usage: python -m benchmark.minicode write --output_dir DIR --seed S (write --help lists all flags)")
+        sys.exit(
+            "usage: python -m benchmark.minicode write --output_dir DIR --seed S (write --help lists all "
+            "flags)"
+        )
     settings = asdict(tyro.cli(commands[sys.argv[1]], args=sys.argv[2:], prog="benchmark.minicode write"))
     folder = write_world(settings.pop("output_dir"), **settings)
     record = json.loads((folder / "world.json").read_text())

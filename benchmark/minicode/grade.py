@@ -12,22 +12,32 @@ import sys
 import threading
 import warnings
 
-# Programs of the world and their near neighbours are run, many per process, by a worker that offers nothing but these
-# names. They cannot import, reach an attribute that is not a plain container method, or build a string, so that no
-# program can touch the worker or the next program. Everything else goes to the full sandbox, a process per program.
+# Programs of the world and their near neighbours are run, many per process, by a worker that offers nothing
+# but these names. They cannot import, reach an attribute that is not a plain container method, or build a
+# string, so that no program can touch the worker or the next program. Everything else goes to the full
+# sandbox, a process per program.
 SAFE_BUILTINS = frozenset(
-    "abs all any bool dict divmod enumerate filter float frozenset int len list map max min pow range reversed round "
+    "abs all any bool dict divmod enumerate filter float frozenset int len list map max min pow range "
+    "reversed round "
     "set sorted sum tuple zip".split()
 )
 SAFE_METHODS = frozenset(
-    "add append clear copy count difference discard extend fromkeys get index insert intersection items keys pop "
+    "add append clear copy count difference discard extend fromkeys get index insert intersection items keys "
+    "pop "
     "remove reverse setdefault sort union update values".split()
 )
-SAFE_NODES = frozenset(getattr(ast, name) for name in (
-    "arguments arg Return Assign AugAssign Delete For While If Expr Pass Break Continue BoolOp BinOp UnaryOp Lambda "
-    "IfExp Dict Set ListComp SetComp DictComp GeneratorExp Compare Call keyword Subscript Starred List Tuple Slice "
-    "comprehension Load Store Del And Or Add Sub Mult Div FloorDiv Mod Pow LShift RShift BitOr BitXor BitAnd Invert "
-    "Not UAdd USub Eq NotEq Lt LtE Gt GtE Is IsNot In NotIn").split())
+SAFE_NODES = frozenset(
+    getattr(ast, name)
+    for name in (
+        "arguments arg Return Assign AugAssign Delete For While If Expr Pass Break Continue BoolOp BinOp "
+        "UnaryOp Lambda "
+        "IfExp Dict Set ListComp SetComp DictComp GeneratorExp Compare Call keyword Subscript Starred List "
+        "Tuple Slice "
+        "comprehension Load Store Del And Or Add Sub Mult Div FloorDiv Mod Pow LShift RShift BitOr BitXor "
+        "BitAnd Invert "
+        "Not UAdd USub Eq NotEq Lt LtE Gt GtE Is IsNot In NotIn"
+    ).split()
+)
 BUILTIN_NAMES = frozenset(dir(builtins))
 CPU_SECONDS = 0.5  # per program, for all its tests; programs of the world take microseconds
 WALL_SECONDS = 60  # per chunk, only for a worker that waits without computing
@@ -58,7 +68,8 @@ def is_plain(program, entry_point):
         if kind is list:
             stack.extend(node)
         elif kind is ast.Name:
-            # A name that is no builtin is local or undefined; either way it behaves here as it would anywhere.
+            # A name that is no builtin is local or undefined; either way it behaves here as it would
+            # anywhere.
             if node.id.startswith("__") or node.id in BUILTIN_NAMES and node.id not in SAFE_BUILTINS:
                 return False
         elif kind is ast.Attribute:
@@ -76,10 +87,12 @@ def is_plain(program, entry_point):
 
 
 def _serve():
-    """Body of the worker process, which imports nothing of ours: answers chunks of [program, entry_point, inputs].
+    """Body of the worker process, which imports nothing of ours: answers chunks of [program, entry_point,
+    inputs].
 
-    For each program one line: the list of the outputs' reprs, or the name of the exception. A program that exceeds its
-    CPU time ends the process (SIGPROF, also inside one long C call); the parent then knows which one it was.
+    For each program one line: the list of the outputs' reprs, or the name of the exception. A program that
+    exceeds its CPU time ends the process (SIGPROF, also inside one long C call); the parent then knows which
+    one it was.
     """
     import builtins
     import json
@@ -115,15 +128,22 @@ def _serve():
             replies.flush()
 
 
-WORKER_SOURCE = inspect.getsource(_serve) + "\n_serve()\n"  # read now: an edit of this file must not change a run
+WORKER_SOURCE = (
+    inspect.getsource(_serve) + "\n_serve()\n"
+)  # read now: an edit of this file must not change a run
 
 
 def _start_worker():
     """A fresh interpreter with an empty environment that holds only `_serve`."""
     environment = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
     worker = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-W", "ignore", "-c", WORKER_SOURCE], cwd="/", env=environment,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", WORKER_SOURCE],
+        cwd="/",
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     limits = {"memory": MEMORY_BYTES, "cpu": CPU_SECONDS, "builtins": sorted(SAFE_BUILTINS)}
     try:
@@ -133,7 +153,9 @@ def _start_worker():
     except BrokenPipeError:
         ready = b""
     if ready != b"ready\n":
-        raise RuntimeError(f"the grading worker did not start (exit status {_stop(worker)}): nothing was graded")
+        raise RuntimeError(
+            f"the grading worker did not start (exit status {_stop(worker)}): nothing was graded"
+        )
     return worker
 
 
@@ -145,14 +167,17 @@ def _stop(worker):
     except BrokenPipeError:
         pass
     try:
-        return worker.wait(timeout=5)  # it ends by itself once its input is closed, unless it is stuck in a program
+        return worker.wait(
+            timeout=5
+        )  # it ends by itself once its input is closed, unless it is stuck in a program
     except subprocess.TimeoutExpired:
         os.killpg(worker.pid, signal.SIGKILL)
         return worker.wait()
 
 
 def _execute(jobs):
-    """Answers of the worker to jobs (program, entry_point, inputs), in order; "killed" for a program that ended it."""
+    """Answers of the worker to jobs (program, entry_point, inputs), in order; "killed" for a program that
+    ended it."""
     answers, alone = [], False
     worker = _start_worker()
     try:
@@ -175,8 +200,8 @@ def _execute(jobs):
             if len(replies) == len(chunk):
                 alone = False
                 continue
-            # The first program without an answer ended the worker. Out of CPU time: it fails. Ended by something else
-            # (the machine stalled or ran out of memory): one more chance, alone.
+            # The first program without an answer ended the worker. Out of CPU time: it fails. Ended by
+            # something else (the machine stalled or ran out of memory): one more chance, alone.
             if _stop(worker) == -signal.SIGPROF or alone:
                 answers.append("killed")
                 alone = False
@@ -191,12 +216,15 @@ def _execute(jobs):
 def grade_fast(prompts, responses, rows, stats=None):
     """For each i whether the program prompts[i] + responses[i] passes the tests of rows[i]: a list of bools.
 
-    Programs run in separate processes; only plain data comes back and is compared here, and the expected outputs never
-    leave this process. Equal programs on equal tests run once. `stats`, a dict, receives the counts `programs`,
-    `distinct`, `sandboxed` (graded by `benchmark.grading`, about a hundred times slower) and `killed`.
+    Programs run in separate processes; only plain data comes back and is compared here, and the expected
+    outputs never leave this process. Equal programs on equal tests run once. `stats`, a dict, receives the
+    counts `programs`, `distinct`, `sandboxed` (graded by `benchmark.grading`, about a hundred times slower)
+    and `killed`.
     """
     if not len(prompts) == len(responses) == len(rows):
-        raise ValueError(f"prompts, responses and rows differ in length: {len(prompts)}, {len(responses)}, {len(rows)}")
+        raise ValueError(
+            f"prompts, responses and rows differ in length: {len(prompts)}, {len(responses)}, {len(rows)}"
+        )
     keys = [(prompt + response, row["tests"]) for prompt, response, row in zip(prompts, responses, rows)]
     verdicts, fast, slow = {}, {}, {}
     with warnings.catch_warnings():
@@ -221,7 +249,9 @@ def grade_fast(prompts, responses, rows, stats=None):
         for key, row in slow.items():
             verdicts[key] = bool(grade(key[0], row["tests"], row["entry_point"])["passed"])
     if stats is not None:
-        stats.update(programs=len(keys), distinct=len(verdicts), sandboxed=len(slow), killed=answers.count("killed"))
+        stats.update(
+            programs=len(keys), distinct=len(verdicts), sandboxed=len(slow), killed=answers.count("killed")
+        )
     return [verdicts[key] for key in keys]
 
 

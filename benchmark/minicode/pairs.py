@@ -29,14 +29,18 @@ def edit_distance(a, b):
 
 
 def build_pairs(rows, responses, passed):
-    """Preference data: per prompt the (passing, failing) pair of largest edit distance, the first one of equals. DEPARTS PAPER,
-    which takes the most distant pair of all and labels it by the tests: a pair of equal outcome has no label.
+    """Preference data: per prompt the (passing, failing) pair of largest edit distance, the first one of
+    equals. DEPARTS PAPER, which takes the most distant pair of all and labels it by the tests: a pair of
+    equal outcome has no label.
 
-    responses[i] and passed[i] are the texts and verdicts of the samples of rows[i]. Returns (pairs, dropped): rows
-    `task_id`, `prompt`, `chosen`, `rejected`, and the number of prompts without a passing or without a failing sample.
+    responses[i] and passed[i] are the texts and verdicts of the samples of rows[i]. Returns (pairs, dropped):
+    rows `task_id`, `prompt`, `chosen`, `rejected`, and the number of prompts without a passing or without a
+    failing sample.
     """
     if not len(rows) == len(responses) == len(passed):
-        raise ValueError(f"rows, responses and passed differ in length: {len(rows)}, {len(responses)}, {len(passed)}")
+        raise ValueError(
+            f"rows, responses and passed differ in length: {len(rows)}, {len(responses)}, {len(passed)}"
+        )
     pairs = []
     for row, texts, verdicts in zip(rows, responses, passed):
         if len(texts) != len(verdicts):
@@ -45,5 +49,7 @@ def build_pairs(rows, responses, passed):
         bad = dict.fromkeys(text for text, verdict in zip(texts, verdicts) if not verdict)
         if good and bad:
             chosen, rejected = max(itertools.product(good, bad), key=lambda pair: edit_distance(*pair))
-            pairs.append({"task_id": row["task_id"], "prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+            pairs.append(
+                {"task_id": row["task_id"], "prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+            )
     return pairs, len(rows) - len(pairs)

@@ -46,7 +46,8 @@ class World:
     def __post_init__(self):
         if not 2 <= self.min_operations <= self.max_operations:
             raise ValueError(
-                f"need 2 <= min_operations <= max_operations, got {self.min_operations} and {self.max_operations}"
+                f"need 2 <= min_operations <= max_operations, got {self.min_operations} and "
+                f"{self.max_operations}"
             )
         if self.num_tests < 2:
             raise ValueError(f"num_tests must be at least 2, got {self.num_tests}")
@@ -58,7 +59,7 @@ class World:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-# ---------------------------------------------------------------------------------------------------- making problems
+# ---------------------------------------------------------------- making problems
 
 
 def split_of(names):
@@ -86,11 +87,15 @@ def _function(expression):
 
 def _body(expressions):
     """Response text of a chain of expressions: one line per operation."""
-    return "".join(f"    x = {expression}\n" for expression in expressions[:-1]) + f"    return {expressions[-1]}"
+    return (
+        "".join(f"    x = {expression}\n" for expression in expressions[:-1])
+        + f"    return {expressions[-1]}"
+    )
 
 
 def _draw_inputs(rng, world, constants):
-    """Lists of integers in -9..12: one of length 0-3, the rest 5-10; half of them get a threshold of the problem."""
+    """Lists of integers in -9..12: one of length 0-3, the rest 5-10; half of them get a threshold of the
+    problem."""
     lengths = [rng.randint(0, 3)] + [rng.randint(5, 10) for _ in range(world.num_tests - 1)]
     inputs = [rng.choices(range(-9, 13), k=length) for length in lengths]
     for values in inputs:
@@ -100,13 +105,16 @@ def _draw_inputs(rng, world, constants):
 
 
 def _every_mistake_shows(operations, constants, stages):
-    """True when each mistake, alone in an otherwise correct program, changes the repr of the outcome of some test.
+    """True when each mistake, alone in an otherwise correct program, changes the repr of the outcome of some
+    test.
 
     `stages[i]` are the values of all tests before operation i, `stages[-1]` the outputs.
     """
     expected = [repr(output) for output in stages[-1]]
     for i, (operation, k) in enumerate(zip(operations, constants)):
-        rest = [_function(op.correct[0].format(k=c)) for op, c in zip(operations[i + 1 :], constants[i + 1 :])]
+        rest = [
+            _function(op.correct[0].format(k=c)) for op, c in zip(operations[i + 1 :], constants[i + 1 :])
+        ]
         for wrong in operation.wrong:
             mistake = _function(wrong.format(k=k))
             for values, output in zip(stages[i], expected):
@@ -130,7 +138,9 @@ def _draw_problem(rng, world, split):
         operations = rng.sample([op for op in LIST_OPERATIONS if op is not last], length - 1) + [last]
         if split_of([op.name for op in operations]) != split:
             continue
-        for _ in range(3):  # a mistake may stay hidden for these constants or lists; some compositions hide it always
+        for _ in range(
+            3
+        ):  # a mistake may stay hidden for these constants or lists; some compositions hide it always
             constants = [rng.choice(op.constants) for op in operations]
             stages = [_draw_inputs(rng, world, constants)]
             for operation, k in zip(operations, constants):
@@ -140,10 +150,12 @@ def _draw_problem(rng, world, split):
 
 
 def make_rows(world, split, demonstrations=None):
-    """All rows of one split (sft, sft_valid, preference, rl, valid, test), a list of dicts as in the module docstring.
+    """All rows of one split (sft, sft_valid, preference, rl, valid, test), a list of dicts as in the module
+    docstring.
 
-    Prompts are distinct, except among the demonstrations, where one prompt may be answered in several ways. The rows of
-    sft_valid avoid the prompts of the demonstrations, which are made once more unless they are given.
+    Prompts are distinct, except among the demonstrations, where one prompt may be answered in several ways.
+    The rows of sft_valid avoid the prompts of the demonstrations, which are made once more unless they are
+    given.
     """
     demonstrated = split in ("sft", "sft_valid")
     rng = random.Random(f"{world.seed}/{split}")
@@ -155,10 +167,13 @@ def make_rows(world, split, demonstrations=None):
     while len(rows) < size:
         attempts += 1
         if attempts > 1000 + 100 * size:
-            raise ValueError(f"num_{split}={size}: no more than {len(rows)} distinct prompts found; ask for fewer")
+            raise ValueError(
+                f"num_{split}={size}: no more than {len(rows)} distinct prompts found; ask for fewer"
+            )
         operations, constants, inputs, outputs = _draw_problem(rng, world, "sft" if demonstrated else split)
         phrases = [rng.choice(op.phrasings).format(k=k) for op, k in zip(operations, constants)]
-        # The semicolon announces the last operation: two layers then find the phrase that belongs to each line.
+        # The semicolon announces the last operation: two layers then find the phrase that belongs to each
+        # line.
         instruction = "; ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
         prompt = f"# {instruction}\ndef f(x):\n"
         if prompt in seen:
@@ -173,7 +188,9 @@ def make_rows(world, split, demonstrations=None):
             "inputs": inputs,
             "outputs": outputs,
             "operations": [op.name for op in operations],
-            "canonical_solution": _body([rng.choice(op.correct).format(k=k) for op, k in zip(operations, constants)]),
+            "canonical_solution": _body(
+                [rng.choice(op.correct).format(k=k) for op, k in zip(operations, constants)]
+            ),
         }
         if demonstrated:
             rates = [world.faulty_rate if op.name in faulty else world.background_rate for op in operations]

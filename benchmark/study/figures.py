@@ -11,12 +11,40 @@ from benchmark.records import half_width
 
 matplotlib.use("Agg")
 
-COLOURS = {"sft": "#7f7f7f", "ppo_m": "#1f77b4", "br": "#d62728", "bw": "#2ca02c", "random": "#9467bd", "ppo_s": "#17becf", "bon": "#ff7f0e",
-           "oracle": "#000000"}  # fmt: skip
-LABELS = {"sft": "SFT", "ppo_s": "PPO-S", "ppo_m": "PPO-M", "bon": "PF-PPO BoN", "br": "PF-PPO BR", "bw": "PF-PPO BW", "random": "random 2 of 5",
-          "oracle": "PPO-M, oracle reward", "none": "no filter", "top": "top", "top_random": "top-random", "top_bottom": "top-bottom",
-          "pow_1": "pow-1", "pow_2": "pow-2", "pow_3": "pow-3", "raft": "RAFT", "bond": "BOND", "dpo": "DPO", "ipo": "IPO", "kto": "KTO",
-          "iterative_dpo": "Iterative-DPO", "w_r2": "w chosen by R²"}  # fmt: skip
+COLOURS = {
+    "sft": "#7f7f7f",
+    "ppo_m": "#1f77b4",
+    "br": "#d62728",
+    "bw": "#2ca02c",
+    "random": "#9467bd",
+    "ppo_s": "#17becf",
+    "bon": "#ff7f0e",
+    "oracle": "#000000",
+}
+LABELS = {
+    "sft": "SFT",
+    "ppo_s": "PPO-S",
+    "ppo_m": "PPO-M",
+    "bon": "PF-PPO BoN",
+    "br": "PF-PPO BR",
+    "bw": "PF-PPO BW",
+    "random": "random 2 of 5",
+    "oracle": "PPO-M, oracle reward",
+    "none": "no filter",
+    "top": "top",
+    "top_random": "top-random",
+    "top_bottom": "top-bottom",
+    "pow_1": "pow-1",
+    "pow_2": "pow-2",
+    "pow_3": "pow-3",
+    "raft": "RAFT",
+    "bond": "BOND",
+    "dpo": "DPO",
+    "ipo": "IPO",
+    "kto": "KTO",
+    "iterative_dpo": "Iterative-DPO",
+    "w_r2": "w chosen by R²",
+}
 
 
 BANDS = ("ppo_m", "br", "random")  # the arms whose intervals are drawn: more of them cover each other
@@ -25,7 +53,14 @@ BANDS = ("ppo_m", "br", "random")  # the arms whose intervals are drawn: more of
 def legend_below(figure, axes) -> None:
     """One legend for all panels, where it covers no line."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncol=min(8, max(1, len(names))), fontsize=8)
+    figure.legend(
+        handles,
+        names,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.01),
+        ncol=min(8, max(1, len(names))),
+        fontsize=8,
+    )
 
 
 def label(name: str) -> str:
@@ -45,14 +80,22 @@ def reliability(repeats: list[dict], path: Path, title: str = "") -> Path:
     figure, axes = plt.subplots(figsize=(5, 3.8))
     for repeat in repeats:
         axes.plot(repeat["reward"], repeat["actual"], marker="o", markersize=3, linewidth=1, alpha=0.7)
-    axes.set(xlabel="reward R (group mean)", ylabel="actual score s (share that passes)", title=title or "Reliability of the reward model")
+    axes.set(
+        xlabel="reward R (group mean)",
+        ylabel="actual score s (share that passes)",
+        title=title or "Reliability of the reward model",
+    )
     axes.grid(alpha=0.3)
     return save(figure, path)
 
 
-def training_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], path: Path, levels: dict[str, float] | None = None) -> Path:
-    """Figure 2. `curves`: method -> {"sampled": [(update, reward on π_θ's samples)], "kept": [(update, reward on μ_θ's)],
-    "pass1": [(update, greedy pass@1)]}; `levels`: name -> horizontal line in the right panel."""
+def training_curves(
+    curves: dict[str, dict[str, list[tuple[float, float]]]],
+    path: Path,
+    levels: dict[str, float] | None = None,
+) -> Path:
+    """Figure 2. `curves`: method -> {"sampled": [(update, reward on π_θ's samples)], "kept": [(update, reward
+    on μ_θ's)], "pass1": [(update, greedy pass@1)]}; `levels`: name -> horizontal line in the right panel."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for method, lines in curves.items():
         colour = COLOURS.get(method)
@@ -60,7 +103,9 @@ def training_curves(curves: dict[str, dict[str, list[tuple[float, float]]]], pat
         left.plot(*zip(*lines["kept"]), color=colour, linestyle=":", linewidth=1)
         right.plot(*zip(*lines["pass1"]), color=colour, marker="o", markersize=3, label=label(method))
     for name, value in (levels or {}).items():
-        right.axhline(value, color=COLOURS.get(name, "#7f7f7f"), linestyle="--", linewidth=1, label=label(name))
+        right.axhline(
+            value, color=COLOURS.get(name, "#7f7f7f"), linestyle="--", linewidth=1, label=label(name)
+        )
     left.set(xlabel="update", ylabel="reward", title="Reward: policy's samples (line), kept samples (dotted)")
     right.set(xlabel="update", ylabel="greedy pass@1, validation problems", title="Problems solved")
     for axes in (left, right):
@@ -84,7 +129,8 @@ def reliability_panels(worlds: dict[str, list[dict]], path: Path) -> Path:
 
 
 def world_levels(runs: dict[str, list[dict[str, list]]], y: str) -> dict[tuple, float]:
-    """{(world, update): mean of y over the runs of BANDS in that world}: what the arms have in common there."""
+    """{(world, update): mean of y over the runs of BANDS in that world}: what the arms have in common
+    there."""
     found: dict[tuple, list[float]] = {}
     for method in BANDS:
         for curve in runs.get(method, []):
@@ -94,9 +140,12 @@ def world_levels(runs: dict[str, list[dict[str, list]]], y: str) -> dict[tuple, 
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, levels: dict | None = None, **style) -> None:
-    """Mean of y over runs at every x that all have; entries that are None are left out. With `levels` (of world_levels) also Student's
-    95% interval of the runs less their world's level (Cousineau-Morey): how far arms can be told apart, whatever worlds do."""
+def band(
+    axes, curves: list[dict[str, list]], x: str, y: str, colour, levels: dict | None = None, **style
+) -> None:
+    """Mean of y over runs at every x that all have; entries that are None are left out. With `levels` (of
+    world_levels) also Student's 95% interval of the runs less their world's level (Cousineau-Morey): how far
+    arms can be told apart, whatever worlds do."""
     found: dict[float, list[tuple[float, float]]] = {}
     for curve in curves:
         for a, b, update in zip(curve[x], curve[y], curve["update"]):
@@ -106,14 +155,16 @@ def band(axes, curves: list[dict[str, list]], x: str, y: str, colour, levels: di
     mean = np.array([np.mean([value for value, _ in found[a]]) for a in xs])
     axes.plot(xs, mean, color=colour, **style)
     if len(curves) > 1 and levels:
-        correction = np.sqrt(len(BANDS) / (len(BANDS) - 1))  # Morey: taking out a mean of J arms takes 1 / J of the variance along
+        correction = np.sqrt(
+            len(BANDS) / (len(BANDS) - 1)
+        )  # Morey: taking out a mean of J arms takes 1 / J of the variance along
         error = correction * half_width(np.array([[rest for _, rest in found[a]] for a in xs]).T)
         axes.fill_between(xs, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
 
 
 def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
-    """Figure 2 over many runs: method -> curves of benchmark.study.reproduce. Reward of the policy's own samples (line) and of kept samples
-    (dotted), greedy pass@1, sampled pass@1."""
+    """Figure 2 over many runs: method -> curves of benchmark.study.reproduce. Reward of the policy's own
+    samples (line) and of kept samples (dotted), greedy pass@1, sampled pass@1."""
     figure, (reward, greedy, sampled) = plt.subplots(1, 3, figsize=(14, 4))
     every = {name: world_levels(runs, name) for name in ("score", "greedy_pass1", "sampled_pass1")}
     for method, curves in runs.items():
@@ -128,24 +179,38 @@ def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
     sampled.set(title="Sampled pass@1, validation problems")
     for axes in (reward, greedy, sampled):
         axes.set_xlabel("update")
-        axes.set_xticks(sorted({update for curves in runs.values() for curve in curves for update in curve["update"]}))
+        axes.set_xticks(
+            sorted({update for curves in runs.values() for curve in curves for update in curve["update"]})
+        )
         axes.grid(alpha=0.3)
     legend_below(figure, greedy)
     return save(figure, path)
 
 
 def budget_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
-    """Sampled pass@1 against what it cost: responses generated, optimizer steps, and KL to π_SFT (each run's points averaged by
-    update)."""
+    """Sampled pass@1 against what it cost: responses generated, optimizer steps, and KL to π_SFT (each run's
+    points averaged by update)."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4), sharey=True)
     every = world_levels(runs, "sampled_pass1")
     for method, curves in runs.items():
         colour = COLOURS.get(method)
         for axes, x in zip(panels, ("episodes", "optimizer_step")):
-            band(axes, curves, x, "sampled_pass1", colour, every if method in BANDS else None, label=label(method))
+            band(
+                axes,
+                curves,
+                x,
+                "sampled_pass1",
+                colour,
+                every if method in BANDS else None,
+                label=label(method),
+            )
         points = mean_points(curves, "kl", "sampled_pass1")
-        panels[2].plot(points[:, 0], points[:, 1], color=colour, marker="o", markersize=3, label=label(method))
-    for axes, title in zip(panels, ("responses generated", "optimizer steps", "KL to π_SFT, nats per response")):
+        panels[2].plot(
+            points[:, 0], points[:, 1], color=colour, marker="o", markersize=3, label=label(method)
+        )
+    for axes, title in zip(
+        panels, ("responses generated", "optimizer steps", "KL to π_SFT, nats per response")
+    ):
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("sampled pass@1, validation problems")
@@ -154,23 +219,38 @@ def budget_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
 
 
 def mean_points(curves: list[dict[str, list]], *names: str) -> np.ndarray:
-    """Curves of several runs -> (evaluations, len(names)): means over runs, as far as the shortest run goes, without empty points."""
+    """Curves of several runs -> (evaluations, len(names)): means over runs, as far as the shortest run goes,
+    without empty points."""
     lists = [[point for point in zip(*(c[n] for n in names)) if None not in point] for c in curves]
     shortest = min(map(len, lists))
     return np.mean([points[:shortest] for points in lists], axis=0).reshape(shortest, len(names))
 
 
 def over_optimisation(panels: dict[str, dict[str, list[dict[str, list]]]], path: Path) -> Path:
-    """One panel a title: for every method the mean sampled pass@1 (line) and reward (dotted, right axis) against KL."""
+    """One panel a title: for every method the mean sampled pass@1 (line) and reward (dotted, right axis)
+    against KL."""
     columns = min(3, len(panels))
-    figure, grid = plt.subplots(-(-len(panels) // columns), columns, figsize=(5 * columns, 3.4 * -(-len(panels) // columns)), squeeze=False, sharey=True)
+    figure, grid = plt.subplots(
+        -(-len(panels) // columns),
+        columns,
+        figsize=(5 * columns, 3.4 * -(-len(panels) // columns)),
+        squeeze=False,
+        sharey=True,
+    )
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for i, (axes, (title, runs)) in enumerate(zip(grid.flat, panels.items())):
         right = axes.twinx()
         for method, curves in runs.items():
             points = mean_points(curves, "kl", "sampled_pass1", "sampled_reward")
-            axes.plot(points[:, 0], points[:, 1], color=COLOURS.get(method), marker="o", markersize=3, label=label(method))
+            axes.plot(
+                points[:, 0],
+                points[:, 1],
+                color=COLOURS.get(method),
+                marker="o",
+                markersize=3,
+                label=label(method),
+            )
             right.plot(points[:, 0], points[:, 2], color=COLOURS.get(method), linestyle=":")
         right.set(ylabel="reward" if i % columns == columns - 1 else "", ylim=(-0.1, 0.8))
         axes.set(title=title, xlabel="KL to π_SFT, nats", ylabel="sampled pass@1" if i % columns == 0 else "")
@@ -181,7 +261,8 @@ def over_optimisation(panels: dict[str, dict[str, list[dict[str, list]]]], path:
 
 
 def alarm_curves(runs: dict[str, list[tuple[dict, dict]]], path: Path) -> Path:
-    """method -> [(curve, alarm)]: R² of the probe (left) and sampled pass@1 (right) of every run over updates, a circle at the alarm."""
+    """method -> [(curve, alarm)]: R² of the probe (left) and sampled pass@1 (right) of every run over
+    updates, a circle at the alarm."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for method, pairs in runs.items():
         for i, (curve, alarm) in enumerate(pairs):
@@ -191,7 +272,9 @@ def alarm_curves(runs: dict[str, list[tuple[dict, dict]]], path: Path) -> Path:
             right.plot(curve["update"], curve["sampled_pass1"], color=colour, alpha=0.6, label=name)
             if alarm["update"] in curve["update"]:
                 at = curve["update"].index(alarm["update"])
-                right.plot(alarm["update"], curve["sampled_pass1"][at], "o", color=colour, markerfacecolor="none")
+                right.plot(
+                    alarm["update"], curve["sampled_pass1"][at], "o", color=colour, markerfacecolor="none"
+                )
     left.set(xlabel="update", ylabel="R² of the reward model on a probe")
     right.set(xlabel="update", ylabel="sampled pass@1, validation problems")
     for axes in (left, right):
@@ -200,11 +283,15 @@ def alarm_curves(runs: dict[str, list[tuple[dict, dict]]], path: Path) -> Path:
     return save(figure, path)
 
 
-def r2_bars(table: dict[str, dict[str, float]], path: Path, title: str = "R² of each filter on SFT samples") -> Path:
+def r2_bars(
+    table: dict[str, dict[str, float]], path: Path, title: str = "R² of each filter on SFT samples"
+) -> Path:
     """Bars with 95% intervals. `table`: filter -> {"r2", "low", "high"}."""
     names = list(table)
     r2 = np.array([table[n]["r2"] for n in names])
-    error = np.abs(np.array([[table[n]["r2"] - table[n]["low"], table[n]["high"] - table[n]["r2"]] for n in names]).T)
+    error = np.abs(
+        np.array([[table[n]["r2"] - table[n]["low"], table[n]["high"] - table[n]["r2"]] for n in names]).T
+    )
     figure, axes = plt.subplots(figsize=(7, 3.5))
     axes.bar(range(len(names)), r2, yerr=error, capsize=3, color="#4c78a8")
     axes.set_xticks(range(len(names)), [label(n) for n in names], rotation=30, ha="right", fontsize=8)
@@ -215,6 +302,7 @@ def r2_bars(table: dict[str, dict[str, float]], path: Path, title: str = "R² of
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
     """Aligned markdown table; numbers are shown with three decimals, None as `missing`."""
+
     def cell(value) -> str:
         return "missing" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 

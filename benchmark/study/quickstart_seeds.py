@@ -1,9 +1,11 @@
 """The main job over seeds, and its table with intervals.
 
-    python -m benchmark.study.quickstart_seeds --seeds 1 2 3 4 5 --output_dir output/quickstart --results_dir benchmark/results/DATE-quickstart
+    python -m benchmark.study.quickstart_seeds --seeds 1 2 3 4 5 --output_dir output/quickstart \\
+        --results_dir benchmark/results/DATE-quickstart
 
-A seed draws a new world, SFT policy, reward model and samples. Each seed's summary, table and pictures are copied to
-results_dir/seed_S; `seeds.md` and `seeds.json` hold mean and 95% t-interval over seeds. A killed run continues.
+A seed draws a new world, SFT policy, reward model and samples. Each seed's summary, table and pictures are
+copied to results_dir/seed_S; `seeds.md` and `seeds.json` hold mean and 95% t-interval over seeds. A killed
+run continues.
 """
 
 import json
@@ -51,16 +53,51 @@ def main(args: Args) -> None:
     for method in ("sft", *quickstart.METHODS):
         runs = [s["methods"][method] for s in summaries.values()]
         best = [r.get("best_checkpoint", r)["greedy_pass1"] for r in runs]
-        gains = [s["methods"][method]["greedy_pass1"] - s["methods"]["sft"]["greedy_pass1"] for s in summaries.values()]
+        gains = [
+            s["methods"][method]["greedy_pass1"] - s["methods"]["sft"]["greedy_pass1"]
+            for s in summaries.values()
+        ]
         table[method] = {key: mean_interval([r[key] for r in runs]) for key in keys}
-        table[method].update(best_checkpoint=mean_interval(best), smallest_gain=min(gains), per_seed=[r["greedy_pass1"] for r in runs])
-        cells = [f"{m:.3f} ± {h:.3f}" for m, h in (table[method][k] for k in ("greedy_pass1", "best_checkpoint", "sampled_pass1", "reward", "kl", "r2"))]
-        rows.append([figures.label(method), *cells, " ".join(f"{g:.3f}" for g in table[method]["per_seed"]), f"{table[method]['seconds'][0]:.0f}"])
+        table[method].update(
+            best_checkpoint=mean_interval(best),
+            smallest_gain=min(gains),
+            per_seed=[r["greedy_pass1"] for r in runs],
+        )
+        cells = [
+            f"{m:.3f} ± {h:.3f}"
+            for m, h in (
+                table[method][k]
+                for k in ("greedy_pass1", "best_checkpoint", "sampled_pass1", "reward", "kl", "r2")
+            )
+        ]
+        rows.append(
+            [
+                figures.label(method),
+                *cells,
+                " ".join(f"{g:.3f}" for g in table[method]["per_seed"]),
+                f"{table[method]['seconds'][0]:.0f}",
+            ]
+        )
     text = figures.markdown_table(
-        ["method", "greedy pass@1", "best checkpoint", "sampled pass@1", "reward", "KL", "R²", "greedy pass@1 of each seed", "seconds"], rows)  # fmt: skip
+        [
+            "method",
+            "greedy pass@1",
+            "best checkpoint",
+            "sampled pass@1",
+            "reward",
+            "KL",
+            "R²",
+            "greedy pass@1 of each seed",
+            "seconds",
+        ],
+        rows,
+    )
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "seeds.json", table)
-    (results / "seeds.md").write_text(f"Mean ± 95% interval over seeds {', '.join(map(str, args.seeds))}; 600 unseen problems each.\n\n{text}\n")
+    (results / "seeds.md").write_text(
+        f"Mean ± 95% interval over seeds {', '.join(map(str, args.seeds))}; 600 unseen problems "
+        f"each.\n\n{text}\n"
+    )
     print(f"\n{text}")
 
 

@@ -1,20 +1,22 @@
 """The paper in miniature: methods x worlds x seeds on the embedded world, as units that survive being killed.
 
-    python -m benchmark.study.reproduce --study table2 --output_dir benchmark/results/DATE-table2          # about an hour
-    python -m benchmark.study.reproduce --study table2 --output_dir benchmark/results/DATE-table2 --full   # overnight
-    python -m benchmark.study.reproduce --study table2 --output_dir ... --only br --seeds 1 --worlds 1     # one row, one unit
-    python -m benchmark.study.tables benchmark/results/DATE-table2                                         # tables and pictures again
+    python -m benchmark.study.reproduce --study table2 --output_dir DIR           # about an hour
+    python -m benchmark.study.reproduce --study table2 --output_dir DIR --full    # overnight
+    python -m benchmark.study.reproduce --study table2 --output_dir DIR --only br --worlds 1 --seeds 1 # one
+    python -m benchmark.study.tables DIR                                          # tables and pictures again
 
-A unit is one training run (method, world, seed) from the world's one SFT policy and one reward model, with its results on the
-test problems; worlds are prepared by units of their own. A finished unit is one line of `units.jsonl`, appended in one write; the
-same command goes on where it was killed. Models and samples stay in `--work_dir` and are not part of the results. Every choice
-(best checkpoint, settings) is made on validation problems; test problems are looked at once per saved policy.
+A unit is one training run (method, world, seed) from the world's one SFT policy and one reward model, with
+its results on the test problems; worlds are prepared by units of their own. A finished unit is one line of
+`units.jsonl`, appended in one write; the same command goes on where it was killed. Models and samples stay in
+`--work_dir` and are not part of the results. Every choice (best checkpoint, settings) is made on validation
+problems; test problems are looked at once per saved policy.
 
-Starting an interpreter costs more than some units, so units are forked from one parent that has imported everything and started
-no thread. `command` in a line is what a user would type for the same run; it gives the same numbers.
+Starting an interpreter costs more than some units, so units are forked from one parent that has imported
+everything and started no thread. `command` in a line is what a user would type for the same run; it gives the
+same numbers.
 
-Studies: `table2` (Tables 1, 2, 3, 5, 6 and Figures 1, 2), `table4` (three rewards), `map` (when does filtering help), `beyond`
-(weights chosen by R², R² as an alarm, rewards centred per prompt).
+Studies: `table2` (Tables 1, 2, 3, 5, 6 and Figures 1, 2), `table4` (three rewards), `map` (when does
+filtering help), `beyond` (weights chosen by R², R² as an alarm, rewards centred per prompt).
 """
 
 import os
@@ -47,17 +49,47 @@ import sft_single  # noqa: F401
 from benchmark import pipeline, records
 from benchmark.study import tables
 
-VERSION = 3  # of what is measured on finished runs (2: r2_filters at equal rows, groups of N = 5; 3: pass@1 of the alarm's probe); a finished
-# unit whose numbers are older than `needed_version` has them measured again, not its training
+# Of what is measured on finished runs (2: r2_filters at equal rows, groups of N = 5; 3: pass@1 of the alarm's
+# probe); a finished unit whose numbers are older than `needed_version` has them measured again, not its
+# training.
+VERSION = 3
 TABLE1_METHODS = ("ppo_m", "bon", "br", "bw")  # R² on their middle and last policy
 TABLE1_FILTERS = ("none", "random", "bon", "br", "bw")
 
 # Order of work within a seed.
-ORDER = ("sft", "ppo_m", "br", "bw", "random", "bon", "ppo_s", "oracle", "top_bottom", "pow_1", "pow_2", "pow_3", "top_random", "top",
-         "raft", "bond", "dpo", "ipo", "kto", "iterative_dpo")  # fmt: skip
-BASELINES = {"raft": ("raft", {}), "bond": ("bond", {}), "dpo": ("dpo", {}), "ipo": ("dpo", {"loss_type": "ipo"}), "kto": ("kto", {}),
-             "iterative_dpo": ("iterative_dpo", {})}  # fmt: skip  module of benchmark/baselines, flags over its defaults
-TUNED = {"ppo_m": 5e-5, "bw": 5e-5, "random": 2e-4}  # learning rates that benchmark/baselines/tune.py prefers to the one all arms share; further units of table2
+ORDER = (
+    "sft",
+    "ppo_m",
+    "br",
+    "bw",
+    "random",
+    "bon",
+    "ppo_s",
+    "oracle",
+    "top_bottom",
+    "pow_1",
+    "pow_2",
+    "pow_3",
+    "top_random",
+    "top",
+    "raft",
+    "bond",
+    "dpo",
+    "ipo",
+    "kto",
+    "iterative_dpo",
+)
+# Module of benchmark/baselines, flags over its defaults.
+BASELINES = {
+    "raft": ("raft", {}),
+    "bond": ("bond", {}),
+    "dpo": ("dpo", {}),
+    "ipo": ("dpo", {"loss_type": "ipo"}),
+    "kto": ("kto", {}),
+    "iterative_dpo": ("iterative_dpo", {}),
+}
+# Learning rates that benchmark/baselines/tune.py prefers to the one all arms share; further units of table2.
+TUNED = {"ppo_m": 5e-5, "bw": 5e-5, "random": 2e-4}
 MAIN = ("sft", "ppo_m", "br", "bw", "random")
 CONTROLS = ("bon", "ppo_s", "oracle")
 
@@ -72,8 +104,21 @@ def subset(method: str, full: bool) -> tuple[int, int]:
 
 
 # Seconds on one of two busy cores (2026, 2.5 GHz) where nothing has been measured yet.
-SECONDS = {"world": 9, "sft_policy": 185, "preferences": 45, "rm": 80, "weights": 90, "sft": 25, "ppo_m": 145, "oracle": 145, "ppo_s": 145,
-           "top": 120, "top_random": 130, "top_bottom": 130, **dict.fromkeys(BASELINES, 60)}  # fmt: skip
+SECONDS = {
+    "world": 9,
+    "sft_policy": 185,
+    "preferences": 45,
+    "rm": 80,
+    "weights": 90,
+    "sft": 25,
+    "ppo_m": 145,
+    "oracle": 145,
+    "ppo_s": 145,
+    "top": 120,
+    "top_random": 130,
+    "top_bottom": 130,
+    **dict.fromkeys(BASELINES, 60),
+}
 OTHER_SECONDS = 95
 STAGES = ("world", "sft_policy", "preferences", "rm")
 
@@ -90,15 +135,18 @@ class Args:
     work_dir: str = "output/study"
     """folder for worlds, models and logs; shared by studies, so that no run is trained twice"""
     worlds_from: str = ""
-    """folder with seed_1, seed_2, ... of benchmark.quickstart whose worlds (SFT policy, pairs, reward model) are used, not made anew"""
+    """folder with seed_1, seed_2, ... of benchmark.quickstart whose worlds (SFT policy, pairs, reward model)
+    are used, not made anew"""
     full: bool = False
     """all seeds of every method (overnight) instead of the default subset (about an hour)"""
     methods: tuple[str, ...] = ()
-    """these methods alone, with all seeds given; `tuned`: the units of table2 with learning rates of their own"""
+    """these methods alone, with all seeds given; `tuned`: the units of table2 with learning rates of their
+    own"""
     only: str = ""
     """one method alone, with all seeds given"""
     worlds: tuple[int, ...] = (1, 2, 3)
-    """seeds of the worlds: planted mistakes, SFT policy, preference data and reward model are drawn anew for each"""
+    """seeds of the worlds: planted mistakes, SFT policy, preference data and reward model are drawn anew for
+    each"""
     seeds: tuple[int, ...] = (1, 2, 3, 4)
     """seeds of the training runs in each world"""
     parallel: int = 2
@@ -121,9 +169,9 @@ class Args:
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work. `variant` names what differs from the method's own flags, `changes` are those flags (`{world}` in a value is
-    the world's folder), `pairs` trains the reward model on that many pairs (0: all), `updates` 0 is the study's; `stage` is set for a
-    part of a world instead of a method."""
+    """One piece of work. `variant` names what differs from the method's own flags, `changes` are those flags
+    (`{world}` in a value is the world's folder), `pairs` trains the reward model on that many pairs (0: all),
+    `updates` 0 is the study's; `stage` is set for a part of a world instead of a method."""
 
     world: int
     seed: int
@@ -162,7 +210,9 @@ def world_stage(stage: str, world: int, pairs: int = 0) -> Unit:
 def parts_needed(unit: Unit) -> list[Unit]:
     """The parts of its world that a unit needs, in order."""
     before = STAGES[: STAGES.index(unit.stage)] if unit.stage in STAGES else STAGES
-    before = before if not unit.pairs or unit.stage else STAGES[:-1]  # the reward model from all pairs is another one's business
+    before = (
+        before if not unit.pairs or unit.stage else STAGES[:-1]
+    )  # the reward model from all pairs is another one's business
     parts = [world_stage(stage, unit.world) for stage in before]
     if not unit.stage and unit.pairs:
         parts.append(world_stage("rm", unit.world, unit.pairs))
@@ -172,59 +222,93 @@ def parts_needed(unit: Unit) -> list[Unit]:
 
 
 def planned_units(args: Args) -> list[Unit]:
-    """All units of the study in the order of work: what worlds need first, then seed by seed, method by method, world by world."""
+    """All units of the study in the order of work: what worlds need first, then seed by seed, method by
+    method, world by world."""
     chosen = (args.only,) if args.only else args.methods
-    runs = {"table2": plan_table2, "table4": plan_table4, "map": plan_map, "beyond": plan_beyond}[args.study](args)
+    runs = {"table2": plan_table2, "table4": plan_table4, "map": plan_map, "beyond": plan_beyond}[args.study](
+        args
+    )
     unknown = set(chosen) - {unit.method for unit in runs} - {unit.variant for unit in runs} - set(ORDER)
     if unknown:
-        raise SystemExit(f"--methods: {', '.join(sorted(unknown))} unknown; choose from {' '.join(dict.fromkeys(unit.method for unit in runs))}")
+        raise SystemExit(
+            f"--methods: {', '.join(sorted(unknown))} unknown; choose from "
+            f"{' '.join(dict.fromkeys(unit.method for unit in runs))}"
+        )
     runs = [unit for unit in runs if not chosen or unit.method in chosen or unit.variant in chosen]
     parts = dict.fromkeys(part for unit in runs for part in parts_needed(unit))
     return sorted(parts, key=lambda part: (STAGES + ("weights",)).index(part.stage)) + runs
 
 
 def plan_table2(args: Args) -> list[Unit]:
-    """One unit per method, world and seed; the default subset has fewer of what is not in the main comparison. The first two seeds
-    of the main comparison come first, then the rest of these seeds, then further seeds: what is there early is paired."""
+    """One unit per method, world and seed; the default subset has fewer of what is not in the main
+    comparison. The first two seeds of the main comparison come first, then the rest of these seeds, then
+    further seeds: what is there early is paired."""
     chosen, found = (args.only,) if args.only else args.methods, []
     for method in ORDER:
         seeds, worlds = (99, 99) if method in chosen and method != "sft" else subset(method, args.full)
         tier = 0 if method in MAIN else 1 if method in CONTROLS else 2
-        found += [((max(0, i - 1), tier, i, ORDER.index(method), w), Unit(world, seed, method))
-                  for i, seed in enumerate(args.seeds[:seeds]) for w, world in enumerate(args.worlds[:worlds])]  # fmt: skip
+        found += [
+            ((max(0, i - 1), tier, i, ORDER.index(method), w), Unit(world, seed, method))
+            for i, seed in enumerate(args.seeds[:seeds])
+            for w, world in enumerate(args.worlds[:worlds])
+        ]
         if method in TUNED and (not chosen or "tuned" in chosen):
             seeds = 99 if chosen else seeds
-            found += [((max(0, i - 1), 1, i, ORDER.index(method), w), Unit(world, seed, method, variant="tuned", changes=(("lr", TUNED[method]),)))
-                      for i, seed in enumerate(args.seeds[:seeds]) for w, world in enumerate(args.worlds[:worlds])]  # fmt: skip
+            found += [
+                (
+                    (max(0, i - 1), 1, i, ORDER.index(method), w),
+                    Unit(world, seed, method, variant="tuned", changes=(("lr", TUNED[method]),)),
+                )
+                for i, seed in enumerate(args.seeds[:seeds])
+                for w, world in enumerate(args.worlds[:worlds])
+            ]
     return [unit for _, unit in sorted(found, key=lambda pair: pair[0])]
 
 
-REWARDS = {"orm": (), "oracle": (("reward", "benchmark.minicode:oracle"),), "crm": (("reward", "benchmark.rewards:crm@{world}/rm/model"),)}
+REWARDS = {
+    "orm": (),
+    "oracle": (("reward", "benchmark.minicode:oracle"),),
+    "crm": (("reward", "benchmark.rewards:crm@{world}/rm/model"),),
+}
 
 
 def plan_table4(args: Args) -> list[Unit]:
-    """PPO-S and BR under the learned reward, the oracle, and both combined; two seeds a world, with --full all."""
+    """PPO-S and BR under the learned reward, the oracle, and both combined; two seeds a world, with --full
+    all."""
     seeds = args.seeds if args.full else args.seeds[:2]
     return [Unit(world, args.seeds[0], "sft") for world in args.worlds] + [
         Unit(world, seed, method, variant=name, changes=changes)
-        for seed in seeds for name, changes in REWARDS.items() for method in ("ppo_s", "br") for world in args.worlds]  # fmt: skip
+        for seed in seeds
+        for name, changes in REWARDS.items()
+        for method in ("ppo_s", "br")
+        for world in args.worlds
+    ]
 
 
 def map_changes(noise: float, kl: float, n: int, rm: str) -> tuple:
-    """Flags of a cell: always 320 responses per update; two rows of each prompt are kept, so the share falls with N."""
+    """Flags of a cell: always 320 responses per update; two rows of each prompt are kept, so the share falls
+    with N."""
     batch = pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"] // n
     changes = (("kl_coef", kl), ("num_responses", n), ("batch_size", batch))
-    return changes + ((("reward", f"benchmark.study.rewards:noisy@{{world}}/{rm}/model,{noise}"),) if noise else ())
+    return changes + (
+        (("reward", f"benchmark.study.rewards:noisy@{{world}}/{rm}/model,{noise}"),) if noise else ()
+    )
 
 
 def plan_map(args: Args) -> list[Unit]:
-    """When does filtering help: reward-model quality x KL coefficient x N; a cross through the middle at one seed a world, with
-    --full at all, and then every other combination at one. At N = 2 all two-row filters keep both rows and are PPO-M."""
+    """When does filtering help: reward-model quality x KL coefficient x N; a cross through the middle at one
+    seed a world, with --full at all, and then every other combination at one. At N = 2 all two-row filters
+    keep both rows and are PPO-M."""
     units = []
     for pairs, noise in tables.MAP_QUALITY:
-        changes = (("reward", f"benchmark.study.rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),)
+        changes = (
+            ("reward", f"benchmark.study.rewards:noisy@{{world}}/{Unit(0, 0, pairs=pairs).rm}/model,{noise}"),
+        )
         variant = f"pairs={pairs or 'all'} noise={noise}"
-        units += [Unit(world, args.seeds[0], "sft", variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
+        units += [
+            Unit(world, args.seeds[0], "sft", variant=variant, changes=changes, pairs=pairs)
+            for world in args.worlds
+        ]
     cross = tables.planned_cells(False)
     runs = [(seed, cell) for seed in (args.seeds if args.full else args.seeds[:1]) for cell in cross]
     runs += [(args.seeds[0], cell) for cell in tables.planned_cells(True) if args.full and cell not in cross]
@@ -234,22 +318,46 @@ def plan_map(args: Args) -> list[Unit]:
             kept = dict(changes)["batch_size"] * (2 if method != "ppo_m" else n)
             changes += (("minibatch_size", kept),) if kept < 64 else ()
             variant = f"pairs={pairs or 'all'} noise={noise} kl={kl} n={n}"
-            units += [Unit(world, seed, method, variant=variant, changes=changes, pairs=pairs) for world in args.worlds]
+            units += [
+                Unit(world, seed, method, variant=variant, changes=changes, pairs=pairs)
+                for world in args.worlds
+            ]
     return units
 
 
 def plan_beyond(args: Args) -> list[Unit]:
-    """Weights chosen by R², rewards centred per prompt, R² as an alarm; two seeds a world, with --full all."""
-    centred, units = (("reward", "benchmark.study.rewards:centred@{world}/rm/model"),), [Unit(w, args.seeds[0], "sft") for w in args.worlds]
+    """Weights chosen by R², rewards centred per prompt, R² as an alarm; two seeds a world, with --full
+    all."""
+    centred, units = (
+        (("reward", "benchmark.study.rewards:centred@{world}/rm/model"),),
+        [Unit(w, args.seeds[0], "sft") for w in args.worlds],
+    )
     for seed in args.seeds if args.full else args.seeds[:2]:
         for method, variant, changes in (
-            ("ppo_m", "", ()), ("br", "", ()), ("bw", "", ()), ("random", "", ()), ("pow_2", "", ()), ("w_r2", "", ()),
-            ("ppo_m", "centred", centred), ("bw", "centred", centred), ("pow_2", "centred", centred),
-        ):  # fmt: skip
+            ("ppo_m", "", ()),
+            ("br", "", ()),
+            ("bw", "", ()),
+            ("random", "", ()),
+            ("pow_2", "", ()),
+            ("w_r2", "", ()),
+            ("ppo_m", "centred", centred),
+            ("bw", "centred", centred),
+            ("pow_2", "centred", centred),
+        ):
             units += [Unit(world, seed, method, variant=variant, changes=changes) for world in args.worlds]
         for method in ("ppo_m", "br", "bw", "random"):
-            units += [Unit(world, seed, method, variant="alarm", changes=(("save_policy_every", 5),), pairs=ALARM_PAIRS, updates=2 * args.updates)
-                      for world in args.worlds]  # fmt: skip
+            units += [
+                Unit(
+                    world,
+                    seed,
+                    method,
+                    variant="alarm",
+                    changes=(("save_policy_every", 5),),
+                    pairs=ALARM_PAIRS,
+                    updates=2 * args.updates,
+                )
+                for world in args.worlds
+            ]
     return units
 
 
@@ -262,17 +370,21 @@ def module_of(script: str):
 
 
 def run_here(script: str, settings: dict, log: Path, threads: int = 1, quiet: bool = True) -> float:
-    """In place of pipeline.launch: run the script's main in this process, as `accelerate launch --cpu --num_processes 1` would."""
+    """In place of pipeline.launch: run the script's main in this process, as `accelerate launch --cpu
+    --num_processes 1` would."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.with_suffix(".sh").write_text(pipeline.command_line(script, settings) + "\n")
     module, argv, start = module_of(script), pipeline.flags(settings), time.time()
-    module.main(module.parse_args(argv) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=argv))
+    module.main(
+        module.parse_args(argv) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=argv)
+    )
     return time.time() - start
 
 
 def count_rows() -> dict[str, int]:
-    """Count rows (responses) that go through each model during the updates of a PPO run in this process (Table 6). The part of a
-    run is known from the key of the random generator it asks for: 3 rollout of an update, 1 and 9 measuring and evaluation."""
+    """Count rows (responses) that go through each model during the updates of a PPO run in this process
+    (Table 6). The part of a run is known from the key of the random generator it asks for: 3 rollout of an
+    update, 1 and 9 measuring and evaluation."""
     rows, now = defaultdict(int), {"part": 0}
     random_generator, score = pfppo.random_generator, pfppo.RewardModel.score
     forward, logprobs = pfppo.PolicyAndCritic.forward, pfppo.response_logprobs_and_values
@@ -303,11 +415,16 @@ def count_rows() -> dict[str, int]:
 
 
 def curve(metrics: list[dict]) -> dict[str, list]:
-    """metrics.jsonl of a run -> one entry per evaluation: update, episodes, optimizer_step, kept_rows (so far),
-    greedy_pass1, sampled_pass1, kl, sampled_reward, and means since the evaluation before of score and kept_score."""
+    """metrics.jsonl of a run -> one entry per evaluation: update, episodes, optimizer_step, kept_rows (so
+    far), greedy_pass1, sampled_pass1, kl, sampled_reward, and means since the evaluation before of score and
+    kept_score."""
 
     def counter(row: dict, *names: str):
-        return 0 if row["step"] == 0 else next((row[tag] for name in names for tag in (f"ppo/{name}", name) if tag in row), None)
+        return (
+            0
+            if row["step"] == 0
+            else next((row[tag] for name in names for tag in (f"ppo/{name}", name) if tag in row), None)
+        )
 
     out, since, kept = defaultdict(list), [], 0.0
     for row in metrics:
@@ -315,11 +432,21 @@ def curve(metrics: list[dict]) -> dict[str, list]:
         kept += row.get("filter/kept", 0)
         if "eval/greedy_pass1" not in row:
             continue
-        means = {name: [r[tag] for r in since if tag in r] for name, tag in (("score", "objective/score"), ("kept_score", "filter/score"))}
-        values = {"update": row["step"], "episodes": counter(row, "episode", "episodes"),
-                  "optimizer_step": counter(row, "optimizer_step"), "kept_rows": kept,
-                  "greedy_pass1": row["eval/greedy_pass1"], "sampled_pass1": row.get("eval/sampled_pass1"), "kl": row.get("eval/kl"),
-                  "sampled_reward": row.get("eval/sampled_reward"), **{k: float(np.mean(v)) if v else None for k, v in means.items()}}  # fmt: skip
+        means = {
+            name: [r[tag] for r in since if tag in r]
+            for name, tag in (("score", "objective/score"), ("kept_score", "filter/score"))
+        }
+        values = {
+            "update": row["step"],
+            "episodes": counter(row, "episode", "episodes"),
+            "optimizer_step": counter(row, "optimizer_step"),
+            "kept_rows": kept,
+            "greedy_pass1": row["eval/greedy_pass1"],
+            "sampled_pass1": row.get("eval/sampled_pass1"),
+            "kl": row.get("eval/kl"),
+            "sampled_reward": row.get("eval/sampled_reward"),
+            **{k: float(np.mean(v)) if v else None for k, v in means.items()},
+        }
         for name, value in values.items():
             out[name].append(round(value, 5) if isinstance(value, float) else value)
         since = []
@@ -337,19 +464,31 @@ def fingerprint(value) -> str:
 
 
 class Workplace:
-    """Where worlds and runs of a study lie; folders are named by what made them, so other settings never meet."""
+    """Where worlds and runs of a study lie; folders are named by what made them, so other settings never
+    meet."""
 
     def __init__(self, args: Args):
         self.args, self.root = args, Path(args.work_dir).absolute()
-        self.sizes = dict(num_sft=args.num_sft, num_preference=args.num_preference, num_valid=args.num_valid, num_test=args.num_test)
+        self.sizes = dict(
+            num_sft=args.num_sft,
+            num_preference=args.num_preference,
+            num_valid=args.num_valid,
+            num_test=args.num_test,
+        )
 
     def world(self, world: int) -> Path:
-        return self.root / f"world_{world}-{fingerprint([self.sizes, self.args.sft_epochs, pipeline.SFT, pipeline.RM])}"
+        return (
+            self.root
+            / f"world_{world}-{fingerprint([self.sizes, self.args.sft_epochs, pipeline.SFT, pipeline.RM])}"
+        )
 
     def settings(self, unit: Unit) -> tuple[str, dict]:
         """Script and flags of a method unit, output_dir left out."""
         folder, updates = self.world(unit.world), unit.updates or self.args.updates
-        changes = {name: value.replace("{world}", str(folder)) if isinstance(value, str) else value for name, value in unit.changes}
+        changes = {
+            name: value.replace("{world}", str(folder)) if isinstance(value, str) else value
+            for name, value in unit.changes
+        }
         if unit.method in BASELINES:
             return baseline_settings(folder, unit.method, unit.seed, updates, changes)
         method = unit.method
@@ -357,40 +496,77 @@ class Workplace:
             method, weights = "ppo_m", json.loads((folder / "weights.json").read_text())["weights"]
             changes = {"rank_weights": weights, "num_kept": 2, **changes}
         rm = folder / unit.rm / "model"
-        own = {"save_policy_every": updates // 2, "reward": rm, "critic_init": rm, **pipeline.METHODS[method], **changes}
+        own = {
+            "save_policy_every": updates // 2,
+            "reward": rm,
+            "critic_init": rm,
+            **pipeline.METHODS[method],
+            **changes,
+        }
         return "pfppo_single.py", pipeline.ppo_settings(folder, method, unit.seed, updates, Path(), **own)
 
     def run(self, unit: Unit) -> tuple[str, dict]:
-        """Script and flags, output_dir among them: a folder named by method and the fingerprint of all flags."""
+        """Script and flags, output_dir among them: a folder named by method and the fingerprint of all
+        flags."""
         script, settings = self.settings(unit)
         settings.pop("output_dir", None)
         name = fingerprint({k: str(v).removeprefix(str(self.root)) for k, v in settings.items()})
-        return script, {**settings, "output_dir": self.world(unit.world) / "runs" / f"{unit.method}-s{unit.seed}-{name}"}
+        return script, {
+            **settings,
+            "output_dir": self.world(unit.world) / "runs" / f"{unit.method}-s{unit.seed}-{name}",
+        }
 
 
 def baseline_settings(folder: Path, method: str, seed: int, updates: int, changes: dict) -> tuple[str, dict]:
-    """Script and flags of a baseline: the world's files where it has a field for them, as many responses as PPO generates, and
-    otherwise the defaults of its script, which were chosen on validation problems."""
+    """Script and flags of a baseline: the world's files where it has a field for them, as many responses as
+    PPO generates, and otherwise the defaults of its script, which were chosen on validation problems."""
     name, settings = BASELINES[method]
     script = f"-m benchmark.baselines.{name}"
-    files = dict(policy=folder / "sft/model", reward=folder / "rm/model", prompts=folder / "world/rl.jsonl", train_data=folder / "preferences.jsonl",
-                 eval_prompts=folder / "world/valid.jsonl", actual_score="benchmark.minicode:oracle", seed=seed,
-                 total_episodes=updates * pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"])  # fmt: skip
+    files = dict(
+        policy=folder / "sft/model",
+        reward=folder / "rm/model",
+        prompts=folder / "world/rl.jsonl",
+        train_data=folder / "preferences.jsonl",
+        eval_prompts=folder / "world/valid.jsonl",
+        actual_score="benchmark.minicode:oracle",
+        seed=seed,
+        total_episodes=updates * pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"],
+    )
     fields = module_of(script).Args.__dataclass_fields__
     return script, {**{name: value for name, value in files.items() if name in fields}, **settings, **changes}
 
 
 def borrow_worlds(place: Workplace) -> None:
-    """Link the worlds of --worlds_from where this study would make its own. SystemExit when they were made with other sizes."""
+    """Link the worlds of --worlds_from where this study would make its own. SystemExit when they were made
+    with other sizes."""
     for world in place.args.worlds if place.args.worlds_from else ():
         source, folder = Path(place.args.worlds_from).absolute() / f"seed_{world}", place.world(world)
-        record = json.loads((source / "quickstart.json").read_text()) if (source / "quickstart.json").is_file() else {}
+        record = (
+            json.loads((source / "quickstart.json").read_text())
+            if (source / "quickstart.json").is_file()
+            else {}
+        )
         wanted = {**place.sizes, "sft_epochs": place.args.sft_epochs, "seed": world}
-        other = [f"{name} {record.get(name)} there, {value} here" for name, value in wanted.items() if record.get(name) != value]
+        other = [
+            f"{name} {record.get(name)} there, {value} here"
+            for name, value in wanted.items()
+            if record.get(name) != value
+        ]
         if other:
-            raise SystemExit(f"--worlds_from {source}: {', '.join(other)}; give those sizes here, or leave it out")
+            raise SystemExit(
+                f"--worlds_from {source}: {', '.join(other)}; give those sizes here, or leave it out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("world", "sft", "sft.sh", "preferences.json", "preferences.jsonl", "preferences_valid.jsonl", "rm", "rm.sh"):
+        for name in (
+            "world",
+            "sft",
+            "sft.sh",
+            "preferences.json",
+            "preferences.jsonl",
+            "preferences_valid.jsonl",
+            "rm",
+            "rm.sh",
+        ):
             if (source / name).exists() and not (folder / name).exists():
                 (folder / name).symlink_to(source / name)
 
@@ -417,13 +593,19 @@ def run_stage(unit: Unit, place: Workplace) -> None:
 
 def stage_done(unit: Unit, place: Workplace) -> bool:
     folder = place.world(unit.world)
-    left = {"world": folder / "world", "sft_policy": folder / "sft/model", "preferences": folder / "preferences.jsonl",
-            "rm": folder / unit.rm / "model", "weights": folder / "weights.json"}  # fmt: skip
+    left = {
+        "world": folder / "world",
+        "sft_policy": folder / "sft/model",
+        "preferences": folder / "preferences.jsonl",
+        "rm": folder / unit.rm / "model",
+        "weights": folder / "weights.json",
+    }
     return left[unit.stage].exists()
 
 
 def simplex(n: int, steps: int, largest: float) -> list[list[float]]:
     """All w over n ranks in steps of 1/steps that sum to 1 with no weight above `largest`."""
+
     def compositions(left: int, slots: int):
         if slots == 1:
             yield (left,)
@@ -431,60 +613,85 @@ def simplex(n: int, steps: int, largest: float) -> list[list[float]]:
         for first in range(left + 1):
             yield from ((first, *rest) for rest in compositions(left - first, slots - 1))
 
-    return [[part / steps for part in parts] for parts in compositions(steps, n) if max(parts) <= largest * steps]
+    return [
+        [part / steps for part in parts] for parts in compositions(steps, n) if max(parts) <= largest * steps
+    ]
 
 
 def weights_r2(samples: dict[str, np.ndarray], weights: list[float], draws: int, seed: int) -> float:
     """R² of μ_θ for weights over the ranks that keep two rows a prompt: mean over draws."""
     scores, ids = torch.from_numpy(samples["reward"]).float(), torch.from_numpy(samples["prompt_ids"])
     generator = pfppo.random_generator("cpu", seed, 5)
-    picks = [pfppo.filter_responses(scores, ids, "own", weights, 2, "exact", generator).numpy() for _ in range(draws)]
+    picks = [
+        pfppo.filter_responses(scores, ids, "own", weights, 2, "exact", generator).numpy()
+        for _ in range(draws)
+    ]
     return float(np.mean([pfppo.reward_r2(samples["reward"][z], samples["actual"][z]) for z in picks]))
 
 
 def choose_weights(folder: Path, seed: int, prompts: int = 1200) -> None:
-    """weights.json: the w of highest R² on SFT samples of half of the prompts (RL prompts, all N = 5 ranks, no weight above 1/2, so
-    that the two kept rows are different ones), and its R² on the other half beside those of the named filters."""
+    """weights.json: the w of highest R² on SFT samples of half of the prompts (RL prompts, all N = 5 ranks,
+    no weight above 1/2, so that the two kept rows are different ones), and its R² on the other half beside
+    those of the named filters."""
     rows = records.read_rows(folder / "world/rl.jsonl", prompts)
     halves = []
     for i, part in enumerate((rows[::2], rows[1::2])):
-        halves.append(pipeline.scored_samples(folder / "sft/model", folder / "rm/model", part, 5, seed + 1000 * i))
+        halves.append(
+            pipeline.scored_samples(folder / "sft/model", folder / "rm/model", part, 5, seed + 1000 * i)
+        )
     candidates = simplex(5, 10, 0.5)
     coarse = [weights_r2(halves[0], w, 2, seed) for w in candidates]
     finalists = [candidates[i] for i in np.argsort(coarse)[-30:]]
     fine = [weights_r2(halves[0], w, 30, seed) for w in finalists]
     weights = finalists[int(np.argmax(fine))]
     named = {name: pfppo.rank_weight_vector(name, 5) for name in ("random", "br", "bw")} | {"chosen": weights}
-    table = {name: {"search": weights_r2(halves[0], w, 30, seed), "held_out": weights_r2(halves[1], w, 30, seed)} for name, w in named.items()}
-    records.write_json(folder / "weights.json", {"weights": weights, "r2": table, "candidates": len(candidates), "prompts": len(rows)})
+    table = {
+        name: {"search": weights_r2(halves[0], w, 30, seed), "held_out": weights_r2(halves[1], w, 30, seed)}
+        for name, w in named.items()
+    }
+    records.write_json(
+        folder / "weights.json",
+        {"weights": weights, "r2": table, "candidates": len(candidates), "prompts": len(rows)},
+    )
 
 
 def measure(policy: Path, unit: Unit, place: Workplace) -> dict[str, float]:
-    """Results of a policy folder on the test problems; `reward` is the learned one's (without noise or centring)."""
+    """Results of a policy folder on the test problems; `reward` is the learned one's (without noise or
+    centring)."""
     folder = place.world(unit.world)
     test = records.read_rows(folder / "world/test.jsonl")
     return pipeline.result(policy, folder / "sft/model", folder / unit.rm / "model", test, unit.seed)
 
 
-def function_samples(policy_dir: Path, reward: str, rows: list[dict], n: int, seed: int) -> dict[str, np.ndarray]:
+def function_samples(
+    policy_dir: Path, reward: str, rows: list[dict], n: int, seed: int
+) -> dict[str, np.ndarray]:
     """pipeline.scored_samples for a `module:function` reward."""
     policy, tokenizer = pipeline.load(policy_dir)
     rollout = pipeline.sample(policy, tokenizer, rows, n, 1.0, seed)
     texts, repeated = pipeline.decode(tokenizer, rollout), [row for row in rows for _ in range(n)]
     scores = pfppo.load_function(reward, "reward")([row["prompt"] for row in repeated], texts, repeated)
-    return {"prompt_ids": rollout["prompt_ids"].numpy(), "reward": np.array(scores), "actual": pipeline.actual_scores(rows, texts)}
+    return {
+        "prompt_ids": rollout["prompt_ids"].numpy(),
+        "reward": np.array(scores),
+        "actual": pipeline.actual_scores(rows, texts),
+    }
 
 
 def pair_accuracy(reward: str, pairs: list[dict]) -> float:
     """Share of held-out pairs that a `module:function` reward orders rightly; a tie counts one half."""
     score, prompts = pfppo.load_function(reward, "reward"), [pair["prompt"] for pair in pairs]
-    better = np.array(score(prompts, [p["chosen"] for p in pairs], pairs)) - np.array(score(prompts, [p["rejected"] for p in pairs], pairs))
+    better = np.array(score(prompts, [p["chosen"] for p in pairs], pairs)) - np.array(
+        score(prompts, [p["rejected"] for p in pairs], pairs)
+    )
     return float(np.mean((better > 0) + 0.5 * (better == 0)))
 
 
 def has_r2(unit: Unit, study: str) -> bool:
     """Whether a table of the study reads r2_filters of the unit."""
-    return (unit.method == "sft" and study in ("table2", "map")) or (unit.method in TABLE1_METHODS and not unit.variant and study == "table2")
+    return (unit.method == "sft" and study in ("table2", "map")) or (
+        unit.method in TABLE1_METHODS and not unit.variant and study == "table2"
+    )
 
 
 def needed_version(unit: Unit, study: str) -> int:
@@ -493,15 +700,21 @@ def needed_version(unit: Unit, study: str) -> int:
 
 
 def measure_r2(unit: Unit, place: Workplace) -> dict[str, dict]:
-    """r2_filters: policy -> filter -> R² on 10 responses to each validation problem. A method's policies are its first kept one
-    ("middle") and its last, an SFT unit has "sft"."""
+    """r2_filters: policy -> filter -> R² on 10 responses to each validation problem. A method's policies are
+    its first kept one ("middle") and its last, an SFT unit has "sft"."""
     folder, changes = place.world(unit.world), dict(unit.changes)
     valid = records.read_rows(folder / "world/valid.jsonl")
     if unit.method == "sft" and "reward" in changes:
-        samples = function_samples(folder / "sft/model", changes["reward"].replace("{world}", str(folder)), valid, 10, unit.world)
+        samples = function_samples(
+            folder / "sft/model", changes["reward"].replace("{world}", str(folder)), valid, 10, unit.world
+        )
         return {"sft": pipeline.r2_of_filters(samples, TABLE1_FILTERS, unit.world)}
     if unit.method == "sft":
-        return {"sft": pipeline.r2_table(folder / "sft/model", folder / "rm/model", valid, folder / "r2_filters.json", unit.world)}
+        return {
+            "sft": pipeline.r2_table(
+                folder / "sft/model", folder / "rm/model", valid, folder / "r2_filters.json", unit.world
+            )
+        }
     out, table = Path(place.run(unit)[1]["output_dir"]), {}
     middle = sorted(out.glob("policy_[0-9]*"), key=lambda path: int(path.name.rpartition("_")[2]))
     for name, policy in (("middle", middle[0] if middle else None), ("final", out / "policy")):
@@ -512,21 +725,34 @@ def measure_r2(unit: Unit, place: Workplace) -> dict[str, dict]:
 
 
 def run_sft(unit: Unit, place: Workplace) -> dict:
-    """The SFT row, with what is known about its world: pairs, reward model, reliability, R² of every filter before any RL."""
+    """The SFT row, with what is known about its world: pairs, reward model, reliability, R² of every filter
+    before any RL."""
     folder, changes = place.world(unit.world), dict(unit.changes)
     if "reward" in changes:
-        accuracy = pair_accuracy(changes["reward"].replace("{world}", str(folder)), records.read_rows(folder / "preferences_valid.jsonl"))
+        accuracy = pair_accuracy(
+            changes["reward"].replace("{world}", str(folder)),
+            records.read_rows(folder / "preferences_valid.jsonl"),
+        )
     else:
-        accuracy = [row["test/accuracy"] for row in records.read_rows(folder / "rm/metrics.jsonl") if "test/accuracy" in row][-1]
-    return {**measure(folder / "sft/model", unit, place), "r2_filters": measure_r2(unit, place), "rm_accuracy": accuracy,
-            "preferences": json.loads((folder / "preferences.json").read_text()),
-            "reliability": json.loads((folder / unit.rm / "reliability.json").read_text()),
-            "command": (folder / "sft.sh").read_text().strip()}  # fmt: skip
+        accuracy = [
+            row["test/accuracy"]
+            for row in records.read_rows(folder / "rm/metrics.jsonl")
+            if "test/accuracy" in row
+        ][-1]
+    return {
+        **measure(folder / "sft/model", unit, place),
+        "r2_filters": measure_r2(unit, place),
+        "rm_accuracy": accuracy,
+        "preferences": json.loads((folder / "preferences.json").read_text()),
+        "reliability": json.loads((folder / unit.rm / "reliability.json").read_text()),
+        "command": (folder / "sft.sh").read_text().strip(),
+    }
 
 
 def alarm_update(updates: list[int], r2: list[float], fraction: float = 0.5, window: int = 2) -> int | None:
-    """The first update where the mean of the last `window` probes is below `fraction` of the mean of the first `window`; None: never.
-    A probe without R² (constant reward or score) counts as 0: the reward says nothing there."""
+    """The first update where the mean of the last `window` probes is below `fraction` of the mean of the
+    first `window`; None: never. A probe without R² (constant reward or score) counts as 0: the reward says
+    nothing there."""
     values = [0.0 if np.isnan(value) else value for value in r2]
     level = fraction * float(np.mean(values[:window]))
     for i in range(window, len(values)):
@@ -536,8 +762,8 @@ def alarm_update(updates: list[int], r2: list[float], fraction: float = 0.5, win
 
 
 def patience_updates(updates: list[int], pass1: list[float], patience: int = 2) -> tuple[int, int]:
-    """Plain early stopping: (the update where `patience` probes in a row were not above the best before them, else the last one; the
-    update of the best probe so far, whose policy is kept)."""
+    """Plain early stopping: (the update where `patience` probes in a row were not above the best before them,
+    else the last one; the update of the best probe so far, whose policy is kept)."""
     best = 0
     for i in range(len(pass1)):
         best = i if pass1[i] > pass1[best] else best
@@ -547,21 +773,35 @@ def patience_updates(updates: list[int], pass1: list[float], patience: int = 2) 
 
 
 def probe_alarm(unit: Unit, place: Workplace, out: Path) -> dict:
-    """R² of the reward and pass@1 on the current policy from a small graded probe at every kept policy of a finished run, and results of
-    the policy at which the alarm would have stopped it; in `early`, of the policy that early stopping by pass@1 of the same probe keeps.
-    Training is deterministic, so stopping later changes nothing before."""
+    """R² of the reward and pass@1 on the current policy from a small graded probe at every kept policy of a
+    finished run, and results of the policy at which the alarm would have stopped it; in `early`, of the
+    policy that early stopping by pass@1 of the same probe keeps. Training is deterministic, so stopping later
+    changes nothing before."""
     folder = place.world(unit.world)
     rows = records.read_rows(folder / "world/rl.jsonl")[-ALARM_PROMPTS:]
-    policies = {0: folder / "sft/model"} | {int(path.name.rpartition("_")[2]): path for path in out.glob("policy_[0-9]*")}
+    policies = {0: folder / "sft/model"} | {
+        int(path.name.rpartition("_")[2]): path for path in out.glob("policy_[0-9]*")
+    }
     updates, r2, pass1 = sorted(policies), [], []
     for update in updates:
-        samples = pipeline.scored_samples(policies[update], folder / unit.rm / "model", rows, 5, 1000 * unit.seed + update)
+        samples = pipeline.scored_samples(
+            policies[update], folder / unit.rm / "model", rows, 5, 1000 * unit.seed + update
+        )
         r2.append(pfppo.reward_r2(samples["reward"], samples["actual"], ALARM_GROUPS))
         pass1.append(float(samples["actual"].mean()))
     stop, (ended, kept) = alarm_update(updates, r2), patience_updates(updates, pass1)
-    results = {update: measure(policies[update], unit, place) for update in {stop, kept} if update is not None}
-    return {"updates": updates, "probe_r2": [None if np.isnan(v) else round(v, 4) for v in r2], "probe_pass1": pass1, "update": stop,
-            "executions_per_probe": 5 * len(rows), **results.get(stop, {}), "early": {"stopped": ended, "update": kept, **results[kept]}}  # fmt: skip
+    results = {
+        update: measure(policies[update], unit, place) for update in {stop, kept} if update is not None
+    }
+    return {
+        "updates": updates,
+        "probe_r2": [None if np.isnan(v) else round(v, 4) for v in r2],
+        "probe_pass1": pass1,
+        "update": stop,
+        "executions_per_probe": 5 * len(rows),
+        **results.get(stop, {}),
+        "early": {"stopped": ended, "update": kept, **results[kept]},
+    }
 
 
 def run_method(unit: Unit, place: Workplace) -> dict:
@@ -572,15 +812,34 @@ def run_method(unit: Unit, place: Workplace) -> dict:
     if not (out / "policy").is_dir():
         pipeline.launch(script, settings, out.with_name(out.name + ".log"))
     metrics = records.read_rows(out / "metrics.jsonl")
-    phases = {tag: sum(row.get(tag, 0.0) for row in metrics) for row in metrics for tag in row if tag.startswith("seconds/")}
+    phases = {
+        tag: sum(row.get(tag, 0.0) for row in metrics)
+        for row in metrics
+        for tag in row
+        if tag.startswith("seconds/")
+    }
     updates = max(1, sum(row["step"] > 0 for row in metrics))
     last = measure(out / "policy", unit, place)
-    best = {**(last if best_update(metrics) == metrics[-1]["step"] else measure(out / "policy_best", unit, place)), "update": best_update(metrics)}
+    best = {
+        **(
+            last if best_update(metrics) == metrics[-1]["step"] else measure(out / "policy_best", unit, place)
+        ),
+        "update": best_update(metrics),
+    }
     line = {**last, "best": best, "curve": curve(metrics), "updates": metrics[-1]["step"]}
-    line.update({name: line["curve"][key][-1] for name, key in (("episodes", "episodes"), ("optimizer_steps", "optimizer_step"))})
-    line["seconds_per_update"] = {tag.removeprefix("seconds/"): round(value / updates, 4) for tag, value in phases.items()}
+    line.update(
+        {
+            name: line["curve"][key][-1]
+            for name, key in (("episodes", "episodes"), ("optimizer_steps", "optimizer_step"))
+        }
+    )
+    line["seconds_per_update"] = {
+        tag.removeprefix("seconds/"): round(value / updates, 4) for tag, value in phases.items()
+    }
     if rows.get("updates"):
-        line["rows_per_update"] = {name: count / rows["updates"] for name, count in rows.items() if name != "updates"}
+        line["rows_per_update"] = {
+            name: count / rows["updates"] for name, count in rows.items() if name != "updates"
+        }
     if has_r2(unit, place.args.study):
         line["r2_filters"] = measure_r2(unit, place)
     if unit.method == "w_r2":
@@ -588,14 +847,16 @@ def run_method(unit: Unit, place: Workplace) -> dict:
     if unit.variant == "alarm":
         line["alarm"] = probe_alarm(unit, place, out)
     line["train_seconds"] = round(phases.get("seconds/update", 0.0), 1)
-    line["seconds"] = round(max(time.time() - start, phases.get("seconds/update", 0.0) + phases.get("seconds/evaluate", 0.0)), 1)
+    line["seconds"] = round(
+        max(time.time() - start, phases.get("seconds/update", 0.0) + phases.get("seconds/evaluate", 0.0)), 1
+    )
     line["command"] = pipeline.command_line(script, settings)
     return line
 
 
 def run_unit(unit: Unit, place: Workplace, result: Path, old: dict | None = None) -> None:
-    """Do the unit and leave its numbers in `result`; of a finished one, given as its `old` line, only R² and the alarm's
-    probe are measured again."""
+    """Do the unit and leave its numbers in `result`; of a finished one, given as its `old` line, only R² and
+    the alarm's probe are measured again."""
     start = time.time()
     if unit.stage:
         run_stage(unit, place)
@@ -607,7 +868,9 @@ def run_unit(unit: Unit, place: Workplace, result: Path, old: dict | None = None
     else:
         line = run_sft(unit, place) if unit.method == "sft" else run_method(unit, place)
     line.setdefault("seconds", round(time.time() - start, 1))
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # children: graders
+    used = [
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]  # children: graders
     line.setdefault("cpu_seconds", round(sum(u.ru_utime + u.ru_stime for u in used), 1))
     result.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(result, line)
@@ -624,13 +887,21 @@ def die_with_parent() -> None:
 
 
 def child(unit: Unit, place: Workplace, result: Path, log: Path, old: dict | None) -> None:
-    """Body of a forked process: output to the log, environment as `accelerate launch --cpu --num_processes 1` makes it."""
+    """Body of a forked process: output to the log, environment as `accelerate launch --cpu --num_processes 1`
+    makes it."""
     die_with_parent()
     log.parent.mkdir(parents=True, exist_ok=True)
     file = log.open("ab", buffering=0)
     os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="no", TOKENIZERS_PARALLELISM="false",
-                      HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")  # fmt: skip
+    os.environ.update(
+        ACCELERATE_USE_CPU="true",
+        ACCELERATE_MIXED_PRECISION="no",
+        ACCELERATE_DYNAMO_BACKEND="no",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     pipeline.launch = run_here
     try:
@@ -662,7 +933,13 @@ def expected_seconds(unit: Unit, measured: dict[str, float]) -> float:
 
 
 def clock(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 5400
+        else f"{seconds / 60:.0f} min"
+        if seconds >= 100
+        else f"{seconds:.0f} s"
+    )
 
 
 def print_budget(units: list[Unit], measured: dict[str, float], parallel: int, done: int) -> float:
@@ -685,24 +962,46 @@ def lock(output_dir: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise SystemExit(f"--output_dir {output_dir}: another run, or a unit it left behind, is at work there; wait for it or end it") from None
+        raise SystemExit(
+            f"--output_dir {output_dir}: another run, or a unit it left behind, is at work there; wait for "
+            "it or end it"
+        ) from None
     return file
 
 
 def check_study(args: Args, output_dir: Path) -> None:
-    """A results folder holds one study with one set of sizes; methods, worlds and seeds may be added later."""
+    """A results folder holds one study with one set of sizes; methods, worlds and seeds may be added
+    later."""
     fixed = ("study", "updates", "num_sft", "sft_epochs", "num_preference", "num_valid", "num_test")
-    now = {name: getattr(args, name) for name in fixed} | {"settings": fingerprint([pipeline.SFT, pipeline.RM, pipeline.PPO])}
+    now = {name: getattr(args, name) for name in fixed} | {
+        "settings": fingerprint([pipeline.SFT, pipeline.RM, pipeline.PPO])
+    }
     path = output_dir / "study.json"
     if path.is_file():
         old = json.loads(path.read_text())
-        changed = [f"{name} ({old.get(name)} there, {now[name]} here)" for name in now if old.get(name) != now[name]]
+        changed = [
+            f"{name} ({old.get(name)} there, {now[name]} here)" for name in now if old.get(name) != now[name]
+        ]
         if changed:
-            raise SystemExit(f"--output_dir {output_dir} holds a study with another {', '.join(changed)}; name a new folder")
+            raise SystemExit(
+                f"--output_dir {output_dir} holds a study with another {', '.join(changed)}; name a new "
+                "folder"
+            )
     elif any(path for path in output_dir.iterdir() if path.name != ".lock"):
         raise SystemExit(f"--output_dir {output_dir} is not empty and holds no study; name a new folder")
-    records.write_json(path, {**now, "flags": {"sft": pipeline.SFT, "rm": pipeline.RM, "ppo": pipeline.PPO, "methods": pipeline.METHODS},
-                               "hardware": f"{records.hardware()}, 1 thread per run"})  # fmt: skip
+    records.write_json(
+        path,
+        {
+            **now,
+            "flags": {
+                "sft": pipeline.SFT,
+                "rm": pipeline.RM,
+                "ppo": pipeline.PPO,
+                "methods": pipeline.METHODS,
+            },
+            "hardware": f"{records.hardware()}, 1 thread per run",
+        },
+    )
 
 
 def keep_last_lines(path: Path) -> None:
@@ -711,8 +1010,11 @@ def keep_last_lines(path: Path) -> None:
     records.write_rows(path, list(lines.values()))
 
 
-def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str, float], old: dict[tuple, dict]) -> list[Unit]:
-    """Work through the units, `parallel` at a time; returns those that failed or could not start. `old`: finished lines by key."""
+def run_all(
+    units: list[Unit], args: Args, output_dir: Path, measured: dict[str, float], old: dict[tuple, dict]
+) -> list[Unit]:
+    """Work through the units, `parallel` at a time; returns those that failed or could not start. `old`:
+    finished lines by key."""
     place, commit, context = Workplace(args), records.commit(), multiprocessing.get_context("fork")
     pending, running, failed, start, finished = list(units), {}, [], time.time(), 0
 
@@ -749,18 +1051,46 @@ def run_all(units: list[Unit], args: Args, output_dir: Path, measured: dict[str,
                 print(f"FAILED {unit} (exit status {process.exitcode}); log {log}:\n{end}", flush=True)
                 continue
             numbers = json.loads(result.read_text())
-            line = {"method": unit.stage or unit.method, "variant": unit.variant, "world": unit.world, "seed": unit.seed, "commit": commit,
-                    **numbers, "version": VERSION}  # fmt: skip  of a unit measured again, `commit` stays the training's
+            line = {
+                "method": unit.stage or unit.method,
+                "variant": unit.variant,
+                "world": unit.world,
+                "seed": unit.seed,
+                "commit": commit,
+                **numbers,
+                "version": VERSION,
+            }  # of a unit measured again, `commit` stays the training's
             if unit.stage:
-                records.append_row(output_dir / "stages.jsonl", {k: line[k] for k in ("method", "variant", "world", "seed", "seconds", "cpu_seconds", "commit")})
+                records.append_row(
+                    output_dir / "stages.jsonl",
+                    {
+                        k: line[k]
+                        for k in ("method", "variant", "world", "seed", "seconds", "cpu_seconds", "commit")
+                    },
+                )
             else:
                 records.append_row(output_dir / "units.jsonl", line)
-            measured.update(measured_seconds(records.finished_rows(output_dir / "stages.jsonl") + records.finished_rows(output_dir / "units.jsonl")))
+            measured.update(
+                measured_seconds(
+                    records.finished_rows(output_dir / "stages.jsonl")
+                    + records.finished_rows(output_dir / "units.jsonl")
+                )
+            )
             left = sum(expected_seconds(u, measured) for u in pending)
-            left += sum(max(5.0, expected_seconds(u, measured) - (time.time() - t)) for u, _, _, _, t in running.values())
-            shown = "" if unit.stage else f"  greedy {line['greedy_pass1']:.3f}  sampled {line['sampled_pass1']:.3f}  KL {line['kl']:.2f}"
-            print(f"[{finished}/{len(units)}] {unit}: {numbers['seconds']:.0f} s{shown}  | {clock(time.time() - start)} gone, about "
-                  f"{clock(left / args.parallel)} left", flush=True)  # fmt: skip
+            left += sum(
+                max(5.0, expected_seconds(u, measured) - (time.time() - t))
+                for u, _, _, _, t in running.values()
+            )
+            shown = ""
+            if not unit.stage:
+                shown = f"  greedy {line['greedy_pass1']:.3f}  sampled {line['sampled_pass1']:.3f}"
+                shown += f"  KL {line['kl']:.2f}"
+            print(
+                f"[{finished}/{len(units)}] {unit}: {numbers['seconds']:.0f} s{shown}  | "
+                f"{clock(time.time() - start)} gone, about "
+                f"{clock(left / args.parallel)} left",
+                flush=True,
+            )
     return failed + pending
 
 
@@ -775,7 +1105,12 @@ def main(args: Args) -> int:
     borrow_worlds(place)
     lines = records.finished_rows(output_dir / "units.jsonl")
     done = {key_of(line): line for line in lines}
-    runs = [u for u in units if not u.stage and (u.key not in done or done[u.key].get("version", 1) < needed_version(u, args.study))]
+    runs = [
+        u
+        for u in units
+        if not u.stage
+        and (u.key not in done or done[u.key].get("version", 1) < needed_version(u, args.study))
+    ]
     needed = {part for unit in runs for part in parts_needed(unit)}
     todo = [unit for unit in units if unit in needed and not stage_done(unit, place)] + runs
     measured = measured_seconds(records.finished_rows(output_dir / "stages.jsonl") + lines)
@@ -790,7 +1125,10 @@ def main(args: Args) -> int:
         keep_last_lines(output_dir / "units.jsonl")
     tables.write(output_dir)
     if failed:
-        print(f"{len(failed)} units are missing: {'; '.join(map(str, failed))}. The same command tries them again.")
+        print(
+            f"{len(failed)} units are missing: {'; '.join(map(str, failed))}. The same command tries them "
+            "again."
+        )
     held.close()
     return 1 if failed else 0
 

@@ -1,4 +1,5 @@
-"""The filtered policy μ_θ and the R² of a filter (PITFALLS PF). Frequencies are tested at p = 1e-3 with fixed seeds."""
+"""The filtered policy μ_θ and the R² of a filter (PITFALLS PF). Frequencies are tested at p = 1e-3 with fixed
+seeds."""
 
 import itertools
 
@@ -39,9 +40,13 @@ def test_weight_vectors_follow_n(n):
     assert br[0] == 0.5 and br[1:] == pytest.approx([1 / (2 * (n - 1))] * (n - 1))
     assert bw[0] == bw[-1] == 0.5 and not any(bw[1:-1])
     assert pf.rank_weight_vector("bon", n) == [1] + [0] * (n - 1)
-    assert pf.rank_weight_vector("none", n) == pf.rank_weight_vector("random", n) == pytest.approx([1 / n] * n)
+    assert (
+        pf.rank_weight_vector("none", n) == pf.rank_weight_vector("random", n) == pytest.approx([1 / n] * n)
+    )
     for name in RANK_FILTERS:
-        assert len(pf.rank_weight_vector(name, n)) == n and sum(pf.rank_weight_vector(name, n)) == pytest.approx(1)
+        assert len(pf.rank_weight_vector(name, n)) == n and sum(
+            pf.rank_weight_vector(name, n)
+        ) == pytest.approx(1)
 
 
 def test_br_and_bw_are_one_filter_for_two_responses():
@@ -58,7 +63,8 @@ def test_one_response_has_weight_one(name):
 
 
 @pytest.mark.parametrize(
-    "name, n", [("random", 5), ("bon", 5), ("br", 2), ("br", 5), ("br", 16), ("bw", 2), ("bw", 7), ("none", 3)]
+    "name, n",
+    [("random", 5), ("bon", 5), ("br", 2), ("br", 5), ("br", 16), ("bw", 2), ("bw", 7), ("none", 3)],
 )
 def test_sampled_draws_match_the_weights(name, n):
     # PITFALLS PF-3: num_kept independent draws from w; `none` is no draw at all
@@ -102,11 +108,14 @@ def test_exact_random_is_a_uniform_subset():
 
 
 def test_exact_draw_has_the_mean_of_the_weights_and_the_least_variance():
-    # PITFALLS PF-3: own weights 0.1 0.2 0.3 0.4 and three rows kept: 0.3, 0.6, 0.9, 1.2 expected, so 0/1, 0/1, 0/1, 1/2 times
+    # PITFALLS PF-3: own weights 0.1 0.2 0.3 0.4 and three rows kept: 0.3, 0.6, 0.9, 1.2 expected, so 0/1,
+    # 0/1, 0/1, 1/2 times
     weights = [0.1, 0.2, 0.3, 0.4]
     counts = many(4, "own", 3, "exact", weights=weights)
     expected = 3 * np.array(weights)
-    assert (counts.sum(1) == 3).all() and ((counts >= np.floor(expected)) & (counts <= np.ceil(expected))).all()
+    assert (counts.sum(1) == 3).all() and (
+        (counts >= np.floor(expected)) & (counts <= np.ceil(expected))
+    ).all()
     part = expected - np.floor(expected)
     deviation = np.sqrt(4000 * part * (1 - part))
     assert (np.abs(counts.sum(0) - 4000 * expected) < 3.5 * deviation).all()
@@ -121,15 +130,23 @@ def test_every_prompt_keeps_as_many_rows(name, n):
 
 
 def test_a_seed_repeats_a_draw_and_another_seed_does_not():
-    scores, ids = torch.randn(60, generator=torch.Generator().manual_seed(0)).tolist(), [i // 6 for i in range(60)]
-    assert draw(scores, ids, "br", 2, seed=1) == draw(scores, ids, "br", 2, seed=1) != draw(scores, ids, "br", 2, seed=2)
+    scores, ids = (
+        torch.randn(60, generator=torch.Generator().manual_seed(0)).tolist(),
+        [i // 6 for i in range(60)],
+    )
+    assert (
+        draw(scores, ids, "br", 2, seed=1)
+        == draw(scores, ids, "br", 2, seed=1)
+        != draw(scores, ids, "br", 2, seed=2)
+    )
 
 
 # ---------------------------------------------------------------- groups
 
 
 def test_prompts_never_mix():
-    # PITFALLS PF-1: every reward of prompt 1 is above every reward of prompt 0; each keeps its own best and worst
+    # PITFALLS PF-1: every reward of prompt 1 is above every reward of prompt 0; each keeps its own best and
+    # worst
     scores, ids = [0.1, 0.3, 0.2, 10.2, 10.1, 10.3], [0, 0, 0, 1, 1, 1]
     assert draw(scores, ids, "bw", 2) == [0, 1, 4, 5]
     assert draw(scores, ids, "bon", 1) == [1, 5]
@@ -181,7 +198,8 @@ def test_equal_rewards_make_every_filter_uniform(name, num_kept, how):
 
 
 def test_ties_at_the_top_are_broken_at_random():
-    # PITFALLS PF-4: rewards 1 1 1 0: BoN takes each of the first three a third of the time, BW always the last as well
+    # PITFALLS PF-4: rewards 1 1 1 0: BoN takes each of the first three a third of the time, BW always the
+    # last as well
     counts = many(4, "bon", 1, "exact", prompts=3000, scores=[1.0, 1.0, 1.0, 0.0] * 3000).sum(0)
     assert counts[3] == 0 and chisquare(counts[:3]).pvalue > 1e-3
     counts = many(4, "bw", 2, "exact", prompts=3000, scores=[1.0, 1.0, 1.0, 0.0] * 3000).sum(0)
@@ -194,7 +212,9 @@ def test_rank_filters_do_not_see_scale_and_shift(name, how):
     # PITFALLS PF-5
     scores, ids = torch.randn(40, generator=torch.Generator().manual_seed(0)), [i // 5 for i in range(40)]
     num_kept = 5 if name == "none" else 2
-    assert draw(scores.tolist(), ids, name, num_kept, how) == draw((7 * scores + 3).tolist(), ids, name, num_kept, how)
+    assert draw(scores.tolist(), ids, name, num_kept, how) == draw(
+        (7 * scores + 3).tolist(), ids, name, num_kept, how
+    )
 
 
 @pytest.mark.parametrize("name", ["top", "top_bottom", "top_random", "pow"])
@@ -207,7 +227,10 @@ def test_thresholds_and_pow_see_scale_and_shift(name):
     assert draw((scores / 4).tolist(), ids, name, 2, **options) != far
 
 
-@pytest.mark.parametrize("name, scale, warns", [("top", 1.0, False), ("pow", 1.0, False), ("top", 1.01, True), ("pow", 1.01, True), ("br", 9.0, False)])
+@pytest.mark.parametrize(
+    "name, scale, warns",
+    [("top", 1.0, False), ("pow", 1.0, False), ("top", 1.01, True), ("pow", 1.01, True), ("br", 9.0, False)],
+)
 def test_filters_that_see_the_scale_warn_of_rewards_beyond_one(name, scale, warns, recwarn):
     # PITFALLS PF-5: pow-k and thresholds need R in [-1, 1]; rank filters do not mind
     draw([-scale, 0.0, 0.5 * scale, 0.1], [0, 0, 1, 1], name, 1, threshold_high=0.3)
@@ -223,7 +246,9 @@ def test_thresholds():
     options = dict(threshold_high=0.5, threshold_low=-0.5)
     assert draw(scores, ids, "top", 3, **options) == [0, 4]
     assert draw(scores, ids, "top_bottom", 3, **options) == [0, 2, 4]
-    counts = np.stack([np.bincount(draw(scores, ids, "top_random", 3, seed=s, **options), minlength=6) for s in range(600)])
+    counts = np.stack(
+        [np.bincount(draw(scores, ids, "top_random", 3, seed=s, **options), minlength=6) for s in range(600)]
+    )
     assert (counts[:, [0, 4]] == 1).all() and counts.max() == 1
     assert (np.abs(counts[:, [1, 2, 3, 5]].sum(0) - 300) < 3.5 * np.sqrt(600 / 4)).all()
 
@@ -232,7 +257,9 @@ def test_thresholds():
 @pytest.mark.parametrize("how", ["exact", "sample"])
 def test_pow_draws_from_the_buffer_by_absolute_reward(pow_k, how):
     # weights ∝ |R|^k over all rows of the buffer, num_kept per prompt on average
-    rewards = np.array([0.9, -0.6, 0.3, -0.8, 0.4, 0.5])  # 40 prompts of 3 rows, 20 rows of each reward, 40 rows kept, 100 draws
+    rewards = np.array(
+        [0.9, -0.6, 0.3, -0.8, 0.4, 0.5]
+    )  # 40 prompts of 3 rows, 20 rows of each reward, 40 rows kept, 100 draws
     expected = np.abs(rewards) ** pow_k / (np.abs(rewards) ** pow_k).sum()
     generator, ids = torch.Generator().manual_seed(0), [i // 3 for i in range(120)]
     draws = [draw(list(rewards) * 20, ids, "pow", 1, how, generator, pow_k=float(pow_k)) for _ in range(100)]
@@ -246,7 +273,9 @@ def test_pow_draws_from_the_buffer_by_absolute_reward(pow_k, how):
 
 
 def test_pow_with_all_rewards_zero_is_uniform():
-    counts = sum(np.bincount(draw([0.0] * 4, [0, 0, 1, 1], "pow", 1, seed=s), minlength=4) for s in range(800))
+    counts = sum(
+        np.bincount(draw([0.0] * 4, [0, 0, 1, 1], "pow", 1, seed=s), minlength=4) for s in range(800)
+    )
     assert chisquare(counts).pvalue > 1e-3
 
 
@@ -254,8 +283,8 @@ def test_pow_with_all_rewards_zero_is_uniform():
 
 
 def test_r2_by_hand():
-    # PITFALLS PF-11: groups of equal count; rewards (1 1) (2 2) (3 3), scores 0, 1, 0.5: slope 0.25, ŝ = 0.25, 0.5, 0.75,
-    # Σ(s - ŝ)² = 0.0625 + 0.25 + 0.0625 = 0.375, Σ(s - s̄)² = 0.5, R² = 1 - 0.75
+    # PITFALLS PF-11: groups of equal count; rewards (1 1) (2 2) (3 3), scores 0, 1, 0.5: slope 0.25, ŝ =
+    # 0.25, 0.5, 0.75, Σ(s - ŝ)² = 0.0625 + 0.25 + 0.0625 = 0.375, Σ(s - s̄)² = 0.5, R² = 1 - 0.75
     scores, actual = np.array([3.0, 1, 2, 3, 1, 2]), np.array([0.0, 0, 1, 1, 0, 1])
     assert pf.reward_r2(scores, actual, num_groups=3) == pytest.approx(0.25)
 
@@ -281,14 +310,20 @@ def test_r2_of_a_constant_is_undefined():
 
 
 def test_r2_groups_have_equal_count():
-    # PITFALLS PF-11: pairs (0 1) (2 3) (4 5) (6 1000) with scores 0, 1/2, 1/2, 1; equal width would be 7 against 1
+    # PITFALLS PF-11: pairs (0 1) (2 3) (4 5) (6 1000) with scores 0, 1/2, 1/2, 1; equal width would be 7
+    # against 1
     rewards, actual = np.array([0.0, 1, 2, 3, 4, 5, 6, 1000]), np.array([0.0, 0, 1, 0, 0, 1, 1, 1])
     r, s = np.array([0.5, 2.5, 4.5, 503]), np.array([0, 0.5, 0.5, 1])
     assert pf.reward_r2(rewards, actual, num_groups=4) == pytest.approx(np.corrcoef(r, s)[0, 1] ** 2)
 
 
 def test_filter_auto_compares_equal_rows():
-    draws = {"none": [torch.arange(10), torch.arange(10)], "bon": [torch.tensor([3, 8]), torch.tensor([4, 7])]}
+    draws = {
+        "none": [torch.arange(10), torch.arange(10)],
+        "bon": [torch.tensor([3, 8]), torch.tensor([4, 7])],
+    }
     cut = pf.equal_rows(draws, torch.Generator().manual_seed(1))
     assert [len(z) for z in cut["none"]] == [2, 2] and [sorted(z) for z in cut["bon"]] == [[3, 8], [4, 7]]
-    assert len(set(cut["none"][0])) == 2 and cut["none"][0].tolist() != cut["none"][1].tolist()  # random rows, none twice
+    assert (
+        len(set(cut["none"][0])) == 2 and cut["none"][0].tolist() != cut["none"][1].tolist()
+    )  # random rows, none twice

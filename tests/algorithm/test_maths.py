@@ -1,4 +1,5 @@
-"""Rewards, GAE, whitening, losses, averages, the KL controller, learning rates and Adam, against numbers worked by hand."""
+"""Rewards, GAE, whitening, losses, averages, the KL controller, learning rates and Adam, against numbers
+worked by hand."""
 
 import math
 
@@ -17,13 +18,11 @@ def bools(rows):
 
 # ---------------------------------------------------------------- Eq. 4 and GAE
 
-# One response of three tokens: score 1, β = 0.1, log π_θ - log π_SFT = (0.2, -0.1, 0.3), V = (0.5, 0.4, 0.3), γ = 1.
-#   rewards   -0.1·0.2 = -0.02      -0.1·(-0.1) = 0.01     -0.1·0.3 + 1 = 0.97
-#   δ_t       -0.02 + 0.4 - 0.5     0.01 + 0.3 - 0.4       0.97 + 0 - 0.3        (the value behind the last token is 0)
-#             = -0.12               = -0.09                = 0.67
-#   λ = 1     -0.12 + 0.58 = 0.46   -0.09 + 0.67 = 0.58    0.67
-#   λ = 0.95  -0.12 + 0.95·0.5465   -0.09 + 0.95·0.67      0.67
-#             = 0.399175            = 0.5465
+# One response of three tokens: score 1, β = 0.1, log π_θ - log π_SFT = (0.2, -0.1, 0.3), V = (0.5, 0.4, 0.3),
+# γ = 1. rewards   -0.1·0.2 = -0.02      -0.1·(-0.1) = 0.01     -0.1·0.3 + 1 = 0.97 δ_t       -0.02 + 0.4 -
+# 0.5     0.01 + 0.3 - 0.4       0.97 + 0 - 0.3        (the value behind the last token is 0) = -0.12
+# = -0.09                = 0.67 λ = 1     -0.12 + 0.58 = 0.46   -0.09 + 0.67 = 0.58    0.67 λ = 0.95  -0.12 +
+# 0.95·0.5465   -0.09 + 0.95·0.67      0.67 = 0.399175            = 0.5465
 LOGPROBS = torch.tensor([[-1.0, -1.3, -0.2]])
 REF_LOGPROBS = LOGPROBS - torch.tensor([[0.2, -0.1, 0.3]])
 VALUES = torch.tensor([[0.5, 0.4, 0.3]])
@@ -31,12 +30,19 @@ ADVANTAGES = {1.0: [0.46, 0.58, 0.67], 0.95: [0.399175, 0.5465, 0.67]}
 
 
 def hand_example(padding, fill, lam):
-    """Rewards, advantages and returns of the example with `padding` masked columns behind it that hold `fill`."""
+    """Rewards, advantages and returns of the example with `padding` masked columns behind it that hold
+    `fill`."""
     mask = torch.cat([torch.ones(1, 3), torch.zeros(1, padding)], 1).bool()
-    logprobs, ref_logprobs, values = (torch.cat([x, torch.full((1, padding), fill)], 1) for x in (LOGPROBS, REF_LOGPROBS, VALUES))
+    logprobs, ref_logprobs, values = (
+        torch.cat([x, torch.full((1, padding), fill)], 1) for x in (LOGPROBS, REF_LOGPROBS, VALUES)
+    )
     ref_logprobs[:, 3:] *= 0.5
-    rewards, non_score_reward, kl = pf.cumulative_rewards(torch.tensor([1.0]), logprobs, ref_logprobs, mask, 0.1)
-    dirty = torch.where(mask, rewards, fill)  # what a masked slot of the rewards holds must not matter to gae either
+    rewards, non_score_reward, kl = pf.cumulative_rewards(
+        torch.tensor([1.0]), logprobs, ref_logprobs, mask, 0.1
+    )
+    dirty = torch.where(
+        mask, rewards, fill
+    )  # what a masked slot of the rewards holds must not matter to gae either
     return rewards, non_score_reward, kl, *pf.gae(dirty, values, mask, 1.0, lam)
 
 
@@ -54,14 +60,18 @@ def test_score_is_paid_at_the_last_token(padding, fill, lam):
 
 def test_discount_enters_gae():
     # γ = 0.5, λ = 1, rewards (0, 1), V = (1, 2): δ = (0 + 0.5·2 - 1, 1 - 2) = (0, -1); A = (0 + 0.5·(-1), -1)
-    advantages, returns = pf.gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 2.0]]), bools([[1, 1]]), 0.5, 1.0)
+    advantages, returns = pf.gae(
+        torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 2.0]]), bools([[1, 1]]), 0.5, 1.0
+    )
     assert advantages.tolist() == [[-0.5, -1.0]] and returns.tolist() == [[0.5, 1.0]]
 
 
 def test_rows_of_any_length_are_paid_once():
     # PITFALLS GAE-1: full rows, short rows, and nothing for a row without a token
     mask = bools([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
-    rewards, _, _ = pf.cumulative_rewards(torch.tensor([5.0, 6.0, 7.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 0.1)
+    rewards, _, _ = pf.cumulative_rewards(
+        torch.tensor([5.0, 6.0, 7.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 0.1
+    )
     assert rewards.tolist() == [[0, 0, 5], [6, 0, 0], [0, 0, 0]]
 
 
@@ -76,7 +86,8 @@ def test_as_many_advantages_as_response_tokens():
 
 @pytest.mark.parametrize("kl_coef, falls", [(5.0, True), (-5.0, False)])
 def test_kl_reward_pulls_towards_the_reference(kl_coef, falls):
-    # PITFALLS GAE-4: twenty steps on a policy over five tokens and two slots; exact KL falls, with the wrong sign it rises
+    # PITFALLS GAE-4: twenty steps on a policy over five tokens and two slots; exact KL falls, with the wrong
+    # sign it rises
     generator = torch.Generator().manual_seed(0)
     theta, reference = torch.randn(2, 2, 5, generator=generator)
     theta = theta.clone().requires_grad_()
@@ -109,11 +120,14 @@ def test_whitening_by_hand():
     for fill in (0.0, 1e6, NAN):
         values = torch.tensor([[1.0, 2.0], [3.0, fill]])
         torch.testing.assert_close(pf.whiten(values, mask), torch.tensor([[-s, 0.0], [s, 0.0]]))
-        torch.testing.assert_close(pf.whiten(values, mask, shift_mean=False), torch.tensor([[2 - s, 2.0], [2 + s, 0.0]]))
+        torch.testing.assert_close(
+            pf.whiten(values, mask, shift_mean=False), torch.tensor([[2 - s, 2.0], [2 + s, 0.0]])
+        )
 
 
 def test_whitening_with_sums_over_ranks_by_hand():
-    # PITFALLS AVG-4: one rank holds 1 and 2, the other 3 and 6: n = 4, Σ = 12, mean 3, Σ(x - 3)² = 5 + 9 = 14, variance 3.5
+    # PITFALLS AVG-4: one rank holds 1 and 2, the other 3 and 6: n = 4, Σ = 12, mean 3, Σ(x - 3)² = 5 + 9 =
+    # 14, variance 3.5
     sums, seen = [torch.tensor([4.0, 12.0]), torch.tensor(14.0)], []
 
     def all_sum(x):
@@ -122,7 +136,9 @@ def test_whitening_with_sums_over_ranks_by_hand():
 
     found = pf.whiten(torch.tensor([[1.0, 2.0]]), bools([[1, 1]]), all_sum=all_sum)
     torch.testing.assert_close(found, torch.tensor([[-2.0, -1.0]]) / math.sqrt(3.5))
-    assert seen == [[2.0, 3.0], 5.0], "what this rank adds: its count and sum, then its squares around the global mean"
+    assert seen == [[2.0, 3.0], 5.0], (
+        "what this rank adds: its count and sum, then its squares around the global mean"
+    )
 
 
 # ---------------------------------------------------------------- losses and averages
@@ -135,7 +151,9 @@ def test_policy_loss_by_hand():
     #   -A·ratio     -3       3       -1       1       -2.2
     #   -A·clipped   -2.4     2.4     -1.6     1.6     -2.2
     ratio, advantages = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]), torch.tensor([[2.0, -2.0, 2.0, -2.0, 2.0]])
-    losses, clipped, found = pf.policy_loss(ratio.log() - 3, torch.full((1, 5), -3.0), advantages, bools([[1] * 5]), 0.2)
+    losses, clipped, found = pf.policy_loss(
+        ratio.log() - 3, torch.full((1, 5), -3.0), advantages, bools([[1] * 5]), 0.2
+    )
     torch.testing.assert_close(losses, torch.tensor([[-2.4, 3.0, -1.0, 1.6, -2.2]]))
     torch.testing.assert_close(found, ratio)
     assert clipped.tolist() == [[True, False, False, True, False]]
@@ -156,9 +174,17 @@ def test_masked_slots_enter_no_loss_and_no_gradient(fill):
     # PITFALLS GAE-2
     mask = bools([[1, 0]])
     dirty = [torch.tensor([[0.3, fill]], requires_grad=True) for _ in range(4)]
-    pg_losses, pg_clipped, ratio = pf.policy_loss(dirty[0], dirty[1].detach() - 0.1, dirty[2].detach(), mask, 0.2)
+    pg_losses, pg_clipped, ratio = pf.policy_loss(
+        dirty[0], dirty[1].detach() - 0.1, dirty[2].detach(), mask, 0.2
+    )
     vf_losses, vf_clipped = pf.value_loss(dirty[3], dirty[1].detach(), dirty[2].detach() + 1, mask, 0.2)
-    assert [x[0, 1].item() for x in (pg_losses, pg_clipped, ratio, vf_losses, vf_clipped)] == [0, False, 1, 0, False]
+    assert [x[0, 1].item() for x in (pg_losses, pg_clipped, ratio, vf_losses, vf_clipped)] == [
+        0,
+        False,
+        1,
+        0,
+        False,
+    ]
     (pg_losses.sum() + vf_losses.sum()).backward()
     for gradient in (dirty[0].grad, dirty[3].grad):
         assert gradient[0, 0] != 0 and gradient[0, 1] == 0
@@ -172,7 +198,8 @@ def test_token_mean_and_sequence_mean_by_hand():
 
 
 def ready(model, query_lengths, response_lengths, average, seed=0):
-    """A rollout with everything that minibatch_loss reads; log-probabilities and values are a little off the model's own."""
+    """A rollout with everything that minibatch_loss reads; log-probabilities and values are a little off the
+    model's own."""
     rollout = make_rollout(query_lengths, response_lengths, seed=seed)
     mask = rollout["response_mask"]
     rollout["logprobs"], rollout["values"] = pf.response_logprobs_and_values(model, rollout, 0.9, 4)
@@ -191,9 +218,17 @@ def model():
 def test_logged_kl_of_an_update_is_finite_where_the_ratio_underflows():
     # log π_new = -200, log π_old = 0: the ratio is 0 in float32, 0.5 · 200² is logged all the same
     ones, zeros = torch.ones(1, 1), torch.zeros(1, 1)
-    batch = {"response_mask": ones.bool(), "mask": ones.bool(), "query_responses": zeros.long(), "responses": zeros.long(), "loss_weights": ones,
-             **dict.fromkeys(("logprobs", "advantages", "values", "returns"), zeros)}  # fmt: skip
-    _, stats = pf.minibatch_loss(lambda *_: (torch.tensor([[[0.0, 200.0]]]), zeros), batch, 1.0, 0.2, 0.2, 0.1)
+    batch = {
+        "response_mask": ones.bool(),
+        "mask": ones.bool(),
+        "query_responses": zeros.long(),
+        "responses": zeros.long(),
+        "loss_weights": ones,
+        **dict.fromkeys(("logprobs", "advantages", "values", "returns"), zeros),
+    }
+    _, stats = pf.minibatch_loss(
+        lambda *_: (torch.tensor([[[0.0, 200.0]]]), zeros), batch, 1.0, 0.2, 0.2, 0.1
+    )
     assert batch["ratio"].item() == 0 and stats[pf.STATS.index("ppo/policy/approxkl")].item() == 20000
 
 
@@ -210,20 +245,44 @@ def test_minibatch_loss_and_stats_equal_the_naive_formulas(model, average):
         with torch.no_grad():
             logp = (model.policy(ids).logits[0, len(query) - 1 : -1] / 0.9).log_softmax(-1)
             vpred = model.critic(ids, torch.ones_like(ids, dtype=torch.bool))[0, len(query) - 1 : -1]
-        old, values, advantages, returns = (rollout[k][i, :n] for k in ("logprobs", "values", "advantages", "returns"))
+        old, values, advantages, returns = (
+            rollout[k][i, :n] for k in ("logprobs", "values", "advantages", "returns")
+        )
         log_ratio = logp[torch.arange(n), response] - old
         ratio = log_ratio.exp()
         pg1, pg2 = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
         vf1 = (vpred - returns) ** 2
         vf2 = (torch.max(torch.min(vpred, values + 0.1), values - 0.1) - returns) ** 2
-        per_row.append(torch.stack([torch.max(pg1, pg2), torch.max(vf1, vf2) / 2, -(logp.exp() * logp).sum(-1), log_ratio**2 / 2,
-                                    (pg2 > pg1).float(), ratio, (vf2 > vf1).float(), vpred, vf1]))  # fmt: skip
+        per_row.append(
+            torch.stack(
+                [
+                    torch.max(pg1, pg2),
+                    torch.max(vf1, vf2) / 2,
+                    -(logp.exp() * logp).sum(-1),
+                    log_ratio**2 / 2,
+                    (pg2 > pg1).float(),
+                    ratio,
+                    (vf2 > vf1).float(),
+                    vpred,
+                    vf1,
+                ]
+            )
+        )
     if average == "token":
         expected = torch.cat(per_row, 1).mean(1)
     else:
         expected = torch.stack([row.mean(1) for row in per_row]).mean(0)
-    names = ["loss/policy", "loss/value", "policy/entropy", "policy/approxkl", "policy/clipfrac", "policy/ratio", "val/clipfrac",
-             "val/vpred", "val/error"]  # fmt: skip
+    names = [
+        "loss/policy",
+        "loss/value",
+        "policy/entropy",
+        "policy/approxkl",
+        "policy/clipfrac",
+        "policy/ratio",
+        "val/clipfrac",
+        "val/vpred",
+        "val/error",
+    ]
     for name, value in zip(names, expected):
         assert stats[pf.STATS.index(f"ppo/{name}")].item() == pytest.approx(value.item(), abs=2e-5), name
     assert 0 < expected[4] < 1 and 0 < expected[6] < 1, "nothing is clipped: the example tests too little"
@@ -245,23 +304,28 @@ def test_gradient_does_not_depend_on_the_micro_batch_size(model, average):
 
 
 def test_loss_weights_of_two_ranks_average_to_those_of_one():
-    # PITFALLS AVG-1: DDP takes the mean of the ranks' gradients; rank 0 has 5 tokens of 2 responses, rank 1 has 1 of 1
+    # PITFALLS AVG-1: DDP takes the mean of the ranks' gradients; rank 0 has 5 tokens of 2 responses, rank 1
+    # has 1 of 1
     mask = bools([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
     for average, denominator in (("token", 6.0), ("sequence", 3.0)):
         whole = pf.loss_weights(mask, average)
         for rows in (slice(0, 2), slice(2, 3)):
-            part = pf.loss_weights(mask[rows], average, all_sum=lambda x: torch.tensor(denominator), num_processes=2)
+            part = pf.loss_weights(
+                mask[rows], average, all_sum=lambda x: torch.tensor(denominator), num_processes=2
+            )
             torch.testing.assert_close(part / 2, whole[rows])
 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
 def test_empty_responses_add_finite_zeros(model, average):
-    # PITFALLS AVG-5: an empty row changes nothing beside others, and a micro-batch of empty rows has loss and gradient 0
+    # PITFALLS AVG-5: an empty row changes nothing beside others, and a micro-batch of empty rows has loss and
+    # gradient 0
     rollout = ready(model, [2, 5, 3], [4, 0, 2], average)
     full = {name: x[[0, 2]] for name, x in rollout.items()}
     full["loss_weights"] = pf.loss_weights(full["response_mask"], average)
     losses = [
-        pf.minibatch_loss(model, pf.trim(r, torch.arange(len(r["responses"]))), 0.9, 0.2, 0.2, 0.1) for r in (rollout, full)
+        pf.minibatch_loss(model, pf.trim(r, torch.arange(len(r["responses"]))), 0.9, 0.2, 0.2, 0.1)
+        for r in (rollout, full)
     ]
     torch.testing.assert_close(losses[0][1], losses[1][1], atol=1e-6, rtol=0)
     model.zero_grad()
@@ -270,7 +334,9 @@ def test_empty_responses_add_finite_zeros(model, average):
     assert loss == 0 and torch.equal(stats, torch.zeros(len(pf.STATS)))
     assert all((p.grad == 0).all() for p in model.parameters())
     nothing = torch.zeros(2, 3, dtype=torch.bool)
-    assert (pf.loss_weights(nothing, average) == 0).all() and (pf.whiten(torch.full((2, 3), NAN), nothing) == 0).all()
+    assert (pf.loss_weights(nothing, average) == 0).all() and (
+        pf.whiten(torch.full((2, 3), NAN), nothing) == 0
+    ).all()
     assert all((x == 0).all() for x in pf.gae(torch.ones(2, 3), torch.ones(2, 3), nothing, 1.0, 0.95))
 
 
@@ -281,7 +347,9 @@ def test_entropy_of_uniform_and_certain_distributions():
 
 def test_entropy_of_many_rows_is_that_of_each_row():
     logits = torch.randn(9, 3, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(pf.token_entropy(logits, 0.7), torch.cat([pf.token_entropy(row[None], 0.7) for row in logits]))
+    assert torch.equal(
+        pf.token_entropy(logits, 0.7), torch.cat([pf.token_entropy(row[None], 0.7) for row in logits])
+    )
 
 
 # ---------------------------------------------------------------- KL controller, learning rate, Adam
@@ -289,24 +357,31 @@ def test_entropy_of_many_rows_is_that_of_each_row():
 
 def test_kl_controller_by_hand():
     # PITFALLS GAE-5: error clipped to ±0.2, times 512 episodes / horizon 10000
-    assert pf.next_kl_coef(0.15, kl=6.6, target=6.0, horizon=10000, episodes=512) == pytest.approx(0.15 * (1 + 0.1 * 0.0512))
+    assert pf.next_kl_coef(0.15, kl=6.6, target=6.0, horizon=10000, episodes=512) == pytest.approx(
+        0.15 * (1 + 0.1 * 0.0512)
+    )
     assert pf.next_kl_coef(0.15, kl=60.0, target=6.0, horizon=10000, episodes=512) == pytest.approx(0.151536)
     assert pf.next_kl_coef(0.15, kl=0.0, target=6.0, horizon=10000, episodes=512) == pytest.approx(0.148464)
 
 
-@pytest.mark.parametrize("schedule, expected", [
-    ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-    ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
-    ("cosine", [0.5, 1.0, 1.0, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4]),
+    ],
+)
 def test_learning_rates_by_hand(schedule, expected):
-    # two steps of warm-up, then four that fall from 1 towards 0 (lm-human-preferences: lr · (1 - step / num_steps))
+    # two steps of warm-up, then four that fall from 1 towards 0 (lm-human-preferences: lr · (1 - step /
+    # num_steps))
     found = [pf.scheduled_lr(2.0, step, 6, schedule, warmup_steps=2) for step in range(6)]
     assert found == pytest.approx([2 * x for x in expected])
 
 
 def test_adam_with_tensorflow_epsilon_is_tensorflow_adam():
-    # PITFALLS RM-5: TensorFlow: p -= lr · sqrt(1-β2^t) / (1-β1^t) · m / (sqrt(v) + ε); ε is large enough to tell the two apart
+    # PITFALLS RM-5: TensorFlow: p -= lr · sqrt(1-β2^t) / (1-β1^t) · m / (sqrt(v) + ε); ε is large enough to
+    # tell the two apart
     gradients = torch.randn(6, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * 1e-2
     lr, beta1, beta2, eps, p, m, v = 0.1, 0.9, 0.999, 1e-3, torch.zeros(4).double(), 0, 0
     for t, g in enumerate(gradients, 1):

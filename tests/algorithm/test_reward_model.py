@@ -25,15 +25,21 @@ def test_score_is_read_at_the_last_attended_token(name):
 
 
 def test_scores_of_a_rollout_are_those_of_its_rows_alone():
-    # PITFALLS RM-1: PPO's scoring function on padded queries and responses in micro-batches = the model on the plain row
+    # PITFALLS RM-1: PPO's scoring function on padded queries and responses in micro-batches = the model on
+    # the plain row
     model, rollout = reward_model(), make_rollout([3, 6, 1, 4], [2, 8, 5, 1])
     scores = pf.reward_model_scores(model, rollout, 2)
     for i in range(4):
-        row = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]])[
-            None
-        ]
+        row = torch.cat(
+            [
+                rollout["queries"][i][rollout["query_mask"][i]],
+                rollout["responses"][i][rollout["response_mask"][i]],
+            ]
+        )[None]
         with torch.no_grad():
-            assert scores[i].item() == pytest.approx(model.score(row, torch.ones_like(row).bool()).item(), abs=1e-5)
+            assert scores[i].item() == pytest.approx(
+                model.score(row, torch.ones_like(row).bool()).item(), abs=1e-5
+            )
 
 
 def test_a_stop_token_in_the_middle_ends_what_the_reward_model_reads():
@@ -42,7 +48,9 @@ def test_a_stop_token_in_the_middle_ends_what_the_reward_model_reads():
     short = {**rollout, "score_mask": torch.arange(8) < torch.tensor([[3], [8]])}
     cut = {**rollout, "score_mask": short["score_mask"], "response_mask": short["score_mask"]}
     torch.testing.assert_close(pf.reward_model_scores(model, short, 1), pf.reward_model_scores(model, cut, 1))
-    assert (pf.reward_model_scores(model, short, 1) - pf.reward_model_scores(model, rollout, 1))[0].abs() > 1e-3
+    assert (pf.reward_model_scores(model, short, 1) - pf.reward_model_scores(model, rollout, 1))[
+        0
+    ].abs() > 1e-3
 
 
 @pytest.mark.parametrize("bound", ["none", "tanh"])
@@ -59,7 +67,9 @@ def test_saved_reward_model_gives_equal_scores(tmp_path, name, bound):
             torch.testing.assert_close(loaded.score(ids, mask), loaded.score(ids, mask, False).tanh())
             assert (loaded.score(ids, mask).abs() < 1).all()
     saved = load_file(tmp_path / "reward_head.safetensors")
-    assert saved["scalar_head.bias"].item() == pytest.approx(0.4) and saved["reward_gain"].item() == pytest.approx(0.7)
+    assert saved["scalar_head.bias"].item() == pytest.approx(0.4) and saved[
+        "reward_gain"
+    ].item() == pytest.approx(0.7)
     assert saved["reward_bias"].item() == pytest.approx(0.3)
 
 
@@ -75,21 +85,29 @@ def test_an_incomplete_head_is_refused(tmp_path, name):
     # PITFALLS RM-2
     reward_model().save_pretrained(tmp_path)
     head = load_file(tmp_path / "reward_head.safetensors")
-    save_file({k: v for k, v in head.items() if k != name}, tmp_path / "reward_head.safetensors", metadata={"bound": "none"})
+    save_file(
+        {k: v for k, v in head.items() if k != name},
+        tmp_path / "reward_head.safetensors",
+        metadata={"bound": "none"},
+    )
     with pytest.raises(KeyError, match=name):
         pf.RewardModel.from_pretrained(tmp_path)
 
 
 def test_normalisation_is_fixed_and_divides_by_the_standard_deviation(run, module):
-    # PITFALLS RM-3, GAE-10: mean 3 and standard deviation 2 of the reward on π_SFT, measured once and used for all later scores
-    module("counting_reward", (
-        "calls = []\n"
-        "def reward(prompts, responses, rows):\n"
-        "    calls.append(len(responses))\n"
-        "    if len(calls) == 1:\n"
-        "        return [1.0, 5.0] * (len(responses) // 2)\n"  # mean 3, deviation 2 · sqrt(16 / 15)
-        "    return [10.0 * len(calls) + i for i in range(len(responses))]\n"
-    ))  # fmt: skip
+    # PITFALLS RM-3, GAE-10: mean 3 and standard deviation 2 of the reward on π_SFT, measured once and used
+    # for all later scores
+    module(
+        "counting_reward",
+        (
+            "calls = []\n"
+            "def reward(prompts, responses, rows):\n"
+            "    calls.append(len(responses))\n"
+            "    if len(calls) == 1:\n"
+            "        return [1.0, 5.0] * (len(responses) // 2)\n"  # mean 3, deviation 2 · sqrt(16 / 15)
+            "    return [10.0 * len(calls) + i for i in range(len(responses))]\n"
+        ),
+    )
     metrics, folder = run(reward="counting_reward:reward", normalize_samples=16)
     std = 2 * (16 / 15) ** 0.5
     for step, line in enumerate(metrics, 2):
@@ -102,13 +120,18 @@ def test_normalisation_is_fixed_and_divides_by_the_standard_deviation(run, modul
 
 
 def spy_on_first_values(monkeypatch):
-    """Records the PolicyAndCritic, the rollout and the values at the first call of response_logprobs_and_values with a critic."""
+    """Records the PolicyAndCritic, the rollout and the values at the first call of
+    response_logprobs_and_values with a critic."""
     seen, original = {}, pf.response_logprobs_and_values
 
     def spy(model, rollout, temperature, size):
         logprobs, values = original(model, rollout, temperature, size)
         if isinstance(model, pf.PolicyAndCritic) and not seen:
-            seen.update(values=values, rollout=dict(rollout), state={k: v.clone() for k, v in model.critic.state_dict().items()})
+            seen.update(
+                values=values,
+                rollout=dict(rollout),
+                state={k: v.clone() for k, v in model.critic.state_dict().items()},
+            )
         return logprobs, values
 
     monkeypatch.setattr(pf, "response_logprobs_and_values", spy)
@@ -136,7 +159,10 @@ def test_critic_starts_as_the_reward_model(run, world, monkeypatch, bound):
 
 def test_critic_without_a_reward_model_starts_at_zero(run, monkeypatch, module, tmp_path):
     # PITFALLS RM-4: a reward function has no weights to start from; shared and separate heads start at 0
-    module("length_reward", "def reward(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n")
+    module(
+        "length_reward",
+        "def reward(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n",
+    )
     for critic in ("separate", "shared"):
         seen = spy_on_first_values(monkeypatch)
         run(reward="length_reward:reward", critic=critic, total_episodes=16, output_dir=tmp_path / critic)

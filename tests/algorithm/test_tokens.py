@@ -15,10 +15,14 @@ PAD = VOCAB_SIZE - 1
 
 
 def pad_left(rollout, columns):
-    """The same rows with more padding on the left of the queries (filled with a real token's id, which must not matter)."""
+    """The same rows with more padding on the left of the queries (filled with a real token's id, which must
+    not matter)."""
     extra = torch.full((len(rollout["queries"]), columns), 7)
-    return {**rollout, "queries": torch.cat([extra, rollout["queries"]], 1),
-            "query_mask": torch.cat([torch.zeros_like(extra, dtype=torch.bool), rollout["query_mask"]], 1)}  # fmt: skip
+    return {
+        **rollout,
+        "queries": torch.cat([extra, rollout["queries"]], 1),
+        "query_mask": torch.cat([torch.zeros_like(extra, dtype=torch.bool), rollout["query_mask"]], 1),
+    }
 
 
 def forward(model, rollout):
@@ -53,9 +57,9 @@ def test_positions_matter_to_the_model_of_these_tests(gpt2):
     ids = torch.cat([rollout["queries"], rollout["responses"]], 1)
     mask = torch.cat([rollout["query_mask"], rollout["response_mask"]], 1)
     with torch.no_grad():
-        wrong = gpt2.policy(input_ids=ids, attention_mask=mask.long(), position_ids=torch.arange(ids.shape[1])[None]).logits[
-            :, -9:-1
-        ]
+        wrong = gpt2.policy(
+            input_ids=ids, attention_mask=mask.long(), position_ids=torch.arange(ids.shape[1])[None]
+        ).logits[:, -9:-1]
     assert (wrong.log_softmax(-1) - forward(gpt2, rollout)[0].log_softmax(-1)).abs().max() > 0.1
 
 
@@ -72,7 +76,8 @@ def test_a_row_scores_alone_what_it_scores_among_longer_rows(gpt2):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_generation_and_forward_agree(name):
-    # PITFALLS TOK-1: greedy tokens from the cache are the argmax of a full forward, for rows padded by 0, 2 and 6 columns
+    # PITFALLS TOK-1: greedy tokens from the cache are the argmax of a full forward, for rows padded by 0, 2
+    # and 6 columns
     model = pf.PolicyAndCritic(causal_lm(name), torch.nn.Linear(32, 1)).eval()
     rollout = make_rollout([7, 5, 1], [8, 8, 8])
     responses = pf.generate(model.policy, rollout["queries"], rollout["query_mask"], 1, 8, 0.0, EOS, 0, PAD)
@@ -135,13 +140,24 @@ def test_ids_behind_the_stop_token_change_no_loss_metric_or_score(gpt2):
     mask = rollout["response_mask"]
     advantages, returns = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(3)) * mask
     outcomes = []
-    for responses in (rollout["responses"], torch.where(mask, rollout["responses"], torch.randint(VOCAB_SIZE, (3, 8)))):
+    for responses in (
+        rollout["responses"],
+        torch.where(mask, rollout["responses"], torch.randint(VOCAB_SIZE, (3, 8))),
+    ):
         changed = {**rollout, "responses": responses}
         logprobs, values = pf.response_logprobs_and_values(gpt2, changed, 1.0, 3)
-        batch = {**changed, "logprobs": logprobs + 0.1, "values": values + 0.1, "advantages": advantages, "returns": returns,
-                 "loss_weights": pf.loss_weights(mask, "token")}  # fmt: skip
+        batch = {
+            **changed,
+            "logprobs": logprobs + 0.1,
+            "values": values + 0.1,
+            "advantages": advantages,
+            "returns": returns,
+            "loss_weights": pf.loss_weights(mask, "token"),
+        }
         loss, stats = pf.minibatch_loss(gpt2, pf.trim(batch, torch.arange(3)), 1.0, 0.2, 0.2, 0.1)
-        outcomes.append((loss.detach(), stats, logprobs, values, pf.reward_model_scores(gpt2.critic, changed, 3)))
+        outcomes.append(
+            (loss.detach(), stats, logprobs, values, pf.reward_model_scores(gpt2.critic, changed, 3))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*outcomes))
 
 
@@ -165,7 +181,8 @@ def test_mask_ends_with_the_first_stop_token_at_or_after_stop_after():
 
 
 def test_missing_stop_penalty_looks_for_the_stop_token_that_masks(run, module, tmp_path):
-    # PITFALLS TOK-5, GAE-7, GAE-9: reward 0.0 where the stop token is there, the penalty exactly where it is not
+    # PITFALLS TOK-5, GAE-7, GAE-9: reward 0.0 where the stop token is there, the penalty exactly where it is
+    # not
     module("zero_reward", "def reward(prompts, responses, rows):\n    return [0.0] * len(responses)\n")
     settings = dict(
         reward="zero_reward:reward",
@@ -176,9 +193,13 @@ def test_missing_stop_penalty_looks_for_the_stop_token_that_masks(run, module, t
         num_responses=4,
     )
     for missing_stop, penalty, expected in (("replace", -1.0, -1.0), ("subtract", 0.5, -0.5)):
-        metrics, _ = run(**settings, missing_stop=missing_stop, penalty_value=penalty, output_dir=tmp_path / missing_stop)
+        metrics, _ = run(
+            **settings, missing_stop=missing_stop, penalty_value=penalty, output_dir=tmp_path / missing_stop
+        )
         assert 0 < metrics[0]["objective/truncated"] < 1
-        assert metrics[0]["objective/shaped_score"] == pytest.approx(expected * metrics[0]["objective/truncated"])
+        assert metrics[0]["objective/shaped_score"] == pytest.approx(
+            expected * metrics[0]["objective/truncated"]
+        )
         assert metrics[0]["objective/score"] == 0
 
 
@@ -194,10 +215,13 @@ class RecordingReward:
 
 
 def test_reward_model_reads_the_ids_that_were_sampled():
-    # PITFALLS TOK-6, RM-1: stop token included, nothing written over the end of a response that was cut by its length
+    # PITFALLS TOK-6, RM-1: stop token included, nothing written over the end of a response that was cut by
+    # its length
     model, reward = causal_lm("gpt2"), RecordingReward()
     queries, query_mask = pf.pad_rows([[3, 4], [5, 6, 7]], PAD, "left")
-    responses = pf.generate(model, queries, query_mask, 8, 6, 1.0, EOS, 0, PAD, torch.Generator().manual_seed(0))
+    responses = pf.generate(
+        model, queries, query_mask, 8, 6, 1.0, EOS, 0, PAD, torch.Generator().manual_seed(0)
+    )
     mask, has_stop = pf.stop_masks(responses.clone(), EOS, 0)
     assert has_stop.any() and not has_stop.all()
     rollout = {
@@ -230,7 +254,11 @@ def test_one_bos_where_the_tokenizer_has_one(bos):
 def test_long_queries_are_dropped_or_cut_before_padding(tokenizer):
     # PITFALLS TOK-8: keep_end keeps the end of the prompt; keep_start is lm-human-preferences'
     rows = [{"prompt": "abcdef"}, {"prompt": "xyz"}, {"prompt": ""}]
-    for setting, expected in (("drop", ["xyz"]), ("keep_end", ["def", "xyz"]), ("keep_start", ["abc", "xyz"])):
+    for setting, expected in (
+        ("drop", ["xyz"]),
+        ("keep_end", ["def", "xyz"]),
+        ("keep_start", ["abc", "xyz"]),
+    ):
         args = pf.Args(query_length=3, long_queries=setting)
         found = pf.encode_queries(tokenizer, rows, args, "prompts")
         assert [tokenizer.decode(row["query_ids"]) for row in found] == expected
@@ -253,7 +281,10 @@ def test_masks_are_bool():
         == torch.bool
     )
     assert (
-        batch["response_mask"].dtype == batch["query_mask"].dtype == pf.stop_masks(torch.ones(1, 2), 1, 0)[1].dtype == torch.bool
+        batch["response_mask"].dtype
+        == batch["query_mask"].dtype
+        == pf.stop_masks(torch.ones(1, 2), 1, 0)[1].dtype
+        == torch.bool
     )
 
 
@@ -292,7 +323,9 @@ def test_trim_says_where_its_response_columns_came_from():
     rollout = make_rollout([2, 5, 3], [4, 7, 1])
     batch = pf.trim(rollout, torch.tensor([0, 2]))
     assert batch["columns"][0].tolist() == [0, 1, 2, 3] and batch["columns"][1, -1] == 0
-    back = torch.zeros_like(rollout["responses"][[0, 2]]).scatter(1, batch["columns"], batch["responses"] * batch["response_mask"])
+    back = torch.zeros_like(rollout["responses"][[0, 2]]).scatter(
+        1, batch["columns"], batch["responses"] * batch["response_mask"]
+    )
     assert torch.equal(back, rollout["responses"][[0, 2]] * rollout["response_mask"][[0, 2]])
 
 
@@ -316,14 +349,17 @@ def test_the_cache_is_as_small_as_autocast_allows_and_gives_the_same_tokens(name
     pf_cache = pf.AutocastCache
     monkeypatch.setattr(pf, "AutocastCache", kept)
     responses = sampled()
-    assert {tensor.dtype for layer in caches[0].layers for tensor in (layer.keys, layer.values)} == {torch.bfloat16}
+    assert {tensor.dtype for layer in caches[0].layers for tensor in (layer.keys, layer.values)} == {
+        torch.bfloat16
+    }
     monkeypatch.setattr(pf, "AutocastCache", DynamicCache)
     assert torch.equal(sampled(), responses)
 
 
 @pytest.fixture(scope="module")
 def five():
-    """A GPT-2 over five tokens whose checkpoint defaults would ruin sampling, and a batch of one padded and one longer query."""
+    """A GPT-2 over five tokens whose checkpoint defaults would ruin sampling, and a batch of one padded and
+    one longer query."""
     model = causal_lm("gpt2", seed=3, vocab_size=5, eos_token_id=4, bos_token_id=4)
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, eos_token_id=0
@@ -335,24 +371,36 @@ def enumerate_pairs(model, query, temperature):
     """P(first, second) over all 25 two-token responses, one unpadded forward per prefix."""
     with torch.no_grad():
         first = (model(torch.tensor([query])).logits[0, -1] / temperature).softmax(-1)
-        second = [(model(torch.tensor([query + [a]])).logits[0, -1] / temperature).softmax(-1) for a in range(5)]
+        second = [
+            (model(torch.tensor([query + [a]])).logits[0, -1] / temperature).softmax(-1) for a in range(5)
+        ]
     return torch.stack([first[a] * second[a] for a in range(5)]).double()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_samples_follow_softmax_whatever_the_checkpoint_defaults_say(five, temperature):
-    # PITFALLS LP-1, LP-4: chi-square of 4000 two-token samples against the enumerated distribution; p = 1e-3 with a fixed seed
+    # PITFALLS LP-1, LP-4: chi-square of 4000 two-token samples against the enumerated distribution; p = 1e-3
+    # with a fixed seed
     model, queries, query_mask = five
-    responses = pf.generate(model, queries, query_mask, 4000, 2, temperature, -1, 0, 0, torch.Generator().manual_seed(0))
+    responses = pf.generate(
+        model, queries, query_mask, 4000, 2, temperature, -1, 0, 0, torch.Generator().manual_seed(0)
+    )
     for i, query in enumerate(([1, 2], [3, 0, 2, 1])):
         expected = enumerate_pairs(model, query, temperature).flatten() * 4000
-        observed = (responses[4000 * i : 4000 * (i + 1)] * torch.tensor([5, 1])).sum(1).bincount(minlength=25).double()
+        observed = (
+            (responses[4000 * i : 4000 * (i + 1)] * torch.tensor([5, 1]))
+            .sum(1)
+            .bincount(minlength=25)
+            .double()
+        )
         rare = expected < 5
         expected, observed = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (expected, observed))
         keep = expected > 0
         assert len(expected) > 8, "a nearly deterministic model would test nothing"
         assert (
-            chisquare(observed[keep].numpy(), (expected[keep] / expected[keep].sum() * observed[keep].sum()).numpy()).pvalue
+            chisquare(
+                observed[keep].numpy(), (expected[keep] / expected[keep].sum() * observed[keep].sum()).numpy()
+            ).pvalue
             > 1e-3
         )
 
@@ -363,7 +411,9 @@ def test_nothing_can_warp_the_samples():
     assert not [
         name
         for name in names
-        if any(word in name for word in ("top_k", "top_p", "min_length", "min_new", "penalty_rep", "repetition"))
+        if any(
+            word in name for word in ("top_k", "top_p", "min_length", "min_new", "penalty_rep", "repetition")
+        )
     ]
 
 
@@ -373,11 +423,18 @@ def test_logprobs_equal_enumeration_on_a_five_token_vocabulary(five, temperature
     model, queries, query_mask = five
     pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
     for i, query in enumerate(([1, 2], [3, 0, 2, 1])):
-        rollout = {"queries": queries[i].expand(25, -1), "query_mask": query_mask[i].expand(25, -1), "responses": pairs,
-                   "response_mask": torch.ones_like(pairs, dtype=torch.bool)}  # fmt: skip
+        rollout = {
+            "queries": queries[i].expand(25, -1),
+            "query_mask": query_mask[i].expand(25, -1),
+            "responses": pairs,
+            "response_mask": torch.ones_like(pairs, dtype=torch.bool),
+        }
         logprobs, _ = pf.response_logprobs_and_values(model, rollout, temperature, 7)
         torch.testing.assert_close(
-            logprobs.sum(1).exp().view(5, 5).double(), enumerate_pairs(model, query, temperature), atol=1e-6, rtol=0
+            logprobs.sum(1).exp().view(5, 5).double(),
+            enumerate_pairs(model, query, temperature),
+            atol=1e-6,
+            rtol=0,
         )
 
 
@@ -409,7 +466,9 @@ def test_shared_head_reads_the_policy_hidden_states():
     ids = torch.cat([rollout["queries"], rollout["responses"]], 1)[:, 3:]
     with torch.no_grad():
         hidden = policy.transformer(ids).last_hidden_state
-        torch.testing.assert_close(forward(model, rollout)[1], model.critic(hidden).squeeze(-1)[:, 3:9], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            forward(model, rollout)[1], model.critic(hidden).squeeze(-1)[:, 3:9], atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -451,14 +510,18 @@ def test_logprobs_and_entropy_are_computed_in_float32():
         logprobs, entropy = pf.token_logprobs(low, tokens, mask, 0.6), pf.token_entropy(low, 0.6)
     exact = (low.double() / 0.6).log_softmax(-1)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(logprobs.double(), exact.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logprobs.double(), exact.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_values_and_scores_are_float32_under_autocast(critic):
     # PITFALLS LP-7: a bfloat16 head would round values to two or three digits
-    model = pf.PolicyAndCritic(causal_lm("gpt2"), reward_model() if critic == "separate" else torch.nn.Linear(32, 1)).eval()
+    model = pf.PolicyAndCritic(
+        causal_lm("gpt2"), reward_model() if critic == "separate" else torch.nn.Linear(32, 1)
+    ).eval()
     rollout = make_rollout([4, 2], [6, 3])
     with torch.autocast("cpu", torch.bfloat16):
         _, values = forward(model, rollout)
@@ -471,12 +534,17 @@ def test_gathered_logprobs_equal_the_naive_formula_with_gradients():
     # PITFALLS LP-8
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 9, generator=generator, requires_grad=True)
-    tokens, mask = torch.randint(9, (2, 4), generator=generator), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    tokens, mask = (
+        torch.randint(9, (2, 4), generator=generator),
+        torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool(),
+    )
     weights = torch.randn(2, 4, generator=generator)
     naive = ((logits / 0.7).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)) * mask
     ours = pf.token_logprobs(logits, tokens, mask, 0.7)
     torch.testing.assert_close(ours, naive, atol=1e-6, rtol=0)
-    ours_gradient, naive_gradient = (torch.autograd.grad((x * weights).sum(), logits)[0] for x in (ours, naive))
+    ours_gradient, naive_gradient = (
+        torch.autograd.grad((x * weights).sum(), logits)[0] for x in (ours, naive)
+    )
     torch.testing.assert_close(ours_gradient, naive_gradient, atol=1e-6, rtol=0)
 
 
@@ -486,7 +554,16 @@ def test_sampling_differs_over_copies_updates_and_ranks_and_repeats_for_a_key():
 
     def draw(*key):
         return pf.generate(
-            model, rollout["queries"], rollout["query_mask"], 6, 8, 1.0, -1, 0, PAD, pf.random_generator("cpu", *key)
+            model,
+            rollout["queries"],
+            rollout["query_mask"],
+            6,
+            8,
+            1.0,
+            -1,
+            0,
+            PAD,
+            pf.random_generator("cpu", *key),
         )
 
     first = draw(1, 3, 1, 0)

@@ -1,12 +1,17 @@
-"""The baselines of the paper's Table 2: losses against hand-worked numbers and TRL's values, and whole runs on the tiny world."""
+"""The baselines of the paper's Table 2: losses against hand-worked numbers and TRL's values, and whole runs
+on the tiny world."""
+
+import dataclasses
 import importlib
+import inspect
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
+import tyro
+from conftest import EOS, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
 
 import pfppo_single as pf
 from benchmark.baselines import bond, common, dpo, iterative_dpo, kto, raft, tune
@@ -28,7 +33,8 @@ def test_dpo_sums_over_tokens():  # PITFALLS BL-1
 
 
 def test_ipo_means_over_tokens():  # PITFALLS BL-1
-    # means 3/2 and -1/4, margin 1.75, target 1/(2 · 0.5) = 1: 0.75² = 0.5625; with sums it would be (4 - 1)² = 9
+    # means 3/2 and -1/4, margin 1.75, target 1/(2 · 0.5) = 1: 0.75² = 0.5625; with sums it would be (4 - 1)²
+    # = 9
     loss = dpo.preference_loss(tensor(3.0), tensor(-1.0), tensor(2), tensor(4), beta=0.5, loss_type="ipo")
     torch.testing.assert_close(loss, tensor(0.5625))
 
@@ -46,9 +52,17 @@ def test_dpo_at_the_reference_is_log_two_and_pushes_apart():
 
 
 def test_kto_loss_by_hand():
-    # z = 1, β = 1: chosen with r = 1 -> 1 - σ(0) = 0.5; rejected with r = 1 - log 3 -> 1 - σ(log 3) = 0.25; weights 1 and 2
+    # z = 1, β = 1: chosen with r = 1 -> 1 - σ(0) = 0.5; rejected with r = 1 - log 3 -> 1 - σ(log 3) = 0.25;
+    # weights 1 and 2
     logratios = tensor(1.0, 1.0 - math.log(3.0))
-    loss = kto.kto_loss(logratios, tensor(True, False), torch.tensor(1.0), beta=1.0, desirable_weight=1.0, undesirable_weight=2.0)
+    loss = kto.kto_loss(
+        logratios,
+        tensor(True, False),
+        torch.tensor(1.0),
+        beta=1.0,
+        desirable_weight=1.0,
+        undesirable_weight=2.0,
+    )
     torch.testing.assert_close(loss, tensor(0.5, 0.5))
 
 
@@ -79,7 +93,7 @@ def test_kto_pairs_are_mismatched_and_use_every_response_once(prompt_ids):  # PI
 
 
 def test_kto_refuses_a_batch_that_cannot_be_mismatched():
-    with pytest.raises(ValueError, match="raise --batch_size"):
+    with pytest.raises(SystemExit, match="raise --batch_size"):
         kto.mismatched_rows(tensor(1, 1, 1, 2))
 
 
@@ -110,7 +124,8 @@ def test_raft_loss_is_per_token():
 
 
 def test_bond_quantiles_by_hand():
-    # anchor's scores 1 2 3: 0.5 is above none of them, 2 above two (itself a tie), 9 above all; each counts itself too
+    # anchor's scores 1 2 3: 0.5 is above none of them, 2 above two (itself a tie), 9 above all; each counts
+    # itself too
     logq = bond.log_quantiles(tensor([0.5, 2.0, 9.0]), tensor([1.0, 2.0, 3.0]))
     torch.testing.assert_close(logq.exp(), tensor([0.25, 0.75, 1.0]))
 
@@ -144,7 +159,10 @@ def test_bond_backward_gradient_is_that_of_the_exact_divergence():
     exact = torch.autograd.grad((logprobs.exp() * (logprobs - target)).sum(), logits)[0]
     logprobs, _ = enumerated(logits, anchor, n)
     costs = bond.backward_kl_costs(logprobs, anchor.log(), anchor.cumsum(0).log(), n)
-    surrogate = sum(p.detach() * bond.backward_kl_loss(lp.view(1, 1), c.view(1, 1)) for p, lp, c in zip(logprobs.exp(), logprobs, costs))
+    surrogate = sum(
+        p.detach() * bond.backward_kl_loss(lp.view(1, 1), c.view(1, 1))
+        for p, lp, c in zip(logprobs.exp(), logprobs, costs)
+    )
     torch.testing.assert_close(torch.autograd.grad(surrogate, logits)[0], exact)
 
 
@@ -194,37 +212,59 @@ def test_sequence_logprob_unchanged_by_padding(name):  # PITFALLS BL-3
 def test_sequence_logprob_agrees_with_scoring_without_gradient_and_has_one():
     model, rollout = causal_lm("gpt2"), make_rollout([3, 9, 4], [5, 2, 8])
     got = common.sequence_logprobs(model, rollout, tensor(0, 1, 2), 0.7)
-    torch.testing.assert_close(got, pf.response_logprobs_and_values(model, rollout, 0.7, 2)[0].sum(1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        got, pf.response_logprobs_and_values(model, rollout, 0.7, 2)[0].sum(1), atol=1e-4, rtol=1e-5
+    )
     assert got.requires_grad
 
 
 def pair_args(world: Path, folder: Path, **changes):
     rows = [{"prompt": f"sum {i} of", "chosen": f"ab{i}", "rejected": f"xyz={i}"} for i in range(6)]
     path = write_jsonl(folder / "pairs.jsonl", rows)
-    return dpo.Args(policy=str(world / "gpt2"), train_data=str(path), output_dir=str(folder / "run"), query_length=16, response_length=8,
-                    **changes)  # fmt: skip
+    return dpo.Args(
+        policy=str(world / "gpt2"),
+        train_data=str(path),
+        output_dir=str(folder / "run"),
+        query_length=16,
+        response_length=8,
+        **changes,
+    )
+
+
+def read_pairs(args, tokenizer) -> list[dict]:
+    return common.read_pairs(args, tokenizer, pf.load_config(args.policy, "policy"), tokenizer.eos_token_id)
 
 
 def test_pair_ids_are_prompt_ids_then_response_ids(world, tmp_path):  # PITFALLS BL-3
-    tokenizer = make_tokenizer(bos=True)
-    pairs = common.load_pairs(pair_args(world, tmp_path), tokenizer, tokenizer.eos_token_id)
-    rollout = common.make_rollout([p["query_ids"] for p in pairs], [p["chosen_ids"] for p in pairs], VOCAB_SIZE - 1)
-    for i, pair in enumerate(pairs):
-        ids = torch.cat([rollout["queries"][i][rollout["query_mask"][i]], rollout["responses"][i][rollout["response_mask"][i]]]).tolist()
-        response = tokenizer(pair["chosen"], add_special_tokens=False)["input_ids"]
-        assert ids == pf.encode_prompt(tokenizer, pair["prompt"]) + response + [tokenizer.eos_token_id]
+    args, tokenizer = pair_args(world, tmp_path), make_tokenizer(bos=True)
+    rows, pairs = pf.load_rows(args.train_data, "train_data"), read_pairs(args, tokenizer)
+    rollout = common.pair_rollout(pairs, "cpu")
+    ids, mask = (torch.cat([rollout[a], rollout[b]], 1) for a, b in PARTS)
+    texts = [(row["prompt"], row[name]) for name in ("chosen", "rejected") for row in rows]
+    for (prompt, text), row, real in zip(texts, ids, mask, strict=True):
+        response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        assert row[real].tolist() == pf.encode_prompt(tokenizer, prompt) + response
 
 
-def test_pairs_with_a_long_response_are_dropped(world, tmp_path):
+PARTS = (("queries", "responses"), ("query_mask", "response_mask"))
+
+
+def test_a_rollout_of_pairs_is_padded_as_one_that_was_sampled():
+    rollout = common.make_rollout([[5], [6, 7]], [[1, 2, EOS], [3, EOS]], "cpu")
+    assert rollout["query_mask"].tolist() == [[False, True], [True, True]]
+    assert rollout["response_mask"].tolist() == [[True] * 3, [True, True, False]]
+    assert rollout["responses"][rollout["response_mask"]].tolist() == [1, 2, EOS, 3, EOS]
+
+
+def test_pairs_with_a_long_response_are_left_out(world, tmp_path):
     args, tokenizer = pair_args(world, tmp_path), make_tokenizer()
     rows = [{"prompt": "a", "chosen": "b" * n, "rejected": "c"} for n in (4, 5, 3)]
     write_jsonl(Path(args.train_data), rows)
     args.response_length = 5  # the stop token included
-    pairs = common.load_pairs(args, tokenizer, tokenizer.eos_token_id)
-    assert [len(pair["chosen_ids"]) for pair in pairs] == [5, 4]
+    assert [len(pair["samples"][0]) for pair in read_pairs(args, tokenizer)] == [5, 4]
     args.response_length = 1
-    with pytest.raises(ValueError, match="raise it"):
-        common.load_pairs(args, tokenizer, tokenizer.eos_token_id)
+    with pytest.raises(SystemExit, match="raise it"):
+        read_pairs(args, tokenizer)
 
 
 # ---------------------------------------------------------------- TRL's values on the same inputs
@@ -238,46 +278,82 @@ def trl(monkeypatch):
     return found
 
 
-TRL_PAIRS = [{"prompt": "sum of", "chosen": " ab", "rejected": " xyz="}, {"prompt": "max", "chosen": " qrst", "rejected": " u"},
-             {"prompt": "one two", "chosen": " v1", "rejected": " w22"}, {"prompt": "rev", "chosen": " 333", "rejected": " 4"}]  # fmt: skip
+TRL_PAIRS = [
+    {"prompt": "sum of", "chosen": " ab", "rejected": " xyz="},
+    {"prompt": "max", "chosen": " qrst", "rejected": " u"},
+    {"prompt": "one two", "chosen": " v1", "rejected": " w22"},
+    {"prompt": "rev", "chosen": " 333", "rejected": " 4"},
+]
 
 
 def from_trl(batch: dict, prefix: str = "") -> dict[str, torch.Tensor]:
     """A TRL batch (whole sequences, a mask of the completion) -> rollout."""
-    ids, mask, completion = (batch[prefix + name] for name in ("input_ids", "attention_mask", "completion_mask"))
+    ids, mask, completion = (
+        batch[prefix + name] for name in ("input_ids", "attention_mask", "completion_mask")
+    )
     queries = [row[(m == 1) & (c == 0)].tolist() for row, m, c in zip(ids, mask, completion)]
-    return common.make_rollout(queries, [row[c == 1].tolist() for row, c in zip(ids, completion)], VOCAB_SIZE - 1)
+    return common.make_rollout(queries, [row[c == 1].tolist() for row, c in zip(ids, completion)], "cpu")
 
 
 def trl_trainer(trainer, config, folder, data, **settings):
     from datasets import Dataset
 
-    args = config(output_dir=str(folder), per_device_train_batch_size=len(data), report_to=[], use_cpu=True, bf16=False,
-                  gradient_checkpointing=False, save_strategy="no", **settings)  # fmt: skip
-    return trainer(model=causal_lm("llama", 0, attention_dropout=0.0), ref_model=causal_lm("llama", 5, attention_dropout=0.0), args=args,
-                   train_dataset=Dataset.from_list(data), processing_class=make_tokenizer())  # fmt: skip
+    args = config(
+        output_dir=str(folder),
+        per_device_train_batch_size=len(data),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        **settings,
+    )
+    return trainer(
+        model=causal_lm("llama", 0, attention_dropout=0.0),
+        ref_model=causal_lm("llama", 5, attention_dropout=0.0),
+        args=args,
+        train_dataset=Dataset.from_list(data),
+        processing_class=make_tokenizer(),
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "ipo"])
 def test_preference_loss_equals_trl(trl, tmp_path, loss_type):  # PITFALLS BL-1
-    trainer = trl_trainer(trl.DPOTrainer, trl.DPOConfig, tmp_path, TRL_PAIRS, beta=0.1,
-                          loss_type={"dpo": "sigmoid"}.get(loss_type, loss_type))  # fmt: skip
+    trainer = trl_trainer(
+        trl.DPOTrainer,
+        trl.DPOConfig,
+        tmp_path,
+        TRL_PAIRS,
+        beta=0.1,
+        loss_type={"dpo": "sigmoid"}.get(loss_type, loss_type),
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     expected = trainer.compute_loss(trainer.model, dict(batch)).detach()
     rollout, rows = from_trl(batch), torch.arange(2 * len(TRL_PAIRS))
-    logratios = (common.sequence_logprobs(trainer.model, rollout, rows, 1.0) - common.sequence_logprobs(trainer.ref_model, rollout, rows, 1.0))
+    logratios = common.sequence_logprobs(trainer.model, rollout, rows, 1.0) - common.sequence_logprobs(
+        trainer.ref_model, rollout, rows, 1.0
+    )
     lengths = rollout["response_mask"].sum(1)
     ours = dpo.preference_loss(*logratios.chunk(2), *lengths.chunk(2), 0.1, loss_type).mean()
     torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_kto_loss_equals_trl(trl, tmp_path):  # PITFALLS BL-2
-    data = [{"prompt": p["prompt"], "completion": p[name], "label": name == "chosen"} for p in TRL_PAIRS for name in ("chosen", "rejected")]
-    trainer = trl_trainer(trl.KTOTrainer, trl.KTOConfig, tmp_path, data, beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
+    data = [
+        {"prompt": p["prompt"], "completion": p[name], "label": name == "chosen"}
+        for p in TRL_PAIRS
+        for name in ("chosen", "rejected")
+    ]
+    trainer = trl_trainer(
+        trl.KTOTrainer, trl.KTOConfig, tmp_path, data, beta=0.1, desirable_weight=1.0, undesirable_weight=1.5
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     expected = trainer.compute_loss(trainer.model, dict(batch)).detach()
     rows, rollout, mismatched = torch.arange(len(data)), from_trl(batch), from_trl(batch, "KL_")
-    policy, reference = ([common.sequence_logprobs(m, r, rows, 1.0) for r in (rollout, mismatched)] for m in (trainer.model, trainer.ref_model))
+    policy, reference = (
+        [common.sequence_logprobs(m, r, rows, 1.0) for r in (rollout, mismatched)]
+        for m in (trainer.model, trainer.ref_model)
+    )
     kl = kto.shifted_kl(policy[1], reference[1])
     assert kl > 0  # else the clamp would hide which pairs it is over
     ours = kto.kto_loss(policy[0] - reference[0], torch.as_tensor(batch["label"]), kl, 0.1, 1.0, 1.5).mean()
@@ -287,7 +363,9 @@ def test_kto_loss_equals_trl(trl, tmp_path):  # PITFALLS BL-2
 # ---------------------------------------------------------------- whole runs on the tiny world
 
 
-REWARD = "def reward(prompts, responses, rows):\n    return [len(set(r)) + 0.01 * len(r) for r in responses]\n"
+REWARD = (
+    "def reward(prompts, responses, rows):\n    return [len(set(r)) + 0.01 * len(r) for r in responses]\n"
+)
 SCORE = "def passed(prompts, responses, rows):\n    return [float('a' in r) for r in responses]\n"
 SIZES = {
     "raft": dict(total_episodes=48, batch_size=4, num_responses=3, minibatch_size=2),
@@ -300,44 +378,71 @@ SIZES = {
 
 @pytest.fixture
 def start(world, tmp_path, module):
-    """start(name, output folder, **changes) -> (metrics, folder): the whole of a baseline's main, in this process."""
+    """start(name, output folder, **changes) -> (metrics, folder): the whole of a baseline's main, in this
+    process."""
     name_reward, name_score = module("tiny_reward", REWARD), module("tiny_score", SCORE)
-    pairs = write_jsonl(tmp_path / "pairs.jsonl",
-                        [{"prompt": f"sum {i} of", "chosen": "ab" + "c" * (i % 3), "rejected": "xyz=" + "2" * (i % 2)} for i in range(10)])  # fmt: skip
+    pairs = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        [
+            {"prompt": f"sum {i} of", "chosen": "ab" + "c" * (i % 3), "rejected": "xyz=" + "2" * (i % 2)}
+            for i in range(10)
+        ],
+    )
 
     def run(name: str, output: str, **changes):
         script = importlib.import_module(f"benchmark.baselines.{name}")
-        data = dict(train_data=str(pairs)) if name in ("dpo", "kto") else dict(prompts=str(world / "prompts.jsonl"))
-        settings = dict(policy=str(world / "gpt2"), reward=f"{name_reward}:reward", actual_score=f"{name_score}:passed",
-                        eval_prompts=str(world / "eval.jsonl"), output_dir=str(tmp_path / output), query_length=16, response_length=8,
-                        forward_batch_size=16, micro_batch_size=3, lr=3e-3)  # fmt: skip
+        data = dict(prompts=str(world / "prompts.jsonl"))
+        if name in ("dpo", "kto"):
+            data = dict(train_data=str(pairs))
+        settings = dict(
+            policy=str(world / "gpt2"),
+            reward=f"{name_reward}:reward",
+            actual_score=f"{name_score}:passed",
+            eval_prompts=str(world / "eval.jsonl"),
+            output_dir=str(tmp_path / output),
+            query_length=16,
+            response_length=8,
+            forward_batch_size=16,
+            micro_batch_size=3,
+            lr=3e-3,
+        )
         script.main(script.Args(**{**settings, **data, **SIZES[name], **changes}))
         return read_metrics(tmp_path / output), tmp_path / output
 
     return run
 
 
+UNEVALUATED = dict(eval_prompts=None, actual_score=None)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return pf.load_causal_lm(str(folder)).state_dict()
 
 
-@pytest.mark.parametrize("name, episodes", [("raft", 48), ("bond", 64), ("dpo", 0), ("kto", 0), ("iterative_dpo", 54)])
+@pytest.mark.parametrize(
+    "name, episodes", [("raft", 48), ("bond", 64), ("dpo", 0), ("kto", 0), ("iterative_dpo", 54)]
+)
 def test_run_leaves_what_pfppo_leaves(name, episodes, start, world):
     metrics, folder = start(name, "run", checkpoint_every=1)
-    expected = {f"eval/{kind}_{what}" for kind in ("greedy", "sampled") for what in ("pass1", "reward", "length", "truncated")} | {"eval/kl"}
+    expected = {
+        f"eval/{kind}_{what}"
+        for kind in ("greedy", "sampled")
+        for what in ("pass1", "reward", "length", "truncated")
+    } | {"eval/kl"}
     assert expected <= set(metrics[0]) and expected <= set(metrics[-1])
     assert metrics[0]["eval/kl"] == 0.0 and metrics[-1]["eval/kl"] != 0.0
     assert [row["step"] for row in metrics] == list(range(len(metrics)))
     steps = [row["optimizer_step"] for row in metrics]
     assert steps[0] == 0 and steps == sorted(steps) and steps[-1] >= 4
-    assert metrics[-1]["episodes"] == episodes  # every response generated for training, none of the evaluation's
+    assert metrics[-1]["episodes"] == episodes  # what was generated for training, not for evaluation
     before, after = weights(world / "gpt2"), weights(folder / "policy")
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert weights(folder / "policy_best").keys() == after.keys()
     assert (folder / "policy" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["bond", "kto", "iterative_dpo"])  # anchor, batches, pairs; the rest is common.py's
+# anchor, batches, pairs; the rest is common.py's
+@pytest.mark.parametrize("name", ["bond", "kto", "iterative_dpo"])
 def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
     every = {"checkpoint_every": 1 if name == "bond" else 2}
     whole, whole_folder = start(name, "whole", **every)
@@ -353,15 +458,20 @@ def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
         start(name, "killed", **every)
     resumed, folder = start(name, "killed", **every)
     drop = ("seconds/update", "seconds/evaluate")
-    assert [{k: v for k, v in r.items() if k not in drop} for r in resumed] == [{k: v for k, v in r.items() if k not in drop} for r in whole]
+    assert [{k: v for k, v in r.items() if k not in drop} for r in resumed] == [
+        {k: v for k, v in r.items() if k not in drop} for r in whole
+    ]
     expected, got = weights(whole_folder / "policy"), weights(folder / "policy")
     assert all(torch.equal(expected[k], got[k]) for k in expected)
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "bond"])
 def test_micro_batches_change_nothing(name, start):
-    settings = dict(eval_prompts="", checkpoint_every=100)
-    kept = [weights(start(name, f"micro{size}", micro_batch_size=size, **settings)[1] / "policy") for size in (2, 100)]
+    settings = dict(UNEVALUATED, checkpoint_every=100)
+    kept = [
+        weights(start(name, f"micro{size}", micro_batch_size=size, **settings)[1] / "policy")
+        for size in (2, 100)
+    ]
     for key in kept[0]:
         torch.testing.assert_close(kept[0][key], kept[1][key], atol=2e-5, rtol=1e-4)
 
@@ -369,8 +479,26 @@ def test_micro_batches_change_nothing(name, start):
 def test_best_policy_is_the_best_on_the_evaluation_prompts(start):
     metrics, folder = start("raft", "run", checkpoint_every=1)
     state = json.loads(next((folder / "checkpoints").glob("step_*/state.json")).read_text())
-    curve = {row["step"]: row["eval/greedy_pass1"] for row in metrics}
-    assert state["best"] == max(curve.values()) and curve[state["best_step"]] == state["best"]
+    scores = [row["eval/greedy_pass1"] for row in metrics]
+    assert state["best"] == max(scores)
+    if scores.index(max(scores)) == len(scores) - 1:
+        assert torch.equal(*(weights(folder / name)[NAME] for name in ("policy", "policy_best")))
+
+
+NAME = "transformer.h.0.attn.c_attn.weight"
+
+
+def test_without_a_reward_pairs_are_evaluated_by_the_actual_score_alone(start):
+    tags = set(start("dpo", "run", reward=None)[0][-1])
+    assert "eval/greedy_pass1" in tags and not {tag for tag in tags if tag.endswith("_reward")}
+
+
+def test_bond_goes_on_where_no_response_of_the_anchor_stops(start, monkeypatch):
+    stop_masks = pf.stop_masks
+    monkeypatch.setattr(pf, "stop_masks", lambda *x: (stop_masks(*x)[0], stop_masks(*x)[1] & False))
+    metrics, _ = start("bond", "run", **UNEVALUATED)
+    assert all(row["objective/truncated"] == 1 and row["bond/forward"] == 0 for row in metrics)
+    assert [row["optimizer_step"] for row in metrics] == [1, 2, 3, 4]
 
 
 def test_bond_anchor_moves_only_between_iterations(start, monkeypatch):
@@ -383,32 +511,31 @@ def test_bond_anchor_moves_only_between_iterations(start, monkeypatch):
         return sample(run, *args, model=model, **rest)
 
     monkeypatch.setattr(common.Run, "sample", watch)
-    start("bond", "run", total_episodes=96, iterations=2)  # 6 updates: the anchor is the policy at updates 0 and 3
+    # 6 updates: the anchor is the policy at updates 0 and 3
+    start("bond", "run", total_episodes=96, iterations=2)
     assert seen == [(0, True), (1, False), (2, False), (3, True), (4, False), (5, False)]
 
 
 def test_iterative_dpo_makes_pairs_by_reward_from_the_last_policy(start):
     _, folder = start("iterative_dpo", "run")
-    pairs = [[json.loads(line) for line in (folder / f"pairs_{i}.jsonl").read_text().splitlines()] for i in (1, 2, 3)]
+    pairs = [
+        [json.loads(line) for line in (folder / f"pairs_{i}.jsonl").read_text().splitlines()]
+        for i in (1, 2, 3)
+    ]
     for pair in sum(pairs, []):
         score = {name: len(set(pair[name])) + 0.01 * len(pair[name]) for name in ("chosen", "rejected")}
         assert pair["chosen_reward"] == pytest.approx(score["chosen"], abs=1e-5)
-        stopped = [pair[f"{name}_ids"][-1] == VOCAB_SIZE - 2 for name in ("chosen", "rejected")]
+        stopped = [sample[-1] == EOS for sample in pair["samples"]]
         assert stopped[0] and (not stopped[1] or score["chosen"] > score["rejected"])
     assert len({json.dumps(part) for part in pairs}) == 3
 
 
-def test_the_learned_reward_scores_as_pfppo_scores_it(world, start):
+def test_the_learned_reward_scores_as_pfppo_scores_it(world, start, make_args):
     metrics, _ = start("raft", "run", reward=str(world / "reward"))
-    args = pf.Args(prompt_field="prompt", query_length=16)
-    tokenizer = pf.load_tokenizer(str(world / "gpt2"), "")
-    rows = pf.encode_queries(tokenizer, pf.load_rows(str(world / "eval.jsonl"), "eval_prompts"), args, "eval_prompts")
-    queries, query_mask = pf.pad_rows([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
-    policy = pf.load_causal_lm(str(world / "gpt2")).eval()
-    responses = pf.generate(policy, queries, query_mask, 1, 8, 0.0, tokenizer.eos_token_id, 0, tokenizer.pad_token_id)
-    mask, _ = pf.stop_masks(responses, tokenizer.eos_token_id, 0)
-    rollout = {"queries": queries, "query_mask": query_mask, "responses": responses, "response_mask": mask, "score_mask": mask}
-    expected = pf.reward_model_scores(pf.RewardModel.from_pretrained(world / "reward").eval(), rollout, 4).mean().item()
+    args, tokenizer = make_args(eval_prompts=world / "eval.jsonl"), make_tokenizer()
+    rows, policy = pf.read_prompts("eval_prompts", args, tokenizer), pf.load_causal_lm(args.policy).eval()
+    rollout = pf.sample_rollout(policy, rows, 1, 0.0, args, EOS, None)
+    expected = pf.reward_model_scores(pf.load_reward_model(args.reward).eval(), rollout, 4).mean().item()
     assert metrics[0]["eval/greedy_reward"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -416,66 +543,111 @@ def test_the_learned_reward_scores_as_pfppo_scores_it(world, start):
 
 
 def test_folder_of_another_run_is_refused(start):
-    start("kto", "run", eval_prompts="")
-    with pytest.raises(ValueError, match="holds another run: seed"):
-        start("kto", "run", eval_prompts="", seed=2)
+    start("kto", "run", **UNEVALUATED)
+    with pytest.raises(SystemExit, match="holds another run: seed"):
+        start("kto", "run", **UNEVALUATED, seed=2)
 
 
-@pytest.mark.parametrize("name, changes, message", [
-    ("dpo", {"policy": ""}, "--policy is needed"), ("dpo", {"train_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-    ("dpo", {"beta": 0.0}, "--beta must be above 0"), ("dpo", {"batch_size": 0}, "--batch_size must be at least 1"),
-    ("kto", {"eval_prompts": "nowhere.jsonl"}, "nowhere.jsonl: no such file"), ("raft", {"reward": ""}, "--reward is needed"),
-    ("raft", {"reward": "nowhere"}, "no reward_head.safetensors"), ("raft", {"num_responses": 1}, "--num_responses must be at least 2"),
-    ("raft", {"total_episodes": 5}, "at least one round"), ("bond", {"total_episodes": 16}, "at least 4 updates"),
-    ("iterative_dpo", {"num_responses": 1}, "--num_responses must be at least 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("dpo", {"policy": "nowhere"}, "--policy nowhere"),
+        ("dpo", {"train_data": "nowhere.jsonl"}, "--train_data nowhere.jsonl"),
+        ("dpo", {"beta": 0.0}, "--beta must lie between"),
+        ("dpo", {"batch_size": 0}, "--batch_size must lie between"),
+        ("dpo", {"eval_prompts": None}, "--actual_score needs --eval_prompts"),
+        ("dpo", {"stop_token": "9999"}, "--stop_token: the model has"),
+        ("kto", {"eval_prompts": "nowhere.jsonl"}, "--eval_prompts nowhere.jsonl"),
+        ("raft", {"response_length": 200}, "--policy: the model has 128 positions"),
+        ("raft", {"reward": "nowhere"}, "--reward nowhere"),
+        ("raft", {"num_responses": 1}, "--num_responses must lie between 2"),
+        ("raft", {"total_episodes": 5}, "at least one round"),
+        ("bond", {"total_episodes": 16}, "at least 4 updates"),
+        ("iterative_dpo", {"num_responses": 1}, "--num_responses must lie between 2"),
+        ("iterative_dpo", {"total_episodes": 8}, "--total_episodes must be at least 9"),
+    ],
+)
 def test_bad_settings_are_refused_before_a_folder_is_written(name, changes, message, start, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(SystemExit, match=message):
         start(name, "refused", **changes)
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize("row, message", [({"prompt": "a", "chosen": "b"}, "row 2: no column rejected"),
-                                          ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: chosen and rejected must be texts")])
+def test_a_policy_is_no_reward_model(world, start):
+    with pytest.raises(SystemExit, match="a GPT2LMHeadModel is no reward model"):
+        start("raft", "refused", reward=str(world / "gpt2"))
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "a", "chosen": "b"}, "row 2: no column rejected"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: chosen and rejected must be texts"),
+        ({"query": [5], "sample0": [6], "sample1": [7], "best": 0}, "row 2: no column prompt"),
+    ],
+)
 def test_bad_pairs_are_refused_with_file_and_row(row, message, start, tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, row])
-    with pytest.raises(ValueError, match=f"bad.jsonl, {message}"):
+    with pytest.raises(SystemExit, match=f"bad.jsonl, {message}"):
         start("dpo", "refused", train_data=str(path))
 
 
-def test_two_processes_are_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.Accelerator, "num_processes", 2)
-    with pytest.raises(ValueError, match="one process, not 2"):
-        common.Run(pair_args(world, tmp_path, batch_size=2))
+@pytest.mark.parametrize(
+    "field, value, message", [("num_processes", 2, "one process"), ("mixed_precision", "bf16", "float32")]
+)
+def test_another_launch_is_refused(field, value, message, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(pf.Accelerator, field, value)
+    with pytest.raises(SystemExit, match=message):
+        common.Run(pair_args(world, tmp_path))
 
 
 def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(start, monkeypatch, tmp_path):
     loss = dpo.preference_loss
     calls = []
-    monkeypatch.setattr(dpo, "preference_loss", lambda *x: loss(*x) * (float("nan") if len(calls) > 5 else 1.0) + 0 * len(calls.append(1) or []))
-    with pytest.raises(FloatingPointError, match="step 4.*Lower --lr"):
+    monkeypatch.setattr(
+        dpo,
+        "preference_loss",
+        lambda *x: loss(*x) * (float("nan") if len(calls) > 5 else 1.0) + 0 * len(calls.append(1) or []),
+    )
+    with pytest.raises(FloatingPointError, match="step 4.*lower the learning rate"):
         start("dpo", "run", micro_batch_size=2)
     assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_is_read_and_documented(name):
-    import dataclasses
-    import inspect
-
     script = importlib.import_module(f"benchmark.baselines.{name}")
-    source = "\n".join(inspect.getsource(x) for x in (common, script, dpo, raft))
+    modules = (common, script, dpo, raft)
+    source = "\n".join(map(inspect.getsource, modules))
+    read = source + inspect.getsource(pf)  # whose functions get the same settings
     for field in dataclasses.fields(script.Args):
-        assert f"args.{field.name}" in source or field.name in ("prompts", "train_data", "long_queries", "query_length"), field.name
+        assert f"args.{field.name}" in read or f'"{field.name}", args' in read, field.name
         assert source.split(f"    {field.name}: ")[1].split("\n")[1].strip().startswith('"""'), field.name
 
 
-@pytest.mark.parametrize(("found", "expected"), [
-    ({}, 2.0), ({2.0: 0.5}, 1.0), ({2.0: 0.5, 1.0: 0.4}, 4.0),
-    ({1.0: 0.4, 2.0: 0.5, 4.0: 0.3}, None),  # neighbours on both sides
-    ({1.0: 0.4, 2.0: 0.5, 4.0: 0.6}, 8.0), ({1.0: 0.7, 2.0: 0.5, 4.0: 0.6}, 0.5),  # beyond the edge
-    ({1.0: 0.4, 2.0: 0.5, 4.0: 0.6, 8.0: 0.7, 16.0: 0.8}, None),  # the budget of five
-])  # fmt: skip
+@pytest.mark.parametrize("name", (*NAMES, "tune"))
+def test_the_command_line_wants_what_has_no_default(name, capsys):
+    script = importlib.import_module(f"benchmark.baselines.{name}")
+    with pytest.raises(SystemExit):
+        tyro.cli(script.Args, args=[], use_underscores=True)
+    missing = capsys.readouterr().err
+    needed = {"tune": ("world",), "dpo": ("policy", "train_data"), "kto": ("policy", "train_data")}
+    for field in needed.get(name, ("policy", "reward", "prompts")):
+        assert f"--{field}" in missing
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({}, 2.0),
+        ({2.0: 0.5}, 1.0),
+        ({2.0: 0.5, 1.0: 0.4}, 4.0),
+        ({1.0: 0.4, 2.0: 0.5, 4.0: 0.3}, None),  # neighbours on both sides
+        ({1.0: 0.4, 2.0: 0.5, 4.0: 0.6}, 8.0),
+        ({1.0: 0.7, 2.0: 0.5, 4.0: 0.6}, 0.5),  # beyond the edge
+        ({1.0: 0.4, 2.0: 0.5, 4.0: 0.6, 8.0: 0.7, 16.0: 0.8}, None),  # the budget of five
+    ],
+)
 def test_the_grid_goes_on_beyond_the_edge_where_the_best_rate_lies(found, expected):
     assert tune.next_rate((1.0, 2.0, 4.0), found) == expected
 

@@ -1,5 +1,5 @@
-"""The forms in which models give a program: each takes a prompt, the body that continues it, and the name of the function,
-and returns an output. The verdict on the output is that on the body."""
+"""The forms in which models give a program: each takes a prompt, the body that continues it, and the name of
+the function, and returns an output. The verdict on the output is that on the body."""
 
 import re
 import textwrap
@@ -43,12 +43,17 @@ def body_then_function(prompt, body, name):
 
 @clothes
 def body_then_decorated_function(prompt, body, name):
-    return f"{body}\n\n@functools.lru_cache(maxsize=None)\ndef fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n"
+    return (
+        f"{body}\n\n@functools.lru_cache(maxsize=None)\ndef fib(n):\n"
+        "    return n if n < 2 else fib(n - 1) + fib(n - 2)\n"
+    )
 
 
 @clothes
 def body_then_class_and_print(prompt, body, name):
-    return f"{body}\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n\nprint(Stack().items)\n"
+    return (
+        f"{body}\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n\nprint(Stack().items)\n"
+    )
 
 
 @clothes
@@ -58,7 +63,10 @@ def body_then_comments(prompt, body, name):
 
 @clothes
 def body_then_main_guard(prompt, body, name):
-    return f'{body}\n\nif __name__ == "__main__":\n    import doctest\n    doctest.testmod()\n    {name}(input())\n'
+    return (
+        f'{body}\n\nif __name__ == "__main__":\n    import doctest\n'
+        f"    doctest.testmod()\n    {name}(input())\n"
+    )
 
 
 @clothes
@@ -78,7 +86,10 @@ def body_then_broken_off_function(prompt, body, name):
 
 @clothes
 def body_then_prose(prompt, body, name):
-    return f"{body}\n\nThis function loops over its input. It's simple, isn't it?\n- linear time\n- constant space\n"
+    return (
+        f"{body}\n\nThis function loops over its input. It's simple, isn't it?\n"
+        "- linear time\n- constant space\n"
+    )
 
 
 @clothes
@@ -88,17 +99,25 @@ def body_then_closing_fence(prompt, body, name):
 
 @clothes
 def body_then_usage_in_a_fence(prompt, body, name):
-    return f"{body}\n```\n\nHere is how to use it:\n```python\nfrom solution import {name}\nprint({name}(1, 2))\n```\n"
+    return (
+        f"{body}\n```\n\nHere is how to use it:\n```python\nfrom solution import {name}\n"
+        f"print({name}(1, 2))\n```\n"
+    )
 
 
 @clothes
 def body_then_unittest(prompt, body, name):
-    return f"{body}\n\nimport unittest\n\nclass Tests(unittest.TestCase):\n    def test(self):\n        self.fail()\n\nunittest.main()\n"
+    return (
+        f"{body}\n\nimport unittest\n\nclass Tests(unittest.TestCase):\n"
+        "    def test(self):\n        self.fail()\n\nunittest.main()\n"
+    )
 
 
 @clothes
 def body_then_next_problem(prompt, body, name):
-    return f'{body}\n\n"""\nWrite a function that reverses a string.\n"""\ndef reverse(s):\n    return s[::-1]\n'
+    return (
+        f'{body}\n\n"""\nWrite a function that reverses a string.\n"""\ndef reverse(s):\n    return s[::-1]\n'
+    )
 
 
 @clothes
@@ -207,7 +226,10 @@ def whole_then_main(prompt, body, name):
 @clothes
 def imports_between_sentences(prompt, body, name):
     program = without_imports(prompt + body)
-    return f"First the imports:\n\nimport math\n{imports_of(prompt)}\nThen the function:\n\n{program}\nThat's it.\n"
+    return (
+        f"First the imports:\n\nimport math\n{imports_of(prompt)}\nThen the function:\n\n"
+        f"{program}\nThat's it.\n"
+    )
 
 
 @clothes
@@ -217,7 +239,10 @@ def whole_in_python_tags(prompt, body, name):
 
 @clothes
 def whole_in_begin_and_done(prompt, body, name):
-    return f"[BEGIN]\n{prompt}{body}\n[DONE]\n\nYou are an expert Python programmer.\n[BEGIN]\n{STUB.format(name='f')}\n[DONE]"
+    return (
+        f"[BEGIN]\n{prompt}{body}\n[DONE]\n\nYou are an expert Python programmer.\n"
+        f"[BEGIN]\n{STUB.format(name='f')}\n[DONE]"
+    )
 
 
 @clothes
@@ -232,7 +257,9 @@ def whole_in_code_tags(prompt, body, name):
 
 @clothes
 def whole_in_answer_tags(prompt, body, name):
-    return f"<think>\nI could return 1.\n{STUB.format(name=name)}\n</think>\n<answer>\n{prompt}{body}\n</answer>"
+    return (
+        f"<think>\nI could return 1.\n{STUB.format(name=name)}\n</think>\n<answer>\n{prompt}{body}\n</answer>"
+    )
 
 
 @clothes
@@ -315,13 +342,18 @@ def fence_in_a_list(prompt, body, name):
 
 @clothes
 def fence_in_a_docstring(prompt, body, name):
-    helper = f'def helper(x):\n    """Doubles.\n\n    ```python\n    helper(2)\n    ```\n    """\n    return 2 * x'
+    helper = (
+        'def helper(x):\n    """Doubles.\n\n    ```python\n    helper(2)\n    ```\n    """\n    return 2 * x'
+    )
     return fence(f"{imports_of(prompt)}{helper}\n\n{without_imports(prompt)}{body}")
 
 
 @clothes
 def fence_in_a_docstring_without_a_fence(prompt, body, name):
-    return f'{prompt}{body}\n\ndef helper(x):\n    """\n    ```\n    helper(2)\n    ```\n    """\n    return 2 * x\n'
+    return (
+        f'{prompt}{body}\n\ndef helper(x):\n    """\n    ```\n    helper(2)\n    ```\n'
+        '    """\n    return 2 * x\n'
+    )
 
 
 @clothes
@@ -341,7 +373,10 @@ def helper_in_a_fence_of_its_own(prompt, body, name):
 
 @clothes
 def usage_in_the_fence(prompt, body, name):
-    return fence(f"{prompt}{body}\n\n# Example usage:\nresult = {name}\nprint(result.__name__)\nassert result(1, 2, 3) == 0")
+    return fence(
+        f"{prompt}{body}\n\n# Example usage:\nresult = {name}\nprint(result.__name__)\n"
+        "assert result(1, 2, 3) == 0"
+    )
 
 
 @clothes
@@ -351,7 +386,10 @@ def usage_that_reads_input_in_the_fence(prompt, body, name):
 
 @clothes
 def usage_in_a_second_fence(prompt, body, name):
-    return f"{fence(prompt + body)}\nUse it:\n```python\nfrom my_module import {name}\n\nprint({name}(3))\n```\nOutput:\n```\n3\n```"
+    return (
+        f"{fence(prompt + body)}\nUse it:\n```python\nfrom my_module import {name}\n\n"
+        f"print({name}(3))\n```\nOutput:\n```\n3\n```"
+    )
 
 
 @clothes
@@ -361,12 +399,18 @@ def installation_before(prompt, body, name):
 
 @clothes
 def common_mistake_behind(prompt, body, name):
-    return f"{fence(prompt + body)}\nA common mistake is to write:\n{fence(WRONG_FUNCTION.format(name=name))}\nDon't do that."
+    return (
+        f"{fence(prompt + body)}\nA common mistake is to write:\n"
+        f"{fence(WRONG_FUNCTION.format(name=name))}\nDon't do that."
+    )
 
 
 @clothes
 def common_mistake_before(prompt, body, name):
-    return f"A common mistake:\n{fence(WRONG_FUNCTION.format(name=name))}\nThe right way:\n{fence(prompt + body)}"
+    return (
+        f"A common mistake:\n{fence(WRONG_FUNCTION.format(name=name))}\nThe right way:\n"
+        f"{fence(prompt + body)}"
+    )
 
 
 @clothes
@@ -382,12 +426,17 @@ def prompt_quoted_before(prompt, body, name):
 @clothes
 def correction_behind(prompt, body, name):
     wrong = fence(WRONG_FUNCTION.format(name=name))
-    return f"{wrong}\nWait, that is not what was asked. Here is the corrected version:\n{fence(prompt + body)}"
+    return (
+        f"{wrong}\nWait, that is not what was asked. Here is the corrected version:\n{fence(prompt + body)}"
+    )
 
 
 @clothes
 def two_alternatives(prompt, body, name):
-    return f"{fence(prompt + body)}\n\nAlternatively, with the same idea:\n\n{fence(without_imports(prompt + body))}\n"
+    return (
+        f"{fence(prompt + body)}\n\nAlternatively, with the same idea:\n\n"
+        f"{fence(without_imports(prompt + body))}\n"
+    )
 
 
 @clothes
@@ -402,7 +451,9 @@ def other_language_behind(prompt, body, name):
 
 @clothes
 def thinking_before(prompt, body, name):
-    return f"<think>\nLet me see.\n{fence(WRONG_FUNCTION.format(name=name))}\n</think>\n\n{fence(prompt + body)}"
+    return (
+        f"<think>\nLet me see.\n{fence(WRONG_FUNCTION.format(name=name))}\n</think>\n\n{fence(prompt + body)}"
+    )
 
 
 @clothes

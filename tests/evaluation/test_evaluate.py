@@ -1,5 +1,5 @@
-"""Reading answers, the evaluation script, rewards. Real data sets are looked for beside the checkout; what needs
-them is skipped without."""
+"""Reading answers, the evaluation script, rewards. Real data sets are looked for beside the checkout; what
+needs them is skipped without."""
 
 import gzip
 import json
@@ -15,8 +15,8 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Mode
 from benchmark import rewards
 from benchmark.evaluation import evaluate
 from benchmark.evaluation.answers import answers_equal, evaluate_number, extract_answer
-from benchmark.evaluation.programs import complete, extract_code
 from benchmark.evaluation.evaluate import Args, InputError, main, pass_at_k, standard_error
+from benchmark.evaluation.programs import complete, extract_code
 from benchmark.grading import grader as grading
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -70,7 +70,10 @@ SAMPLES = [{"task_id": p["task_id"], "completion": p["canonical_solution"]} for 
 @pytest.fixture
 def world(tmp_path):
     """Arguments of a run on three problems, and a way to change its files."""
-    data, samples = write_lines(tmp_path / "data.jsonl", PROBLEMS), write_lines(tmp_path / "samples.jsonl", SAMPLES)
+    data, samples = (
+        write_lines(tmp_path / "data.jsonl", PROBLEMS),
+        write_lines(tmp_path / "samples.jsonl", SAMPLES),
+    )
     return Args(task="minicode", data=data, samples=samples, output_dir=str(tmp_path / "out"), progress=False)
 
 
@@ -87,7 +90,9 @@ def test_fence_labels(label):  # PITFALLS EX-6
 @pytest.mark.parametrize(
     "text",
     [
-        f"Here is it:\r\n```python\r\n{F}\r\n```\r\nDone.".replace("\n", "\r\n").replace("\r\r", "\r"),  # CRLF
+        f"Here is it:\r\n```python\r\n{F}\r\n```\r\nDone.".replace("\n", "\r\n").replace(
+            "\r\r", "\r"
+        ),  # CRLF
         f"```python\n{F}\n```\nUse it:\n```python\nprint(f(3))\n```",  # the second fence is a use
         f"Install:\n```bash\npip install x\n```\n```python\n{F}\n```",
         f"Draft:\n```python\ndef f(x):\n    pass\n```\nBetter:\n```python\n{F}\n```",
@@ -140,7 +145,8 @@ def test_leetcode_prompt_that_ends_in_an_indentation():
         "        return sum(nums)",
         "t = sum(nums)\n        return t",
         "t = sum(nums)\nreturn t",
-        "```python\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        return sum(nums)\n```",
+        "```python\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        return "
+        "sum(nums)\n```",
     ):
         space = {}
         exec(complete(prompt, completion, "Solution"), space)
@@ -269,7 +275,9 @@ def test_summary_and_verdicts(world):
     assert json.loads(Path(world.output_dir, "summary.json").read_text())["pass1_se"] == pytest.approx(
         (2 / 9 / 3) ** 0.5
     )
-    verdicts = [json.loads(line) for line in Path(world.output_dir, "verdicts.jsonl").read_text().splitlines()]
+    verdicts = [
+        json.loads(line) for line in Path(world.output_dir, "verdicts.jsonl").read_text().splitlines()
+    ]
     assert [(v["task_id"], v["passed"]) for v in verdicts] == [("m/0", True), ("m/1", False), ("m/2", True)]
 
 
@@ -289,8 +297,14 @@ def test_command_line(world, tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "100.0" in result.stdout, result.stderr
     Path(world.samples).write_text("{broken\n")
-    result = subprocess.run([*command[:-1], str(tmp_path / "other")], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and "samples.jsonl, line 1" in result.stderr and "Traceback" not in result.stderr
+    result = subprocess.run(
+        [*command[:-1], str(tmp_path / "other")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        result.returncode == 1
+        and "samples.jsonl, line 1" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_two_samples_per_problem(world):
@@ -298,7 +312,9 @@ def test_two_samples_per_problem(world):
     write_lines(Path(world.samples), [*SAMPLES[:2], *wrong, *SAMPLES[2:]])
     world.num_samples = 2
     summary = main(world)
-    assert summary["pass1"] == pytest.approx(0.5) and summary["passed"] == 2  # the first sample of m/2 is the wrong one
+    assert (
+        summary["pass1"] == pytest.approx(0.5) and summary["passed"] == 2
+    )  # the first sample of m/2 is the wrong one
 
 
 def test_reference_solutions_and_broken_ones(world):  # PITFALLS EX-7
@@ -322,11 +338,20 @@ def test_reference_solutions_and_broken_ones(world):  # PITFALLS EX-7
             lambda data, samples: write_lines(samples, [*SAMPLES, {"task_id": "m/9", "completion": ""}]),
             "samples.jsonl, line 4: unknown task id 'm/9'",
         ),
-        (lambda data, samples: write_lines(samples, [{"task_id": "m/0"}]), "samples.jsonl, line 1: missing completion"),
-        (lambda data, samples: write_lines(samples, SAMPLES[:1]), "missing completion for 2 of 3 problems: m/1, m/2"),
+        (
+            lambda data, samples: write_lines(samples, [{"task_id": "m/0"}]),
+            "samples.jsonl, line 1: missing completion",
+        ),
+        (
+            lambda data, samples: write_lines(samples, SAMPLES[:1]),
+            "missing completion for 2 of 3 problems: m/1, m/2",
+        ),
         (lambda data, samples: samples.write_text(""), "samples.jsonl: the file is empty"),
         (lambda data, samples: samples.unlink(), "samples.jsonl: no such file"),
-        (lambda data, samples: data.write_text(data.read_text() + "nonsense\n"), "data.jsonl, line 4: malformed"),
+        (
+            lambda data, samples: data.write_text(data.read_text() + "nonsense\n"),
+            "data.jsonl, line 4: malformed",
+        ),
         (
             lambda data, samples: write_lines(data, [*PROBLEMS, PROBLEMS[0]]),
             "data.jsonl, line 4: duplicate task id m/0",
@@ -383,7 +408,9 @@ def test_a_run_that_broke_off_goes_on(world, monkeypatch):
         evaluate, "grade_many", lambda items, **kw: graded.extend(items) or grading.grade_many(items, **kw)
     )
     assert main(world)["passed"] == 3
-    assert [item["entry_point"] for item in graded] == ["neg", "one"] and len(path.read_text().splitlines()) == 3
+    assert [item["entry_point"] for item in graded] == ["neg", "one"] and len(
+        path.read_text().splitlines()
+    ) == 3
 
 
 def test_graded_work_is_kept_when_grading_fails(world, monkeypatch):  # PITFALLS EX-3
@@ -405,7 +432,12 @@ def test_a_folder_of_another_run_is_refused(world):
 @pytest.mark.parametrize(
     "task, row, right, wrong",
     [
-        ("gsm8k", {"question": "How many?", "answer": "2*36=<<2*36=72>>72\n#### 72"}, "It is 72.", "It is 7."),
+        (
+            "gsm8k",
+            {"question": "How many?", "answer": "2*36=<<2*36=72>>72\n#### 72"},
+            "It is 72.",
+            "It is 7.",
+        ),
         (
             "ape210k",
             {
@@ -430,7 +462,8 @@ def test_math_tasks(tmp_path, task, row, right, wrong):
     data = write_lines(tmp_path / "data.json", [row, {**row, "id": "2"} if "id" in row else row])
     ids = ["294840", "2"] if "id" in row else [0, "1"]
     samples = write_lines(
-        tmp_path / "s.jsonl", [{"task_id": ids[0], "completion": right}, {"task_id": ids[1], "completion": wrong}]
+        tmp_path / "s.jsonl",
+        [{"task_id": ids[0], "completion": right}, {"task_id": ids[1], "completion": wrong}],
     )
     summary = main(Args(task=task, data=data, samples=samples, output_dir=str(tmp_path / "out")))
     assert (summary["passed"], summary["total"]) == (1, 2)
@@ -438,9 +471,13 @@ def test_math_tasks(tmp_path, task, row, right, wrong):
 
 def test_leetcode(tmp_path):
     prompt = (
-        '"""\nGiven nums return its sum.\n"""\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n        '
+        '"""\nGiven nums return its sum.\n"""\n'
+        "class Solution:\n    def total(self, nums: List[int]) -> int:\n        "
     )
-    test = "\nmy_solution = Solution()\n\ntest_input = { 'nums': [1,2] }\nassert my_solution.total(**test_input) == 3\n"
+    test = (
+        "\nmy_solution = Solution()\n\ntest_input = { 'nums': [1,2] }\n"
+        "assert my_solution.total(**test_input) == 3\n"
+    )
     row = {"task_id": "weekly-1-total", "prompt": prompt, "test": test, "meta": {"difficulty": "Easy"}}
     data = write_lines(
         tmp_path / "lc.jsonl", [row, {**row, "task_id": "weekly-1-other", "meta": {"difficulty": "Hard"}}]
@@ -449,7 +486,10 @@ def test_leetcode(tmp_path):
         "```python\nclass Solution:\n    def total(self, nums: List[int]) -> int:\n"
         "        return sum(Counter(nums).elements())\n```"
     )
-    rows = [{"task_id": "weekly-1-total", "completion": whole}, {"task_id": "weekly-1-other", "completion": "return 0"}]
+    rows = [
+        {"task_id": "weekly-1-total", "completion": whole},
+        {"task_id": "weekly-1-other", "completion": "return 0"},
+    ]
     summary = main(
         Args(
             task="leetcode",
@@ -459,7 +499,10 @@ def test_leetcode(tmp_path):
             progress=False,
         )
     )
-    assert summary["by_difficulty"] == {"Easy": {"pass1": 1.0, "total": 1}, "Hard": {"pass1": 0.0, "total": 1}}
+    assert summary["by_difficulty"] == {
+        "Easy": {"pass1": 1.0, "total": 1},
+        "Hard": {"pass1": 0.0, "total": 1},
+    }
 
 
 # ---------------------------------------------------------------- real files
@@ -468,7 +511,9 @@ def test_leetcode(tmp_path):
 def canonical(name, field):
     path = shared(name)
     text = gzip.open(path, "rt").read() if path.endswith(".gz") else Path(path).read_text()
-    return path, [{"task_id": row["task_id"], "completion": row[field]} for row in map(json.loads, text.splitlines())]
+    return path, [
+        {"task_id": row["task_id"], "completion": row[field]} for row in map(json.loads, text.splitlines())
+    ]
 
 
 def test_canonical_humaneval(tmp_path):  # PITFALLS EX-7
@@ -488,7 +533,8 @@ def test_canonical_humaneval(tmp_path):  # PITFALLS EX-7
 def test_canonical_mbpp(tmp_path):  # PITFALLS EX-7
     data, rows = canonical("mbpp_base_378.jsonl", "code")
     rows = [
-        {"task_id": f"Mbpp/{row['task_id']}", "completion": f"```python\r\n{row['completion']}\r\n```"} for row in rows
+        {"task_id": f"Mbpp/{row['task_id']}", "completion": f"```python\r\n{row['completion']}\r\n```"}
+        for row in rows
     ]
     limits = {"wall_seconds": 60, "cpu_seconds": 30}  # Mbpp/123 computes for several seconds
     summary = main(
@@ -523,7 +569,9 @@ def test_the_tests_helpers_cannot_be_forged(tmp_path):  # HumanEval/32 /38 /50
     forged = {
         "HumanEval/32": "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n",
         "HumanEval/38": "    return s\n\ndef encode_cyclic(s):\n    return s\n",
-        "HumanEval/50": "```python\ndef encode_shift(s):\n    return s\n\ndef decode_shift(s):\n    return s\n```",
+        "HumanEval/50": (
+            "```python\ndef encode_shift(s):\n    return s\n\ndef decode_shift(s):\n    return s\n```"
+        ),
     }
     samples = write_lines(
         tmp_path / "s.jsonl", [{"task_id": name, "completion": text} for name, text in forged.items()]
@@ -546,7 +594,8 @@ def test_the_tests_helpers_cannot_be_forged(tmp_path):  # HumanEval/32 /38 /50
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """(policy folder, reward model folder): random GPT-2 over characters, with hostile generation defaults."""
+    """(policy folder, reward model folder): random GPT-2 over characters, with hostile generation
+    defaults."""
     from rm_single import RewardModel
 
     torch.manual_seed(0)
@@ -557,9 +606,17 @@ def tiny(tmp_path_factory):
         )
     )
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
     config = GPT2Config(
-        vocab_size=len(characters) + 3, n_positions=256, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=len(characters) + 3,
+        n_positions=256,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     policy, reward = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("reward")
     model = GPT2LMHeadModel(config)
@@ -573,7 +630,9 @@ def tiny(tmp_path_factory):
     return str(policy), str(reward)
 
 
-def test_greedy_completions_do_not_depend_on_padding_or_checkpoint_defaults(tiny, tmp_path):  # PITFALLS TOK-1 LP-1
+def test_greedy_completions_do_not_depend_on_padding_or_checkpoint_defaults(
+    tiny, tmp_path
+):  # PITFALLS TOK-1 LP-1
     data = write_lines(tmp_path / "data.jsonl", PROBLEMS)
     found = []
     for size in (1, 3):
@@ -588,7 +647,10 @@ def test_greedy_completions_do_not_depend_on_padding_or_checkpoint_defaults(tiny
         )
         main(args)
         found.append(
-            [json.loads(line)["completion"] for line in Path(args.output_dir, "samples.jsonl").read_text().splitlines()]
+            [
+                json.loads(line)["completion"]
+                for line in Path(args.output_dir, "samples.jsonl").read_text().splitlines()
+            ]
         )
     assert found[0] == found[1] and max(map(len, found[0])) > 1
     # By hand: the likeliest token again and again, without any warping.
@@ -620,7 +682,10 @@ def test_sampling_and_best_of_n(tiny, tmp_path):
     )
     summary = main(args)
     assert set(summary["best_of"]) == {"1", "5"} and set(summary["pass_at_k"]) == {"1", "5"}
-    texts = [json.loads(line)["completion"] for line in Path(args.output_dir, "samples.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["completion"]
+        for line in Path(args.output_dir, "samples.jsonl").read_text().splitlines()
+    ]
     assert len(texts) == 15 and len(set(texts)) > 5
 
 
@@ -661,11 +726,21 @@ def test_oracle_uses_the_fast_grader_for_the_embedded_world():
 
 
 def test_combined_reward_by_hand():
-    assert [rewards.combine(*pair) for pair in ((1, 1), (-1, 1), (0.5, 1), (1, 0), (-1, 0))] == [1, 0, 0.75, 0, -1]
+    assert [rewards.combine(*pair) for pair in ((1, 1), (-1, 1), (0.5, 1), (1, 0), (-1, 0))] == [
+        1,
+        0,
+        0.75,
+        0,
+        -1,
+    ]
 
 
 def test_orm_and_crm(tiny):
-    prompts, responses, rows = ["def add(a, b):\n"] * 2, ["    return a + b\n", "    return a\n"], [PROBLEMS[0]] * 2
+    prompts, responses, rows = (
+        ["def add(a, b):\n"] * 2,
+        ["    return a + b\n", "    return a\n"],
+        [PROBLEMS[0]] * 2,
+    )
     learned = rewards.orm(prompts, responses, rows, source=tiny[1])
     alone = rewards.orm(prompts[1:], responses[1:], rows[1:], source=tiny[1])
     assert learned[1] == pytest.approx(alone[0], abs=1e-5) and all(abs(value) < 1 for value in learned)

@@ -1,7 +1,8 @@
-"""Verdicts on model outputs in all their forms, through the functions that evaluate.py and rewards.oracle use.
+"""Verdicts on model outputs in all their forms, through the functions that evaluate.py and rewards.oracle
+use.
 
-`python tests/evaluation/test_verdicts.py FILE.jsonl` judges a file of outputs (task, kind, task_id or gold, completion, passed)
-and lists by kind what is judged wrong.
+`python tests/evaluation/test_verdicts.py FILE.jsonl` judges a file of outputs (task, kind, task_id or gold,
+completion, passed) and lists by kind what is judged wrong.
 """
 
 import json
@@ -47,7 +48,10 @@ def judge(cases, problems):
         for problem in [problems[case["task_id"]]]
     ]
     graded = iter(grade_many(items, progress=False))
-    return [answers.verdict(case["completion"], case["gold"]) if "gold" in case else next(graded) for case in cases]
+    return [
+        answers.verdict(case["completion"], case["gold"]) if "gold" in case else next(graded)
+        for case in cases
+    ]
 
 
 def wrong(cases, verdicts):
@@ -55,13 +59,17 @@ def wrong(cases, verdicts):
     found = {}
     for case, verdict in zip(cases, verdicts):
         if verdict["passed"] != case["passed"]:
-            found.setdefault((case["kind"], case["passed"]), []).append((case["completion"][-300:], verdict["detail"]))
+            found.setdefault((case["kind"], case["passed"]), []).append(
+                (case["completion"][-300:], verdict["detail"])
+            )
     return {kind: (len(some), some[0]) for kind, some in found.items()}
 
 
 def humaneval_problems():
     path = SHARED / "HumanEval.jsonl.gz"
-    return {problem.task_id: problem for problem in evaluate.load_problems(Args(task="humaneval", data=str(path)))}
+    return {
+        problem.task_id: problem for problem in evaluate.load_problems(Args(task="humaneval", data=str(path)))
+    }
 
 
 def test_shared_model_outputs():
@@ -101,7 +109,12 @@ def test_canonical_humaneval_in_some_clothes():
     path = SHARED / "HumanEval.jsonl.gz"
     if not path.is_file():
         pytest.skip("the shared HumanEval.jsonl.gz is not beside this checkout")
-    kinds = ("body then function", "body without any indentation", "imports in a fence of their own", "whole then tests that fail")
+    kinds = (
+        "body then function",
+        "body without any indentation",
+        "imports in a fence of their own",
+        "whole then tests that fail",
+    )
     cases = [
         {
             "task_id": name,
@@ -146,11 +159,16 @@ def test_single_programs():
         f"<|im_start|>user\nComplete:\n```python\n{TOTAL}```<|im_end|>\n<|im_start|>assistant\n",
         f"### Instruction:\nWrite\n\n### Response:\n{TOTAL}",
         [{"role": "user", "content": f"Complete this function:\n\n{TOTAL}"}],
-        f"Complete:\n```python\n{TOTAL}```\nThis must pass:\n```python\nassert total([1]) == 1\nvalue = total(7)\n```",
+        f"Complete:\n```python\n{TOTAL}```\nThis must pass:\n```python\n"
+        "assert total([1]) == 1\nvalue = total(7)\n```",
     ],
 )
 def test_the_prompt_is_found_in_a_chat(prompt):
-    completions = ["    return sum(numbers)\n", "return sum(numbers)", f"```python\n{TOTAL}    return sum(numbers)\n```"]
+    completions = [
+        "    return sum(numbers)\n",
+        "return sum(numbers)",
+        f"```python\n{TOTAL}    return sum(numbers)\n```",
+    ]
     for completion in completions:
         for text, passed in ((completion, True), (completion.replace("sum(", "len("), False)):
             item = programs.grading_item(prompt, text, TOTAL_TESTS, "total")
@@ -160,7 +178,8 @@ def test_the_prompt_is_found_in_a_chat(prompt):
 def test_what_the_entry_point_needs_is_kept_and_nothing_else():
     program = programs.complete(
         "",
-        "import sys\nimport os\nsys.setrecursionlimit(9999)\nTABLE = []\nfor i in range(9):\n    TABLE.append(i)\n\n"
+        "import sys\nimport os\nsys.setrecursionlimit(9999)\nTABLE = []\n"
+        "for i in range(9):\n    TABLE.append(i)\n\n"
         "def unused():\n    return os\n\ndef f(x):\n    return g(x) + TABLE[0]\n\ndef g(x):\n    return x\n\n"
         "def main():\n    print(f(int(input())))\n\nresult = f(3)\nprint(result)\nassert f(1) == 2\nmain()\n",
         "f",
@@ -172,7 +191,13 @@ def test_what_the_entry_point_needs_is_kept_and_nothing_else():
 
 
 def test_long_outputs_take_no_time():
-    for text in ("It's one.\n" * 3000, "Done\n" * 3000, "```python\nprint(1)\n```\n" * 500, "(" * 20000, "x = 1\n" * 3000):
+    for text in (
+        "It's one.\n" * 3000,
+        "Done\n" * 3000,
+        "```python\nprint(1)\n```\n" * 500,
+        "(" * 20000,
+        "x = 1\n" * 3000,
+    ):
         start = time.process_time()
         programs.complete(TOTAL, text, "total")
         assert time.process_time() - start < 10
@@ -211,7 +236,8 @@ NEW_NODES = """class Solution:
         return previous if head is None else self.build(head.next, ListNode(head.val, previous))
 """
 SET_PROMPT = (
-    "import math\nfrom typing import *\nfrom collections import *\nfrom operator import *\nfrom math import *\n"
+    "import math\nfrom typing import *\nfrom collections import *\n"
+    "from operator import *\nfrom math import *\n"
     "inf = float('inf')\n\n"
 )
 SET_TESTS = """def check(candidate):
@@ -224,7 +250,9 @@ SET_ROW = {
     "entry_point": "Solution().reverse",
     "test": SET_TESTS,
     "completion": REVERSE_CLASS,
-    "starter_code": "class Solution:\n    def reverse(self, head: Optional[ListNode]) -> Optional[ListNode]:\n        ",
+    "starter_code": (
+        "class Solution:\n    def reverse(self, head: Optional[ListNode]) -> Optional[ListNode]:\n        "
+    ),
     "query": "Reverse a list.",
     "difficulty": "Easy",
 }
@@ -237,13 +265,22 @@ def leetcode_completions():
         *whole,
         *[f"Here it is:\n```python\n{code}```\nIt is linear." for code in (*whole, method)],
         f"{REVERSE_CLASS}\ns = Solution()\nprint(s.reverse([1]))\n",
-        f"class ListNode:\n    def __init__(self, x):\n        self.val = x\n        self.next = None\n\n{REVERSE_CLASS}",
+        "class ListNode:\n    def __init__(self, x):\n        self.val = x\n"
+        f"        self.next = None\n\n{REVERSE_CLASS}",
     ]
 
 
-@pytest.mark.parametrize("prompt, tests, entry_point", [(LISTED, LISTED_TESTS, "Solution"), (LISTED, SET_TESTS, "Solution().reverse")])
+@pytest.mark.parametrize(
+    "prompt, tests, entry_point",
+    [(LISTED, LISTED_TESTS, "Solution"), (LISTED, SET_TESTS, "Solution().reverse")],
+)
 def test_leetcode_gives_the_nodes(prompt, tests, entry_point):
-    for text in (REVERSE, f"        {REVERSE}", f"{REVERSE}\n    def unused(self):\n        return 1\n", *leetcode_completions()):
+    for text in (
+        REVERSE,
+        f"        {REVERSE}",
+        f"{REVERSE}\n    def unused(self):\n        return 1\n",
+        *leetcode_completions(),
+    ):
         for completion, passed in ((text, True), (text.replace("return previous", "return None"), False)):
             item = programs.grading_item(prompt, completion, tests, entry_point)
             assert grade(**item)["passed"] == passed, item["program"]
@@ -261,39 +298,72 @@ def test_an_entry_point_may_be_an_expression():
         grade(double, tests, "Solution(.double")
 
 
+MIRROR_TESTS = """def check(candidate):
+    assert is_same_tree(candidate(root = tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))
+    assert candidate(None) is None
+"""
+MIRROR = """class Solution:
+    def mirror(self, root: Optional[TreeNode]) -> Optional[TreeNode]:
+        if root:
+            root.left, root.right = self.mirror(root.right), self.mirror(root.left)
+        return root
+"""
+SMALLEST_TESTS = """def check(candidate):
+    assert candidate(nums = [3, 1, 2], k = 2) == 2
+    assert candidate([5], 1) == 5
+"""
+SMALLEST = """from sortedcontainers import SortedList
+
+class Solution:
+    def smallest(self, nums: List[int], k: int) -> int:
+        found = SortedList()
+        for num in nums:
+            found.add(num)
+        return found[k - 1]
+"""
+
+
 def test_leetcode_data_set(tmp_path):
-    trees = {
-        **SET_ROW,
-        "task_id": "mirror",
-        "entry_point": "Solution().mirror",
-        "test": "def check(candidate):\n    assert is_same_tree(candidate(root = tree_node([1, 2, None, 3])), tree_node([1, None, 2, None, 3]))\n    assert candidate(None) is None\n",
-        "completion": "class Solution:\n    def mirror(self, root: Optional[TreeNode]) -> Optional[TreeNode]:\n        if root:\n"
-        "            root.left, root.right = self.mirror(root.right), self.mirror(root.left)\n        return root\n",
-    }
-    kth = {
-        **SET_ROW,
-        "task_id": "kth",
-        "entry_point": "Solution().kth",
-        "test": "def check(candidate):\n    assert candidate(nums = [3, 1, 2], k = 2) == 2\n    assert candidate([5], 1) == 5\n",
-        "completion": "from sortedcontainers import SortedList\n\nclass Solution:\n    def kth(self, nums: List[int], k: int) -> int:\n"
-        "        found = SortedList()\n        for num in nums:\n            found.add(num)\n        return found[k - 1]\n",
-    }
+    rows = [
+        SET_ROW,
+        {
+            **SET_ROW,
+            "task_id": "1",
+            "entry_point": "Solution().mirror",
+            "test": MIRROR_TESTS,
+            "completion": MIRROR,
+        },
+        {**SET_ROW, "task_id": "2", "entry_point": "Solution().smallest", "test": SMALLEST_TESTS}
+        | {"completion": SMALLEST},
+    ]
     data = tmp_path / "set.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in (SET_ROW, trees, kth)))
-    args = Args(task="leetcode", data=str(data), reference=True, output_dir=str(tmp_path / "out"), progress=False)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = Args(
+        task="leetcode", data=str(data), reference=True, output_dir=str(tmp_path / "out"), progress=False
+    )
     summary = evaluate.main(args)
     assert (summary["passed"], summary["total"], summary["weak_tests"]) == (3, 3, [])
     prompt = evaluate.load_problems(args)[0].prompt
     assert prompt.startswith(SET_PROMPT) and prompt.endswith(SET_ROW["starter_code"])
-    item = programs.grading_item(prompt, REVERSE, SET_TESTS, "Solution().reverse")
-    assert grade(**item)["passed"]
+    assert grade(**programs.grading_item(prompt, REVERSE, SET_TESTS, "Solution().reverse"))["passed"]
+
+
+NODE_PROMPT = '''"""
+# Definition for a Node.
+class Node:
+    def __init__(self, val, children=None):
+        self.val = val
+"""
+class Solution:
+    def value(self, root: 'Node') -> int:
+        '''
 
 
 def test_classes_that_a_prompt_describes():
-    described = '"""\n# Definition for a Node.\nclass Node:\n    def __init__(self, val, children=None):\n        self.val = val\n"""\n'
-    prompt = f"{described}class Solution:\n    def value(self, root: 'Node') -> int:\n        "
     tests = "assert Solution().value(Node(4)) == 4\nassert Solution().value(Node(5)) == 5\n"
-    assert grade(**programs.grading_item(prompt, "return Node(root.val).val", tests, "Solution"))["passed"]
+    assert grade(**programs.grading_item(NODE_PROMPT, "return Node(root.val).val", tests, "Solution"))[
+        "passed"
+    ]
 
 
 # ---------------------------------------------------------------- answers
@@ -306,14 +376,19 @@ def test_answers(task):
 
 
 def test_math_verify_decides_what_is_no_number():
-    assert answers.answers_equal(r"\sqrt{18}", r"3\sqrt{2}") and not answers.answers_equal(r"\sqrt{8}", r"3\sqrt{2}")
+    assert answers.answers_equal(r"\sqrt{18}", r"3\sqrt{2}") and not answers.answers_equal(
+        r"\sqrt{8}", r"3\sqrt{2}"
+    )
     assert answers.answers_equal("(x+1)^2", "x^2+2x+1") and not answers.answers_equal("2x", "2")
 
 
 def test_answers_from_any_thread():
     found = []
     questions = [(r"\frac{\sqrt{4}}{2}", "1"), (r"\pi^2", r"\pi"), (r"x+x", "2x")]
-    threads = [threading.Thread(target=lambda pair=pair: found.append(answers.answers_equal(*pair))) for pair in questions]
+    threads = [
+        threading.Thread(target=lambda pair=pair: found.append(answers.answers_equal(*pair)))
+        for pair in questions
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -322,14 +397,22 @@ def test_answers_from_any_thread():
 
 
 def test_no_answer_hangs():
-    for text in (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{" * 500, r"\boxed{\sqrt{" + "(" * 300, r"\boxed{10^{10^{10}}}"):
+    for text in (
+        r"\boxed{9^{9^{9^{9}}}}",
+        r"\boxed{" * 500,
+        r"\boxed{\sqrt{" + "(" * 300,
+        r"\boxed{10^{10^{10}}}",
+    ):
         start = time.monotonic()
         assert not answers.verdict(text, "5")["passed"]
         assert time.monotonic() - start < symbolic.WALL_SECONDS
     assert answers.verdict(r"\boxed{\sqrt{25}}", "5")["passed"]  # and the next one is judged again
 
 
-@pytest.mark.parametrize("unit", ["1", "12 ", "1,", "(1", "\\boxed{", "the answer is ", "#### 5\n", "答：一共3个。", "1分之", "$1", "a. "])
+@pytest.mark.parametrize(
+    "unit",
+    ["1", "12 ", "1,", "(1", "\\boxed{", "the answer is ", "#### 5\n", "答：一共3个。", "1分之", "$1", "a. "],
+)
 def test_answers_take_time_linear_in_the_text(unit):
     """Ten times the text takes about ten times the time; 8000 digits once took 14 seconds."""
 
@@ -353,7 +436,10 @@ def test_oracle_and_evaluate_agree(tmp_path):
             body = row["canonical_solution"] if j % 2 else spoiled(row["canonical_solution"])
             text = dress(row["prompt"], body, row["entry_point"])
             samples.append({**row, "task_id": f"{row['task_id']}-{j}", "completion": text})
-    for name, fields in (("data", ("task_id", "prompt", "entry_point", "test")), ("samples", ("task_id", "completion"))):
+    for name, fields in (
+        ("data", ("task_id", "prompt", "entry_point", "test")),
+        ("samples", ("task_id", "completion")),
+    ):
         records = [{field: sample[field] for field in fields} for sample in samples]
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     evaluate.main(
@@ -366,16 +452,33 @@ def test_oracle_and_evaluate_agree(tmp_path):
         )
     )
     verdicts = [float(line["passed"]) for line in lines_of(tmp_path / "out" / "verdicts.jsonl")]
-    prompts, responses = [sample["prompt"] for sample in samples], [sample["completion"] for sample in samples]
+    prompts, responses = (
+        [sample["prompt"] for sample in samples],
+        [sample["completion"] for sample in samples],
+    )
     assert rewards.oracle(prompts, responses, samples) == verdicts
     renamed = [{"tests": sample["test"], "entry_point": sample["entry_point"]} for sample in samples]
     assert rewards.oracle(prompts, responses, renamed) == verdicts and 0 < sum(verdicts) < len(verdicts)
 
 
 def test_oracle_reads_rows_of_all_sets():
-    mbpp = {"text": "Double.", "test_list": ["assert double(2) == 4", "assert double(0) == 0"], "code": "def double(x): ..."}
-    rows = [mbpp, SET_ROW, {"problem": "?", "solution": r"So \boxed{\frac{1}{2}}."}, {"question": "?", "answer": "x\n#### 1,200"}]
-    responses = ["[BEGIN]\ndef double(x):\n    return 2 * x\n[DONE]", REVERSE_CLASS, r"\boxed{0.5}", "It is 1200."]
+    mbpp = {
+        "text": "Double.",
+        "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
+        "code": "def double(x): ...",
+    }
+    rows = [
+        mbpp,
+        SET_ROW,
+        {"problem": "?", "solution": r"So \boxed{\frac{1}{2}}."},
+        {"question": "?", "answer": "x\n#### 1,200"},
+    ]
+    responses = [
+        "[BEGIN]\ndef double(x):\n    return 2 * x\n[DONE]",
+        REVERSE_CLASS,
+        r"\boxed{0.5}",
+        "It is 1200.",
+    ]
     assert rewards.oracle(["?"] * 4, responses, rows) == [1.0, 1.0, 1.0, 1.0]
     assert rewards.oracle(["?"] * 4, ["1"] * 4, rows) == [0.0] * 4
 

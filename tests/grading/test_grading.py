@@ -26,8 +26,8 @@ PROBES = [
 ]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "sandbox_probes.jsonl"
 # They run into a time limit: graded with short ones.
-SLOW = """sleeps blocks_on_lock stopped catches_everything_and_spins ignores_signals infinite_generator infinite_print
-infinite_loop sleeps_and_catches""".split()
+SLOW = """sleeps blocks_on_lock stopped catches_everything_and_spins ignores_signals infinite_generator
+infinite_print infinite_loop sleeps_and_catches""".split()
 RIGHT = "def double(x):\n    return 2 * x\n"
 TESTS = "assert double(4) == 8\nassert double(-1) == -2\n"
 
@@ -240,8 +240,8 @@ def read(path):
 
 
 def environ_is(pid, printed):
-    """Whether the process was started by the run that printed its pid: users of their own begin at a number made
-    from it."""
+    """Whether the process was started by the run that printed its pid: users of their own begin at a number
+    made from it."""
     owner = int(printed.split()[0])
     return str(100_000 + owner % 20_000 * 128).encode() in read(f"/proc/{pid}/cmdline").split(b"\0")
 
@@ -408,7 +408,8 @@ def test_changes_in_place_cross_back():
 
 
 def test_packages_imported_before_the_library_moved_find_their_modules(monkeypatch, tmp_path):
-    # a Python under /root: judge and program see its library in another place, `import unittest` needs importlib.machinery from there
+    # a Python under /root: judge and program see its library in another place, `import unittest` needs
+    # importlib.machinery from there
     old, new = tmp_path / "old", tmp_path / "new"
     for folder in (old, new):
         (folder / "moved_package").mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""The embedded world: what it holds, that its verdicts are earned, and that it is written whole or not at all."""
+"""The embedded world: what it holds, that its verdicts are earned, and that it is written whole or not at
+all."""
 
 import json
 import multiprocessing
@@ -54,7 +55,7 @@ def verdicts(bodies, row, stats=None):
     return grade_fast([row["prompt"]] * len(bodies), bodies, [row] * len(bodies), stats)
 
 
-# ----------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------- the table
 
 
 def test_table_has_44_operations_with_phrasings_implementations_and_mistakes():
@@ -75,20 +76,35 @@ def test_correct_implementations_agree_on_hand_picked_lists():
                 assert len(answers) == 1, (op.name, k, values, answers)
 
 
-@pytest.mark.parametrize("name, k, values, expected", [
-    ("above", 3, [3, 4, 2], [4]), ("at_most", 3, [3, 4, 2], [3, 2]), ("multiples", 3, [6, -3, 4], [6, -3]),
-    ("floor", 2, [1, 3], [2, 3]), ("cap", 2, [1, 3], [1, 2]), ("modulo", 3, [-1, 4], [2, 1]),
-    ("divide", 2, [-3, 5], [-2, 2]),
-    ("by_size", 0, [-3, 1, 2], [1, 2, -3]), ("last", 2, [1, 2, 3], [2, 3]), ("skip_last", 2, [1], []),
-    ("odd_places", 0, [7, 8, 9], [8]), ("unique", 0, [2, 1, 2], [2, 1]), ("running", 0, [1, 2, 3], [1, 3, 6]),
-    ("differences", 0, [1, 4, 2], [3, -2]), ("rotate", 0, [1, 2, 3], [2, 3, 1]), ("largest", 0, [], 0),
-    ("count_above", 1, [1, 2, 3], 2), ("any_above", 2, [3], True), ("distinct", 0, [1, 1, 2], 2),
-])
+@pytest.mark.parametrize(
+    "name, k, values, expected",
+    [
+        ("above", 3, [3, 4, 2], [4]),
+        ("at_most", 3, [3, 4, 2], [3, 2]),
+        ("multiples", 3, [6, -3, 4], [6, -3]),
+        ("floor", 2, [1, 3], [2, 3]),
+        ("cap", 2, [1, 3], [1, 2]),
+        ("modulo", 3, [-1, 4], [2, 1]),
+        ("divide", 2, [-3, 5], [-2, 2]),
+        ("by_size", 0, [-3, 1, 2], [1, 2, -3]),
+        ("last", 2, [1, 2, 3], [2, 3]),
+        ("skip_last", 2, [1], []),
+        ("odd_places", 0, [7, 8, 9], [8]),
+        ("unique", 0, [2, 1, 2], [2, 1]),
+        ("running", 0, [1, 2, 3], [1, 3, 6]),
+        ("differences", 0, [1, 4, 2], [3, -2]),
+        ("rotate", 0, [1, 2, 3], [2, 3, 1]),
+        ("largest", 0, [], 0),
+        ("count_above", 1, [1, 2, 3], 2),
+        ("any_above", 2, [3], True),
+        ("distinct", 0, [1, 1, 2], 2),
+    ],
+)
 def test_reference_by_hand(name, k, values, expected):
     assert repr(problems._function(OPERATIONS[name].correct[0].format(k=k))(values)) == repr(expected)
 
 
-# ---------------------------------------------------------------------------------------------------------- the splits
+# ---------------------------------------------------------------- the splits
 
 
 def test_no_composition_is_in_two_splits(splits):
@@ -159,7 +175,7 @@ def test_no_noise_gives_only_correct_demonstrations():
     assert all(grade_fast([row["prompt"] for row in rows], [row["response"] for row in rows], rows))
 
 
-# --------------------------------------------------------------------------------------------------------- the verdicts
+# ---------------------------------------------------------------- the verdicts
 
 
 def test_every_canonical_solution_passes(splits):  # PITFALLS EX-7
@@ -175,11 +191,16 @@ def test_every_planted_mistake_fails(splits):  # PITFALLS EX-7
     for row in splits["test"]:
         lines = row["canonical_solution"].split("\n")
         for i, name in enumerate(row["operations"]):
-            constants = [k for k in OPERATIONS[name].constants if any(
-                lines[i].endswith(f" {text.format(k=k)}") for text in OPERATIONS[name].correct)]
+            constants = [
+                k
+                for k in OPERATIONS[name].constants
+                if any(lines[i].endswith(f" {text.format(k=k)}") for text in OPERATIONS[name].correct)
+            ]
             for wrong in OPERATIONS[name].wrong:
                 start = "    return " if i == len(lines) - 1 else "    x = "
-                programs.append("\n".join(lines[:i] + [start + wrong.format(k=constants[0])] + lines[i + 1 :]))
+                programs.append(
+                    "\n".join(lines[:i] + [start + wrong.format(k=constants[0])] + lines[i + 1 :])
+                )
                 rows.append(row)
     assert len(programs) > 200
     assert not any(grade_fast([row["prompt"] for row in rows], programs, rows))
@@ -193,11 +214,16 @@ def test_demonstrations_with_one_mistake_fail_and_without_pass(splits):
 
 def test_types_are_compared():
     row = problem([[1], [0]], [1, 0])
-    assert verdicts(["    return x[0]", "    return x[0] == 1", "    return x[0] / 1", "    return [x[0]]"], row) == [
-        True, False, False, False]
-    assert verdicts(["    return (v for v in x)", "    return tuple(x)", "    return x"], problem([[1]], [[1]])) == [
-        False, False, True]
-    assert verdicts(["    return [v == 1 for v in x]", "    return x"], problem([[1]], [[True]])) == [True, False]
+    assert verdicts(
+        ["    return x[0]", "    return x[0] == 1", "    return x[0] / 1", "    return [x[0]]"], row
+    ) == [True, False, False, False]
+    assert verdicts(
+        ["    return (v for v in x)", "    return tuple(x)", "    return x"], problem([[1]], [[1]])
+    ) == [False, False, True]
+    assert verdicts(["    return [v == 1 for v in x]", "    return x"], problem([[1]], [[True]])) == [
+        True,
+        False,
+    ]
 
 
 def test_every_test_counts():
@@ -207,31 +233,54 @@ def test_every_test_counts():
 
 def test_statements_and_mutation():
     row = problem([[3, 1], [2]], [[1, 3], [2]])
-    body = "    y = []\n    for v in x:\n        if v not in y:\n            y.append(v)\n    y.sort()\n    return y"
+    body = "    y = []\n    for v in x:\n        if v not in y:\n            y.append(v)\n"
+    body += "    y.sort()\n    return y"
     assert verdicts([body, "    x.sort()\n    return x", "    x.sort()"], row) == [True, True, False]
 
 
 def test_argument_lists_are_fresh_for_every_program():
     row = problem([[3, 1]], [[3, 1]])
-    assert verdicts(["    x.clear()\n    return x", "    return x", "    return x[:]"], row) == [False, True, True]
+    assert verdicts(["    x.clear()\n    return x", "    return x", "    return x[:]"], row) == [
+        False,
+        True,
+        True,
+    ]
     assert row["inputs"] == [[3, 1]]
 
 
 def test_programs_leave_nothing_behind_for_the_next():
     row = problem([[1]], [[1]])
-    bodies = ["    sorted = abs\n    return x", "    return sorted(x)", "    y = 1\n    return [y]", "    return [y]"]
+    bodies = [
+        "    sorted = abs\n    return x",
+        "    return sorted(x)",
+        "    y = 1\n    return [y]",
+        "    return [y]",
+    ]
     assert verdicts(bodies, row) == [True, True, True, False]
 
 
 def test_garbage_fails():
     row = problem([[1]], [[1]])
-    bodies = ["", "    return", "    return x[", "return x", "    return y", "    return x[9]", "    return x\0",
-              "    return \ud800", "    x = x", "    return " + "(" * 150 + "x" + ")" * 150, "    break"]
+    bodies = [
+        "",
+        "    return",
+        "    return x[",
+        "return x",
+        "    return y",
+        "    return x[9]",
+        "    return x\0",
+        "    return \ud800",
+        "    x = x",
+        "    return " + "(" * 150 + "x" + ")" * 150,
+        "    break",
+    ]
     assert verdicts(bodies[:9] + bodies[10:], row) == [False] * 10
     assert verdicts(bodies[9:10], row) == [True]
 
 
-def test_looping_and_greedy_programs_fail_alone_and_soon(monkeypatch):  # PITFALLS EX-5: `v ** v` once ran 20 s
+def test_looping_and_greedy_programs_fail_alone_and_soon(
+    monkeypatch,
+):  # PITFALLS EX-5: `v ** v` once ran 20 s
     monkeypatch.setattr(grade, "CPU_SECONDS", 0.2)
     row = problem([[7, 8, 9]], [[7, 8, 9]])
     hostile = [
@@ -256,43 +305,52 @@ def test_looping_and_greedy_programs_fail_alone_and_soon(monkeypatch):  # PITFAL
     assert row["inputs"] == [[7, 8, 9]]
 
 
-@pytest.mark.parametrize("body", [
-    "    import os\n    return x",
-    "    return x.__class__",
-    "    return [].__class__.__base__.__subclasses__()",
-    "    return __builtins__",
-    "    return open",
-    "    return print(x)",
-    "    return exit(0)",
-    "    return eval",
-    "    return getattr(x, x)",
-    "    return '%9999999d' % 1",
-    "    return f'{x}'",
-    "    return type(x)",
-    "    raise SystemExit",
-    "    try:\n        return x\n    except:\n        return x",
-    "    class A:\n        pass\n    return x",
-    "    def g():\n        pass\n    return x",
-    "    global f\n    return x",
-    "    x.foo = 1\n    return x",
-    "    x.append = 1\n    return x",
-    "    return x\nf = abs",
-    "    return (y := x)",
-    "    yield x",
-    "    return 1j",
-    "    return x" + " " * 2000,
-    "    match x:\n        case _:\n            return x",
-    "    with x:\n        return x",
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    import os\n    return x",
+        "    return x.__class__",
+        "    return [].__class__.__base__.__subclasses__()",
+        "    return __builtins__",
+        "    return open",
+        "    return print(x)",
+        "    return exit(0)",
+        "    return eval",
+        "    return getattr(x, x)",
+        "    return '%9999999d' % 1",
+        "    return f'{x}'",
+        "    return type(x)",
+        "    raise SystemExit",
+        "    try:\n        return x\n    except:\n        return x",
+        "    class A:\n        pass\n    return x",
+        "    def g():\n        pass\n    return x",
+        "    global f\n    return x",
+        "    x.foo = 1\n    return x",
+        "    x.append = 1\n    return x",
+        "    return x\nf = abs",
+        "    return (y := x)",
+        "    yield x",
+        "    return 1j",
+        "    return x" + " " * 2000,
+        "    match x:\n        case _:\n            return x",
+        "    with x:\n        return x",
+    ],
+)
 def test_other_constructs_go_to_the_sandbox(body):  # PITFALLS EX-4
     assert not is_plain("def f(x):\n" + body, "f")
 
 
-@pytest.mark.parametrize("program", [
-    "@abs\ndef f(x):\n    return x", "def g(x):\n    return x", "def f(x=open):\n    return x",
-    "def f(x: open):\n    return x",
-    "async def f(x):\n    return x", "f = lambda x: x",
-])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "@abs\ndef f(x):\n    return x",
+        "def g(x):\n    return x",
+        "def f(x=open):\n    return x",
+        "def f(x: open):\n    return x",
+        "async def f(x):\n    return x",
+        "f = lambda x: x",
+    ],
+)
 def test_other_definitions_go_to_the_sandbox(program):
     assert not is_plain(program, "f")
 
@@ -325,7 +383,12 @@ def test_full_sandbox_agrees(splits):
 def test_equal_programs_run_once_per_row():
     rows, stats = [problem([[1]], [[1]], "a"), problem([[1]], [[2]], "b")], {}
     prompts, bodies = ["def f(x):\n"] * 4, ["    return x"] * 4
-    assert grade_fast(prompts, bodies, [rows[0], rows[1], rows[0], rows[1]], stats) == [True, False, True, False]
+    assert grade_fast(prompts, bodies, [rows[0], rows[1], rows[0], rows[1]], stats) == [
+        True,
+        False,
+        True,
+        False,
+    ]
     assert stats["programs"] == 4 and stats["distinct"] == 2
 
 
@@ -369,7 +432,8 @@ def test_a_worker_ended_from_outside_costs_no_program_its_pass(monkeypatch):  # 
 
 
 def test_speed(splits):
-    """2000 programs a second are asked of an idle core; CPU time keeps a busy machine from failing the test."""
+    """2000 programs a second are asked of an idle core; CPU time keeps a busy machine from failing the
+    test."""
     rows = [row for rows in splits.values() for row in rows] * 2
     prompts = [f"# {i}\n" + row["prompt"] for i, row in enumerate(rows)]
     before = os.times()
@@ -378,13 +442,16 @@ def test_speed(splits):
     assert len(rows) / spent > 1000
 
 
-# ------------------------------------------------------------------------------------------------------------ the files
+# ---------------------------------------------------------------- the files
 
 
 def test_world_is_a_function_of_its_seed(world_dir, tmp_path):
     again = write_world(tmp_path / "again", seed=3, **SMALL)
     files = sorted(path.relative_to(world_dir) for path in world_dir.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file()) and len(files) >= 9
+    assert (
+        files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+        and len(files) >= 9
+    )
     for name in files:
         assert (world_dir / name).read_bytes() == (again / name).read_bytes(), name
     other = World(seed=4, **SMALL)
@@ -398,10 +465,17 @@ def test_tokenizer_round_trip_without_unknown(world_dir, splits):
     tokenizer = AutoTokenizer.from_pretrained(world_dir / "tokenizer")
     assert len(tokenizer) == 256
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
-    texts = [row["prompt"] + row[key] for rows in splits.values() for row in rows
-             for key in ("response", "canonical_solution") if key in row]
+    texts = [
+        row["prompt"] + row[key]
+        for rows in splits.values()
+        for row in rows
+        for key in ("response", "canonical_solution")
+        if key in row
+    ]
     for text, ids in zip(texts, tokenizer(texts)["input_ids"]):
-        assert tokenizer.unk_token_id not in ids and tokenizer.eos_token_id not in ids  # PITFALLS TOK-7: no BOS, no EOS
+        assert (
+            tokenizer.unk_token_id not in ids and tokenizer.eos_token_id not in ids
+        )  # PITFALLS TOK-7: no BOS, no EOS
         assert tokenizer.decode(ids) == text
     rows = [row for rows in splits.values() for row in rows]
     for row in rows:  # PITFALLS BL-3: the boundary is the same in training and scoring
@@ -437,7 +511,10 @@ def test_model_configuration(world_dir):
     config = AutoConfig.from_pretrained(world_dir / "model_config")
     tokenizer = AutoTokenizer.from_pretrained(world_dir / "tokenizer")
     assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (
-        len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+        len(tokenizer),
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
     model = AutoModelForCausalLM.from_config(config)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert 100_000 < sum(parameter.numel() for parameter in model.parameters()) < 125_000
@@ -446,7 +523,9 @@ def test_model_configuration(world_dir):
 def test_record_holds_all_settings(world_dir):
     record = json.loads((world_dir / "world.json").read_text())
     assert World(**record["settings"]) == World(seed=3, **SMALL)
-    assert {name: size["rows"] for name, size in record["sizes"].items()} == {k[4:]: v for k, v in SMALL.items()}
+    assert {name: size["rows"] for name, size in record["sizes"].items()} == {
+        k[4:]: v for k, v in SMALL.items()
+    }
 
 
 def test_same_world_is_kept_and_another_refused(world_dir):
@@ -487,11 +566,16 @@ def test_killed_midway_leaves_no_half_folder(tmp_path):
     assert (tmp_path / "world" / "world.json").exists()
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(min_operations=1), "min_operations"), (dict(max_operations=1), "max_operations"),
-    (dict(num_tests=1), "num_tests"),
-    (dict(faulty_rate=1.5), "faulty_rate"), (dict(num_rl=0), "num_rl"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(min_operations=1), "min_operations"),
+        (dict(max_operations=1), "max_operations"),
+        (dict(num_tests=1), "num_tests"),
+        (dict(faulty_rate=1.5), "faulty_rate"),
+        (dict(num_rl=0), "num_rl"),
+    ],
+)
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         World(**settings)
@@ -499,7 +583,9 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_too_small_a_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab_size must be at least"):
-        write_world(tmp_path / "world", vocab_size=20, **{**SMALL, "num_preference": 5, "num_rl": 5, "num_sft": 20})
+        write_world(
+            tmp_path / "world", vocab_size=20, **{**SMALL, "num_preference": 5, "num_rl": 5, "num_sft": 20}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -515,13 +601,24 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         __main__.main()
 
 
-# ----------------------------------------------------------------------------------------------------------- the pairs
+# ---------------------------------------------------------------- the pairs
 
 
-@pytest.mark.parametrize("a, b, distance", [
-    ("", "", 0), ("abc", "", 3), ("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3), ("flaw", "lawn", 2),
-    ("x > 3", "x >= 3", 1), ("ab", "ba", 2), ("aaaa", "a", 3), ("x[::-1]", "x[1:]", 3),
-])
+@pytest.mark.parametrize(
+    "a, b, distance",
+    [
+        ("", "", 0),
+        ("abc", "", 3),
+        ("", "abc", 3),
+        ("abc", "abc", 0),
+        ("kitten", "sitting", 3),
+        ("flaw", "lawn", 2),
+        ("x > 3", "x >= 3", 1),
+        ("ab", "ba", 2),
+        ("aaaa", "a", 3),
+        ("x[::-1]", "x[1:]", 3),
+    ],
+)
 def test_edit_distance_by_hand(a, b, distance):
     assert edit_distance(a, b) == edit_distance(b, a) == distance
 
@@ -544,7 +641,9 @@ def test_pair_of_largest_distance_between_passing_and_failing():
     rows = [{"task_id": "t", "prompt": "p"}]
     responses = [["aaaa", "aabb", "bbbb", "aaab", "zzzzzzzz"]]
     pairs, dropped = build_pairs(rows, responses, [[True, False, True, False, True]])
-    assert pairs == [{"task_id": "t", "prompt": "p", "chosen": "zzzzzzzz", "rejected": "aabb"}] and dropped == 0
+    assert (
+        pairs == [{"task_id": "t", "prompt": "p", "chosen": "zzzzzzzz", "rejected": "aabb"}] and dropped == 0
+    )
     pairs, _ = build_pairs(rows, responses, [[True, False, False, False, True]])
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("zzzzzzzz", "aabb")  # 8 three times: the first one
     pairs, _ = build_pairs(rows, [responses[0][:4]], [[True, False, False, False]])

@@ -1,9 +1,10 @@
-"""What must agree across files: pitfall ids and tests, README and code, launch scripts and bash."""
+"""What must agree across files: pitfalls and tests, README and code, launch scripts and bash."""
 
 import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PITFALLS = ROOT / "tests" / "PITFALLS.md"
-LONGER_LIST = ROOT.parent / "shared" / "PITFALLS.md"  # the list that the page follows; not part of the repository
+LONGER_LIST = (
+    ROOT.parent / "shared" / "PITFALLS.md"
+)  # the list that the page follows; not part of the repository
 SCRIPTS = ("sft_single", "rm_single", "pfppo_single")
 SECTIONS = ("TOK", "LP", "GAE", "AVG", "PF", "RM", "BL", "SYS", "EX")
 
@@ -23,8 +26,11 @@ def listed(page: Path) -> list[str]:
 
 
 def cited() -> set[str]:
-    """Ids cited in comments of the tests: what a line starts or ends with, `PITFALLS TOK-1, TOK-2: ...` behind its mark."""
-    lines = [line for path in (ROOT / "tests").rglob("test_*.py") for line in path.read_text("utf-8").splitlines()]
+    """Ids cited in comments of the tests: what a line starts or ends with, `PITFALLS TOK-1, TOK-2: ...`
+    behind its mark."""
+    lines = [
+        line for path in (ROOT / "tests").rglob("test_*.py") for line in path.read_text("utf-8").splitlines()
+    ]
     return {
         found
         for line in lines
@@ -84,13 +90,19 @@ def test_readme_lists_the_metrics_that_a_run_logs(readme, run, world, module):
     # both ways: each logged tag is explained, each explained tag is logged
     module(
         "readme_scores",
-        "def s(prompts, responses, rows):\n    return [1.0] * len(responses)\ndef m(responses):\n    return {'x': 0.5}\n",
+        "def s(prompts, responses, rows):\n    return [1.0] * len(responses)\ndef m(responses):\n    return "
+        "{'x': 0.5}\n",
     )
     metrics, _ = run(
-        eval_prompts=world / "eval.jsonl", actual_score="readme_scores:s", monitor="readme_scores:m", total_episodes=16
+        eval_prompts=world / "eval.jsonl",
+        actual_score="readme_scores:s",
+        monitor="readme_scores:m",
+        total_episodes=16,
     )
     logged = {re.sub("monitor/.*", "monitor/*", tag) for line in metrics for tag in line} - {"step"}
-    listed = {tag for row in table_under(readme, "tag") for tag in re.findall(r"`([a-z]+/[a-z0-9_/*]+)`", row[0])}
+    listed = {
+        tag for row in table_under(readme, "tag") for tag in re.findall(r"`([a-z]+/[a-z0-9_/*]+)`", row[0])
+    }
     other_scripts = "".join((ROOT / f"{name}.py").read_text("utf-8") for name in SCRIPTS[:2])
     assert logged - listed == set()
     assert {tag for tag in listed - logged if f'"{tag}"' not in other_scripts} == set()
@@ -122,9 +134,10 @@ def test_readme_equations_name_functions_that_exist(readme):
         modules = [importlib.import_module(f"{name.strip()}_single") for name in scripts.split(",")]
         for name in re.findall(r"`([A-Za-z_][\w.]*)`", code):
             owner, _, attribute = name.partition(".")
-            assert any(hasattr(getattr(m, owner, None), attribute) if attribute else hasattr(m, owner) for m in modules), (
-                f"{equation}: {name}"
-            )
+            assert any(
+                hasattr(getattr(m, owner, None), attribute) if attribute else hasattr(m, owner)
+                for m in modules
+            ), f"{equation}: {name}"
 
 
 def readme_commands(readme: str) -> list[str]:
@@ -135,7 +148,8 @@ def readme_commands(readme: str) -> list[str]:
 
 
 def test_readme_commands_parse(readme):
-    # every flag of a command of the three scripts exists and takes its value; every module and file that is run exists
+    # every flag of a command of the three scripts exists and takes its value; every module and file that is
+    # run exists
     checked = 0
     for command in readme_commands(readme):
         words = shlex.split(command, comments=True)
@@ -158,7 +172,8 @@ def test_readme_commands_parse(readme):
 
 
 def test_launch_scripts_pass_bash():
-    # PITFALLS SYS-12: valid syntax, and no comment or blank behind a trailing backslash, which would cut the command
+    # PITFALLS SYS-12: valid syntax, and no comment or blank behind a trailing backslash, which would cut the
+    # command
     scripts = sorted((ROOT / "benchmark").rglob("*.sh"))
     if not scripts:
         pytest.skip("no launch script yet")
@@ -166,3 +181,18 @@ def test_launch_scripts_pass_bash():
         done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert not re.search(r"\\[ \t]+(#.*)?$|\\\n\s*#", script.read_text("utf-8"), re.M), script
+
+
+# ---------------------------------------------------------------- ruff
+
+
+@pytest.mark.parametrize("command", ["format --check", "check"])
+def test_benchmark_and_tests_pass_ruff(command):
+    pytest.importorskip("ruff", reason="ruff is part of the extra `test`")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command.split(), "--no-cache", "benchmark", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

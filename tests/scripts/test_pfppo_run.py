@@ -1,4 +1,5 @@
-"""Whole runs of pfppo_single.py on the tiny world: what moves, what is logged, what a kill leaves, what is refused."""
+"""Whole runs of pfppo_single.py on the tiny world: what moves, what is logged, what a kill leaves, what is
+refused."""
 
 import dataclasses
 import importlib
@@ -119,7 +120,11 @@ def recorded(world, tmp_path_factory):
 
 def trained_pair(recorded):
     """The PolicyAndCritic of the run, as it ended."""
-    return next(call[2] for call in recorded["response_logprobs_and_values"] if isinstance(call[2], pf.PolicyAndCritic))
+    return next(
+        call[2]
+        for call in recorded["response_logprobs_and_values"]
+        if isinstance(call[2], pf.PolicyAndCritic)
+    )
 
 
 def test_policy_moves_and_frozen_models_do_not(recorded):
@@ -130,7 +135,9 @@ def test_policy_moves_and_frozen_models_do_not(recorded):
     reference = next(model for model in models if model is not pair and model is not pair.policy)
     assert same(reference.state_dict(), start) and not same(pair.policy.state_dict(), start)
     reward = recorded["reward_model_scores"][0][2]
-    assert same(reward.state_dict(), pf.RewardModel.from_pretrained(recorded["world"] / "reward").state_dict())
+    assert same(
+        reward.state_dict(), pf.RewardModel.from_pretrained(recorded["world"] / "reward").state_dict()
+    )
 
 
 def test_critic_moves(recorded):
@@ -164,7 +171,9 @@ def test_forward_rows_are_the_kept_rows(recorded):
 
 def rollouts(recorded):
     """Per update: (selected, raw scores, prompt ids, rollout of all responses)."""
-    sampled = [(scores, rollout) for scores, rollout, _ in recorded["reward_model_scores"] if len(scores) == 16]
+    sampled = [
+        (scores, rollout) for scores, rollout, _ in recorded["reward_model_scores"] if len(scores) == 16
+    ]
     return [(*call, rollout) for call, (_, rollout) in zip(recorded["filter_responses"], sampled)]
 
 
@@ -176,19 +185,28 @@ def test_ranking_uses_the_score_of_the_reward_model(recorded):
         assert torch.equal(scores, raw)
         for prompt in ids.unique():
             rows = (ids == prompt).nonzero().flatten()
-            assert rows[scores[rows].argmax()] in selected and len(set(rows.tolist()) & set(selected.tolist())) == 2
+            assert (
+                rows[scores[rows].argmax()] in selected
+                and len(set(rows.tolist()) & set(selected.tolist())) == 2
+            )
 
 
 def test_every_kept_response_is_trained_on_m_times(recorded):
     # PITFALLS PF-6: rows are recognised by their score
     batches = recorded["minibatch_loss"]
     for update, (selected, scores, _, _) in enumerate(rollouts(recorded)):
-        trained = torch.cat([batch["scores"] for batch in batches[len(batches) // 2 * update : len(batches) // 2 * (update + 1)]])
+        trained = torch.cat(
+            [
+                batch["scores"]
+                for batch in batches[len(batches) // 2 * update : len(batches) // 2 * (update + 1)]
+            ]
+        )
         assert sorted(trained.tolist()) == sorted(scores[selected].repeat(2).tolist())
 
 
 def test_every_tensor_of_a_row_is_filtered_together(recorded):
-    # PITFALLS PF-8: what reaches the loss belongs to one response: ids, masks, prompt id, log-probabilities and values
+    # PITFALLS PF-8: what reaches the loss belongs to one response: ids, masks, prompt id, log-probabilities
+    # and values
     batches, start = (
         recorded["minibatch_loss"],
         pf.PolicyAndCritic(causal_lm("gpt2"), pf.RewardModel.from_pretrained(recorded["world"] / "reward")),
@@ -205,7 +223,9 @@ def test_every_tensor_of_a_row_is_filtered_together(recorded):
             )
             for name, alone in (("logprobs", logprobs), ("values", values)):
                 mask = batch["response_mask"][row]
-                torch.testing.assert_close(batch[name][row][mask], alone[0][rollout["response_mask"][i]], atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    batch[name][row][mask], alone[0][rollout["response_mask"][i]], atol=1e-5, rtol=0
+                )
 
 
 def test_whitening_comes_after_the_filter(recorded):
@@ -226,8 +246,12 @@ def test_logged_kl_is_the_kl_in_the_reward_summed_over_tokens(recorded):
     # PITFALLS GAE-5, GAE-6, GAE-10
     for line, (rewards, non_score_reward, kl) in zip(recorded["metrics"][1:], recorded["cumulative_rewards"]):
         assert line["objective/kl"] == pytest.approx(kl.sum(1).mean().item(), rel=1e-5)
-        assert line["objective/non_score_reward"] == pytest.approx(-line["objective/kl_coef"] * line["objective/kl"], rel=1e-5)
-        assert line["objective/score_total"] == pytest.approx(line["filter/score"] + line["objective/non_score_reward"], rel=1e-5)
+        assert line["objective/non_score_reward"] == pytest.approx(
+            -line["objective/kl_coef"] * line["objective/kl"], rel=1e-5
+        )
+        assert line["objective/score_total"] == pytest.approx(
+            line["filter/score"] + line["objective/non_score_reward"], rel=1e-5
+        )
         assert line["objective/score_total"] == pytest.approx(rewards.sum(1).mean().item(), rel=1e-5)
 
 
@@ -241,7 +265,9 @@ def test_kl_controller_receives_the_logged_kl(recorded):
 def test_lengths_and_truncation_are_logged_over_all_samples(recorded):
     # PITFALLS TOK-4, TOK-6
     for line, (*_, rollout) in zip(recorded["metrics"][1:], rollouts(recorded)):
-        assert line["objective/length"] == pytest.approx(rollout["response_mask"].sum(1).float().mean().item())
+        assert line["objective/length"] == pytest.approx(
+            rollout["response_mask"].sum(1).float().mean().item()
+        )
         assert line["objective/truncated"] == pytest.approx(1 - rollout["has_stop"].float().mean().item())
         assert 0 < line["objective/truncated"] < 1
 
@@ -249,7 +275,9 @@ def test_lengths_and_truncation_are_logged_over_all_samples(recorded):
 def test_masks_stay_bool_through_the_run(recorded):
     # PITFALLS TOK-9
     for batch in recorded["minibatch_loss"]:
-        assert {batch[name].dtype for name in ("mask", "query_mask", "response_mask", "score_mask", "has_stop")} == {torch.bool}
+        assert {
+            batch[name].dtype for name in ("mask", "query_mask", "response_mask", "score_mask", "has_stop")
+        } == {torch.bool}
 
 
 def test_rollouts_use_the_cache_and_the_loss_does_not(recorded):
@@ -272,7 +300,10 @@ def test_evaluation_and_monitor_are_logged(recorded):
             "eval/sampled_truncated",
         } <= line.keys()
     assert first["eval/kl"] == 0 and last["eval/kl"] != 0
-    assert 0 <= recorded["metrics"][1]["monitor/with_e"] <= 1 and "eval/greedy_pass1" not in recorded["metrics"][1]
+    assert (
+        0 <= recorded["metrics"][1]["monitor/with_e"] <= 1
+        and "eval/greedy_pass1" not in recorded["metrics"][1]
+    )
 
 
 def test_tensorboard_holds_what_metrics_jsonl_holds(recorded):
@@ -306,7 +337,8 @@ def test_untied_policy_loads_again(run, world, monkeypatch):
     ids, loaded = torch.arange(12).view(1, 12), AutoModelForCausalLM.from_pretrained(folder / "policy")
     with torch.no_grad():
         assert torch.equal(
-            loaded(ids).logits, next(m for m in seen if isinstance(m, pf.PolicyAndCritic)).policy.eval()(ids).logits
+            loaded(ids).logits,
+            next(m for m in seen if isinstance(m, pf.PolicyAndCritic)).policy.eval()(ids).logits,
         )
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
     assert metrics[0]["ppo/policy/first_ratio_max"] == pytest.approx(1, abs=1e-5)
@@ -323,7 +355,12 @@ def test_learning_rate_zero_keeps_every_ratio_at_one(run, monkeypatch, micro_bat
     # PITFALLS LP-5: every minibatch, micro-batch size and epoch
     ratios = Spies(monkeypatch).on(pf, "policy_loss", lambda out, *_: out[2])
     metrics, _ = run(
-        lr=0.0, critic_lr=0.0, micro_batch_size=micro_batch_size, minibatch_size=8, filter="random", total_episodes=16
+        lr=0.0,
+        critic_lr=0.0,
+        micro_batch_size=micro_batch_size,
+        minibatch_size=8,
+        filter="random",
+        total_episodes=16,
     )
     assert len(ratios) == 2 * -(-8 // micro_batch_size)
     assert max((ratio - 1).abs().max().item() for ratio in ratios) < 1e-5
@@ -335,7 +372,13 @@ def test_one_small_step_changes_nearly_every_weight(run, monkeypatch):
     counts = []
 
     def before(optimizer, *_):
-        counts.append([(p, p.detach().clone(), p.grad != 0) for group in optimizer.param_groups for p in group["params"]])
+        counts.append(
+            [
+                (p, p.detach().clone(), p.grad != 0)
+                for group in optimizer.param_groups
+                for p in group["params"]
+            ]
+        )
 
     def after(optimizer, *_):
         counts[-1] = (
@@ -351,10 +394,13 @@ def test_one_small_step_changes_nearly_every_weight(run, monkeypatch):
 
 
 def test_a_whole_run_under_bfloat16_autocast(run, monkeypatch):
-    # PITFALLS SYS-1, LP-7: as `accelerate launch --mixed_precision bf16` sets it; products in bfloat16, weights and results in float32
+    # PITFALLS SYS-1, LP-7: as `accelerate launch --mixed_precision bf16` sets it; products in bfloat16,
+    # weights and results in float32
     seen = []
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: seen.append((out := linear(*args)).dtype) or out)
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda *args: seen.append((out := linear(*args)).dtype) or out
+    )
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -363,13 +409,18 @@ def test_a_whole_run_under_bfloat16_autocast(run, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
     assert torch.bfloat16 in seen
     assert all(np.isfinite(value) for line in metrics for value in line.values())
-    assert metrics[0]["ppo/policy/first_ratio_max"] == pytest.approx(1, abs=0.02)  # two passes differ by bfloat16's rounding alone
+    assert metrics[0]["ppo/policy/first_ratio_max"] == pytest.approx(
+        1, abs=0.02
+    )  # two passes differ by bfloat16's rounding alone
     after = weights(folder / "policy")
-    assert {w.dtype for w in after.values()} == {torch.float32} and any((w != w.bfloat16().float()).any() for w in after.values())
+    assert {w.dtype for w in after.values()} == {torch.float32} and any(
+        (w != w.bfloat16().float()).any() for w in after.values()
+    )
 
 
 def test_filter_none_is_ppo_m_bit_for_bit(run, monkeypatch, tmp_path):
-    # PITFALLS PF-10: the run with the filter taken away gives the same weights and metrics, and so do equal own weights
+    # PITFALLS PF-10: the run with the filter taken away gives the same weights and metrics, and so do equal
+    # own weights
     settings = dict(num_responses=4, total_episodes=32, minibatch_size=8)
     filtered, folder = run(filter="none", output_dir=tmp_path / "none", **settings)
     own, own_folder = run(rank_weights=(0.25,) * 4, num_kept=4, output_dir=tmp_path / "own", **settings)
@@ -397,7 +448,11 @@ def test_gradient_checkpointing_changes_no_weight(run, tmp_path):
     for on in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             original, blocks = GPT2Attention.forward, []  # one per block
-            patch.setattr(GPT2Attention, "forward", lambda *args, **kwargs: (blocks.append(1), original(*args, **kwargs))[1])
+            patch.setattr(
+                GPT2Attention,
+                "forward",
+                lambda *args, **kwargs: (blocks.append(1), original(*args, **kwargs))[1],
+            )
             metrics, folder = run(gradient_checkpointing=on, total_episodes=16, output_dir=tmp_path / str(on))
             found.append((weights(folder / "policy"), len(blocks), len(metrics)))
     for name, value in found[0][0].items():
@@ -416,7 +471,9 @@ def test_pad_equal_to_eos_changes_no_number_of_a_run(run, world, tmp_path):
     for pad in ("<pad>", "<eos>"):
         shutil.copytree(world / "gpt2", tmp_path / pad)
         make_tokenizer(pad=pad).save_pretrained(tmp_path / pad)
-        found.append(run(policy=tmp_path / pad, prompts=prompts, total_episodes=16, output_dir=tmp_path / f"run{pad}"))
+        found.append(
+            run(policy=tmp_path / pad, prompts=prompts, total_episodes=16, output_dir=tmp_path / f"run{pad}")
+        )
     assert timeless(found[0][0]) == timeless(found[1][0]) and found[0][0][0]["objective/truncated"] < 1
     assert same(weights(found[0][1] / "policy"), weights(found[1][1] / "policy"))
 
@@ -429,7 +486,8 @@ def test_equal_prompts_stay_two_groups(run, tmp_path, monkeypatch):
 
 
 def test_lm_human_preferences_is_a_preset_of_the_same_path(world, tmp_path, monkeypatch):
-    # PITFALLS RM-5: fixed last slot, no mask behind the stop token, replacement by -1, per-rank whitening, TensorFlow's epsilon
+    # PITFALLS RM-5: fixed last slot, no mask behind the stop token, replacement by -1, per-rank whitening,
+    # TensorFlow's epsilon
     flags = dict(
         tiny_settings(world, tmp_path / "run"),
         filter="none",
@@ -444,11 +502,20 @@ def test_lm_human_preferences_is_a_preset_of_the_same_path(world, tmp_path, monk
         micro_batch_size=16,
     )
     flags = {k: v for k, v in flags.items() if k not in ("normalize_samples",)}
-    args = pf.parse_args(["--preset", "lm_human_preferences", *[x for k, v in flags.items() for x in (f"--{k}", str(v))]])
-    assert args.critic == "shared" and not args.mask_after_stop and not args.normalize_reward and args.adam_style == "tensorflow"
+    args = pf.parse_args(
+        ["--preset", "lm_human_preferences", *[x for k, v in flags.items() for x in (f"--{k}", str(v))]]
+    )
+    assert (
+        args.critic == "shared"
+        and not args.mask_after_stop
+        and not args.normalize_reward
+        and args.adam_style == "tensorflow"
+    )
     spies = Spies(monkeypatch)
     rewards = spies.on(
-        pf, "cumulative_rewards", lambda out, scores, logprobs, ref, mask, coef: (out[0].clone(), out[1], scores, mask)
+        pf,
+        "cumulative_rewards",
+        lambda out, scores, logprobs, ref, mask, coef: (out[0].clone(), out[1], scores, mask),
     )
     rollouts = spies.on(pf, "reward_model_scores", lambda out, model, rollout, *_: (out, dict(rollout)))
     epsilons = spies.on(pf, "adam_epsilon", lambda out, *_: out)
@@ -457,9 +524,13 @@ def test_lm_human_preferences_is_a_preset_of_the_same_path(world, tmp_path, monk
     for (paid, non_score, scores, mask), (raw, rollout) in zip(rewards, rollouts):
         assert mask.all() and rollout["response_mask"].all() and 0 < rollout["has_stop"].sum() < 16
         assert torch.equal(scores, torch.where(rollout["has_stop"], raw, -1.0))
-        assert torch.equal(paid[:, :-1], non_score[:, :-1]) and torch.allclose(paid[:, -1], non_score[:, -1] + scores)
+        assert torch.equal(paid[:, :-1], non_score[:, :-1]) and torch.allclose(
+            paid[:, -1], non_score[:, -1] + scores
+        )
         first_stop = (rollout["responses"] == EOS) & (torch.arange(12) >= 2)
-        assert torch.equal(rollout["score_mask"].sum(1), torch.where(first_stop.any(1), first_stop.int().argmax(1) + 1, 12))
+        assert torch.equal(
+            rollout["score_mask"].sum(1), torch.where(first_stop.any(1), first_stop.int().argmax(1) + 1, 12)
+        )
     assert epsilons[0] == pytest.approx(1e-5 / (1 - 0.999) ** 0.5) and len(epsilons) > 2
     assert [line["ppo/lr"] for line in metrics] == pytest.approx([1e-3, 0.5e-3])  # linear to zero
     assert metrics[0]["objective/length"] == 12
@@ -467,11 +538,14 @@ def test_lm_human_preferences_is_a_preset_of_the_same_path(world, tmp_path, monk
 
 def test_a_run_repeats_for_its_seed_and_seeds_every_generator(run, module, tmp_path):
     # PITFALLS LP-10: Python, NumPy and torch are seeded: a reward that draws from all three repeats
-    module("noisy_reward", (
-        "import random, numpy, torch\n"
-        "def reward(prompts, responses, rows):\n"
-        "    return [random.random() + numpy.random.rand() + torch.rand(()).item() for _ in responses]\n"
-    ))  # fmt: skip
+    module(
+        "noisy_reward",
+        (
+            "import random, numpy, torch\n"
+            "def reward(prompts, responses, rows):\n"
+            "    return [random.random() + numpy.random.rand() + torch.rand(()).item() for _ in responses]\n"
+        ),
+    )
     found = [
         run(reward="noisy_reward:reward", total_episodes=16, seed=seed, output_dir=tmp_path / f"{i}")
         for i, seed in enumerate((1, 1, 2))
@@ -481,12 +555,14 @@ def test_a_run_repeats_for_its_seed_and_seeds_every_generator(run, module, tmp_p
 
 
 def test_thresholds_may_keep_nothing(run):
-    # PITFALLS AVG-5: an update without a kept row trains nothing, logs finite numbers and the run goes on; there is no KL of 0
-    # that a log or the controller could take for one that was measured
+    # PITFALLS AVG-5: an update without a kept row trains nothing, logs finite numbers and the run goes on;
+    # there is no KL of 0 that a log or the controller could take for one that was measured
     metrics, folder = run(filter="top", threshold_high=1e9, adaptive_kl=True, kl_horizon=64)
     assert [line["filter/kept"] for line in metrics] == [0, 0]
     assert [line["objective/kl_coef"] for line in metrics] == [0.01, 0.01]
-    assert not {"objective/kl", "objective/score_total", "filter/score", "ppo/returns/mean"} & set().union(*metrics)
+    assert not {"objective/kl", "objective/score_total", "filter/score", "ppo/returns/mean"} & set().union(
+        *metrics
+    )
     assert all(np.isfinite(value) for line in metrics for value in line.values())
     start = causal_lm("gpt2").state_dict()
     assert all(torch.equal(value, start[name]) for name, value in weights(folder / "policy").items())
@@ -511,16 +587,25 @@ def test_every_filter_runs(run, changes, kept):
 
 def test_filter_auto_takes_the_highest_r2_and_says_so(run, module, capsys):
     # PITFALLS PF-11, AVG-6: the R² of each candidate is printed with the choice
-    module("true_score", "def actual(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n")
+    module(
+        "true_score", "def actual(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n"
+    )
     _, folder = run(filter="auto", actual_score="true_score:actual", total_episodes=16, normalize_samples=64)
     printed = capsys.readouterr().out
     line = next(x for x in printed.splitlines() if x.startswith("filter auto: "))
-    r2 = {word[0]: float(word[1]) for word in (pair.split() for pair in line[line.index("(") + 1 : line.index(")")].split(", "))}
+    r2 = {
+        word[0]: float(word[1])
+        for word in (pair.split() for pair in line[line.index("(") + 1 : line.index(")")].split(", "))
+    }
     chosen = line.split()[2].rstrip(",")
     assert set(r2) == {"none", "bon", "br", "bw"} and r2[chosen] == max(r2.values())
     assert json.loads(next((folder / "checkpoints").glob("*/state.json")).read_text())["filter"] == chosen
     kept = {"none": 16, "bon": 4, "br": 8, "bw": 8}[chosen]  # the sizes wait for the choice
-    assert f"kept per update: {kept}\n" in printed and f"optimizer steps: {2 * kept // 4}\n" in printed and printed.count("kept per update") == 1
+    assert (
+        f"kept per update: {kept}\n" in printed
+        and f"optimizer steps: {2 * kept // 4}\n" in printed
+        and printed.count("kept per update") == 1
+    )
 
 
 def test_derived_sizes_are_printed_before_training(make_args, capsys):
@@ -540,14 +625,22 @@ def test_derived_sizes_are_printed_before_training(make_args, capsys):
 
 
 def test_prompts_that_are_left_out_are_counted(make_args, tmp_path, capsys, monkeypatch):
-    # PITFALLS TOK-8: training prompts may be dropped, but not in silence; evaluation prompts that are cut are all there
+    # PITFALLS TOK-8: training prompts may be dropped, but not in silence; evaluation prompts that are cut are
+    # all there
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "q" * n} for n in (3, 16, 17)])
     monkeypatch.setattr(pf, "load_causal_lm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pf.main(make_args(prompts=prompts))
     assert "prompts left out: 1 of 3" in capsys.readouterr().out
     args = make_args(eval_prompts=prompts, long_queries="keep_end")
-    assert len(pf.encode_queries(make_tokenizer(), pf.load_rows(str(prompts), "eval_prompts"), args, "eval_prompts")) == 3
+    assert (
+        len(
+            pf.encode_queries(
+                make_tokenizer(), pf.load_rows(str(prompts), "eval_prompts"), args, "eval_prompts"
+            )
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -565,25 +658,36 @@ def test_sizes_must_divide_over_the_processes(make_args, changes, message):
 
 
 def test_policy_and_critic_step_together_after_all_micro_batches(run, monkeypatch):
-    # PITFALLS SYS-3: one wrapper, one optimizer over both; each step sees the 3 micro-batches of its minibatch, and nothing
-    # but a step moves a weight
+    # PITFALLS SYS-3: one wrapper, one optimizer over both; each step sees the 3 micro-batches of its
+    # minibatch, and nothing but a step moves a weight
     pairs, steps = [], []
     losses = Spies(monkeypatch).on(pf, "minibatch_loss", lambda out, model, *_: pairs.append(model))
 
     def weights_now():
-        return [[p.detach().clone() for p in part.parameters()] for part in (pairs[0].policy, pairs[0].critic)]
+        return [
+            [p.detach().clone() for p in part.parameters()] for part in (pairs[0].policy, pairs[0].critic)
+        ]
 
     def before(optimizer, *_):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        assert held == {id(p) for p in pairs[0].parameters()} and set(map(type, pairs)) == {pf.PolicyAndCritic}
-        assert all(any(p.grad is not None and p.grad.any() for p in part.parameters()) for part in (pairs[0].policy, pairs[0].critic))
+        assert held == {id(p) for p in pairs[0].parameters()} and set(map(type, pairs)) == {
+            pf.PolicyAndCritic
+        }
+        assert all(
+            any(p.grad is not None and p.grad.any() for p in part.parameters())
+            for part in (pairs[0].policy, pairs[0].critic)
+        )
         now = weights_now()
-        assert not steps or all(torch.equal(a, b) for old, new in zip(steps[-1][1], now) for a, b in zip(old, new))
+        assert not steps or all(
+            torch.equal(a, b) for old, new in zip(steps[-1][1], now) for a, b in zip(old, new)
+        )
         steps.append((len(losses), now))
 
     def after(optimizer, *_):
         moved = weights_now()
-        assert all(any(not torch.equal(a, b) for a, b in zip(old, new)) for old, new in zip(steps[-1][1], moved))
+        assert all(
+            any(not torch.equal(a, b) for a, b in zip(old, new)) for old, new in zip(steps[-1][1], moved)
+        )
         steps[-1] = (steps[-1][0], moved)
 
     handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
@@ -594,7 +698,8 @@ def test_policy_and_critic_step_together_after_all_micro_batches(run, monkeypatc
 
 # ---------------------------------------------------------------- killed and continued runs
 
-# A deterministic reward that kills its process: SIGKILL at the 7th call when the file named behind "@" exists.
+# A deterministic reward that kills its process: SIGKILL at the 7th call when the file named behind "@"
+# exists.
 KILLER = """
 import os, signal
 calls = []
@@ -609,7 +714,8 @@ def reward(prompts, responses, rows, source):
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
-    """settings(folder) of a run of three updates with all the state there is, and the metrics and folder of one left alone."""
+    """settings(folder) of a run of three updates with all the state there is, and the metrics and folder of
+    one left alone."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "killer.py").write_text(KILLER)
     patch = pytest.MonkeyPatch()
@@ -634,14 +740,19 @@ def uninterrupted(world, tmp_path_factory):
 
 
 def assert_same_run(folder, other):
-    """Metrics without times, samples, final weights, best weights, KL coefficient and counters are equal, bit for bit."""
+    """Metrics without times, samples, final weights, best weights, KL coefficient and counters are equal, bit
+    for bit."""
     assert timeless(read_metrics(folder)) == timeless(read_metrics(other))
     assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2, 3]
     samples = (folder / "samples.jsonl").read_text()
-    assert samples == (other / "samples.jsonl").read_text() and [json.loads(x)["step"] for x in samples.splitlines()] == [1, 2, 3]
+    assert samples == (other / "samples.jsonl").read_text() and [
+        json.loads(x)["step"] for x in samples.splitlines()
+    ] == [1, 2, 3]
     for name in ("policy", "policy_best"):
         assert same(weights(folder / name), weights(other / name))
-    states = [json.loads((f / "checkpoints" / "step_000003" / "state.json").read_text()) for f in (folder, other)]
+    states = [
+        json.loads((f / "checkpoints" / "step_000003" / "state.json").read_text()) for f in (folder, other)
+    ]
     assert states[0] == states[1]
 
 
@@ -670,7 +781,8 @@ def test_a_killed_run_continues_exactly(uninterrupted, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_used(uninterrupted, tmp_path, monkeypatch):
-    # PITFALLS SYS-10: the run dies while it writes its second checkpoint; the first is still there, and the run continues from it
+    # PITFALLS SYS-10: the run dies while it writes its second checkpoint; the first is still there, and the
+    # run continues from it
     settings, folder = uninterrupted
     original, calls = pf.Accelerator.save_state, []
 
@@ -688,7 +800,9 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(uninterrupted, tmp_path, mon
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000001"]
     pf.main(pf.Args(**settings(tmp_path / "run")))
     assert_same_run(tmp_path / "run", folder / "whole")
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"], "only the last one is kept"
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"], (
+        "only the last one is kept"
+    )
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(uninterrupted, tmp_path, monkeypatch):
@@ -714,7 +828,9 @@ def test_a_folder_that_was_moved_aside_when_the_run_died_is_put_back(uninterrupt
             raise KeyboardInterrupt
         return original(path, target)
 
-    monkeypatch.setattr(pf, "gather_object", lambda _: [{"eval/sampled_reward": [next(rising)]}])  # every policy is the best so far
+    monkeypatch.setattr(
+        pf, "gather_object", lambda _: [{"eval/sampled_reward": [next(rising)]}]
+    )  # every policy is the best so far
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -724,7 +840,9 @@ def test_a_folder_that_was_moved_aside_when_the_run_died_is_put_back(uninterrupt
     monkeypatch.setattr(pf, "load_causal_lm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pf.main(pf.Args(**settings(tmp_path / "run")))
-    assert same(weights(tmp_path / "run/policy_best"), kept) and not (tmp_path / "run/policy_best.old").exists()
+    assert (
+        same(weights(tmp_path / "run/policy_best"), kept) and not (tmp_path / "run/policy_best.old").exists()
+    )
 
 
 def test_a_finished_run_stays_as_it_is(uninterrupted):
@@ -732,16 +850,21 @@ def test_a_finished_run_stays_as_it_is(uninterrupted):
     settings, folder = uninterrupted
     before = read_metrics(folder / "whole"), weights(folder / "whole" / "policy")
     pf.main(pf.Args(**settings(folder / "whole")))
-    assert read_metrics(folder / "whole") == before[0] and same(weights(folder / "whole" / "policy"), before[1])
+    assert read_metrics(folder / "whole") == before[0] and same(
+        weights(folder / "whole" / "policy"), before[1]
+    )
 
 
 # ---------------------------------------------------------------- refusals
 
 
 def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path):
-    # U+2028, U+2029 and U+0085 may stand unescaped in a JSON string; the number of a bad line behind them is right
+    # U+2028, U+2029 and U+0085 may stand unescaped in a JSON string; the number of a bad line behind them is
+    # right
     text = "a\u2028b\u2029c\x85d"
-    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "{text}"}}\r\n\n{{"prompt": "e"}}', encoding="utf-8", newline="")
+    (tmp_path / "rows.jsonl").write_text(
+        f'{{"prompt": "{text}"}}\r\n\n{{"prompt": "e"}}', encoding="utf-8", newline=""
+    )
     assert pf.load_rows(str(tmp_path / "rows.jsonl"), "prompts") == [{"prompt": text}, {"prompt": "e"}]
     (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "{text}"}}\n{{"prompt"', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2: not JSON"):
@@ -751,16 +874,21 @@ def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path):
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 @pytest.mark.parametrize("script", [pf, rm_single, sft_single, common], ids=lambda module: module.__name__)
 def test_launchers_that_shard_weights_are_refused(script, kind, monkeypatch):
-    # PITFALLS SYS-6: rollouts under sharded weights could dead-lock; refused before anything else is looked at
+    # PITFALLS SYS-6: rollouts under sharded weights could dead-lock; refused before anything else is looked
+    # at
     pf.refuse_sharding("MULTI_GPU"), pf.refuse_sharding("NO")
-    monkeypatch.setattr(script, "Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType(kind)))
+    monkeypatch.setattr(
+        script, "Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType(kind))
+    )
     with pytest.raises(ValueError, match=f"^{kind} does not work here.*--multi_gpu"):
         getattr(script, "main", getattr(script, "Run", None))(script.Args())
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 @pytest.mark.parametrize("what", ["loss is nan", "gradient norm nan"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(run, make_args, monkeypatch, what, max_grad_norm):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(
+    run, make_args, monkeypatch, what, max_grad_norm
+):
     # the message says where; the checkpoint of the update before is kept and whole
     original, calls = pf.value_loss, []
 
@@ -768,7 +896,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(run, make_args, mon
         calls.append(1)
         losses, clipped = original(*args)
         if len(calls) > 8:  # 8 micro-batches in update 1
-            losses = losses * float("nan") if what == "loss is nan" else losses + (losses * 0).sqrt()  # √0 has an infinite slope
+            losses = (
+                losses * float("nan") if what == "loss is nan" else losses + (losses * 0).sqrt()
+            )  # √0 has an infinite slope
         return losses, clipped
 
     monkeypatch.setattr(pf, "value_loss", broken)
@@ -803,64 +933,101 @@ def test_a_reward_of_the_wrong_length_stops_the_run(run, module):
         run(reward="short_reward:reward")
 
 
-FILES = {"empty.jsonl": "", "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n',
-         "two.jsonl": '{"prompt": "a"}\n{"prompt": "a prompt of more than sixteen tokens"}\n',
-         "long.jsonl": '{"prompt": "a prompt of more than sixteen tokens"}\n'}  # fmt: skip
+FILES = {
+    "empty.jsonl": "",
+    "column.jsonl": '{"prompt": "a"}\n{"text": "b"}\n',
+    "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n',
+    "two.jsonl": '{"prompt": "a"}\n{"prompt": "a prompt of more than sixteen tokens"}\n',
+    "long.jsonl": '{"prompt": "a prompt of more than sixteen tokens"}\n',
+}
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(policy=""), "--policy"),
-    (dict(reward=""), "--reward"),
-    (dict(prompts=""), "--prompts"),
-    (dict(prompts="nowhere.jsonl"), "--prompts nowhere.jsonl: no such file"),
-    (dict(eval_prompts="nowhere.jsonl"), "--eval_prompts nowhere.jsonl: no such file"),
-    (dict(prompts="{files}/empty.jsonl"), "--prompts .*empty.jsonl: no rows"),
-    (dict(prompts="{files}/column.jsonl"), "--prompts .*column.jsonl, row 2: no column prompt; it has .*text"),
-    (dict(prompt_field="question"), "--prompts .*prompts.jsonl, row 1: no column question"),
-    (dict(prompts="{files}/broken.jsonl"), "--prompts .*broken.jsonl, line 2: not JSON"),
-    (dict(prompts="{files}/long.jsonl"), "--prompts.*--query_length 16"),
-    (dict(eval_prompts="{files}/two.jsonl"), "--eval_prompts: 1 of 2 queries .* --query_length 16; .* --long_queries"),
-    (dict(response_length=120), "--policy .*gpt2 has 128 positions, .* 129 tokens together; lower --response_length"),
-    (dict(policy="{llama}", response_length=120), "--policy .*llama has 128 positions"),
-    (dict(policy="{files}/long", response_length=120), "--reward .*reward has 128 positions"),
-    (dict(policy="{files}/long", reward="json:dumps", critic_init="{reward}", response_length=120), "--critic_init .*reward has 128"),
-    (dict(policy="{files}/other"), "--reward .*reward: its tokenizer differs from that of --policy in 2 tokens, 'a' among"),
-    (dict(policy="{files}/other", reward="json:dumps", critic_init="{reward}"), "--critic_init .*reward: its tokenizer differs"),
-    (dict(reward="{files}"), "--reward .*reward_head.safetensors"),
-    (dict(reward="nomodule:reward"), "--reward nomodule:reward.*nomodule"),
-    (dict(reward="json:nofunction"), "--reward json:nofunction.*nofunction"),
-    (dict(actual_score="nomodule:s"), "--actual_score"),
-    (dict(critic_init="{files}"), "--critic_init .*reward_head.safetensors"),
-    (dict(critic="shared", critic_warmup_updates=1), "--critic_warmup_updates needs --critic separate"),
-    (dict(critic="shared", critic_init="{files}"), "--critic_init needs --critic separate"),
-    (dict(rank_weights=(0.5, 0.5)), "--rank_weights needs num_responses = 4 numbers"),
-    (dict(rank_weights=(0.5, 0.0, 0.0, 0.4)), "--rank_weights .*sum to 1, they sum to 0.9"),
-    (dict(rank_weights=(1.5, -0.5, 0.0, 0.0)), "--rank_weights must be at least 0"),
-    (dict(num_responses=1, batch_size=16), "--filter br needs --num_responses of 2 or more.*--filter none"),
-    (dict(num_kept=5), "--num_kept 5 exceeds num_responses 4; use --draw sample"),
-    (dict(num_kept=-1, draw="sample"), "--num_kept must be at least 0, not -1"),
-    (dict(filter="none", num_kept=2), "--num_kept 2 does nothing with --filter none; .* --filter random"),
-    (dict(filter="top", num_kept=2), "--num_kept 2 does nothing with --filter top"),
-    (dict(filter="auto"), "--filter auto needs --actual_score"),
-    (dict(filter="auto", actual_score="json:dumps", minibatch_size=8), "--minibatch_size 8 must divide the kept rows 4 x 1 = 4 of bon, which auto may"),
-    (dict(filter="auto", rank_weights=(0.5, 0.0, 0.0, 0.5)), "--rank_weights stands in place .* leave out --filter auto"),
-    (dict(filter="bon", rank_weights=(0.5, 0.0, 0.0, 0.5)), "leave out --filter bon"),
-    (dict(filter="top", rank_weights=(0.5, 0.0, 0.0, 0.5)), "leave out --filter top"),
-    (dict(normalize_samples=1), "--normalize_samples must be at least 2, not 1"),
-    (dict(max_grad_norm=-1.0), "--max_grad_norm must be at least 0"),
-    (dict(adaptive_kl=True, kl_target=0.0), "--adaptive_kl needs --kl_target and --kl_horizon above 0"),
-    (dict(minibatch_size=5), "--minibatch_size 5 must divide the kept rows 4 x 2 = 8"),
-    (dict(total_episodes=8), "--total_episodes 8 is less than one update"),
-    (dict(temperature=0.0), "--temperature must be above 0"),
-    (dict(missing_stop="subtract"), "--penalty_value -1.0 would reward .* --missing_stop subtract"),
-    (dict(batch_size=0), "--batch_size must be at least 1"),
-    (dict(generation_batch_size=-1), "--generation_batch_size must be at least 1, or 0"),
-    (dict(stop_token="nosuch"), "--stop_token nosuch"),
-    (dict(stop_token="99999"), "--stop_token: token id 99999, but the model has"),
-    (dict(policy="{files}/nopad"), "nopad: the tokenizer has no pad token.*--pad_token"),
-])  # fmt: skip
-def test_bad_input_is_refused_before_a_model_is_loaded(make_args, tmp_path, world, monkeypatch, changes, message):
-    # PITFALLS AVG-6, GAE-7, TOK-8 and the rest: an error that names the field, in seconds, and no folder left behind
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(policy=""), "--policy"),
+        (dict(reward=""), "--reward"),
+        (dict(prompts=""), "--prompts"),
+        (dict(prompts="nowhere.jsonl"), "--prompts nowhere.jsonl: no such file"),
+        (dict(eval_prompts="nowhere.jsonl"), "--eval_prompts nowhere.jsonl: no such file"),
+        (dict(prompts="{files}/empty.jsonl"), "--prompts .*empty.jsonl: no rows"),
+        (
+            dict(prompts="{files}/column.jsonl"),
+            "--prompts .*column.jsonl, row 2: no column prompt; it has .*text",
+        ),
+        (dict(prompt_field="question"), "--prompts .*prompts.jsonl, row 1: no column question"),
+        (dict(prompts="{files}/broken.jsonl"), "--prompts .*broken.jsonl, line 2: not JSON"),
+        (dict(prompts="{files}/long.jsonl"), "--prompts.*--query_length 16"),
+        (
+            dict(eval_prompts="{files}/two.jsonl"),
+            "--eval_prompts: 1 of 2 queries .* --query_length 16; .* --long_queries",
+        ),
+        (
+            dict(response_length=120),
+            "--policy .*gpt2 has 128 positions, .* 129 tokens together; lower --response_length",
+        ),
+        (dict(policy="{llama}", response_length=120), "--policy .*llama has 128 positions"),
+        (dict(policy="{files}/long", response_length=120), "--reward .*reward has 128 positions"),
+        (
+            dict(policy="{files}/long", reward="json:dumps", critic_init="{reward}", response_length=120),
+            "--critic_init .*reward has 128",
+        ),
+        (
+            dict(policy="{files}/other"),
+            "--reward .*reward: its tokenizer differs from that of --policy in 2 tokens, 'a' among",
+        ),
+        (
+            dict(policy="{files}/other", reward="json:dumps", critic_init="{reward}"),
+            "--critic_init .*reward: its tokenizer differs",
+        ),
+        (dict(reward="{files}"), "--reward .*reward_head.safetensors"),
+        (dict(reward="nomodule:reward"), "--reward nomodule:reward.*nomodule"),
+        (dict(reward="json:nofunction"), "--reward json:nofunction.*nofunction"),
+        (dict(actual_score="nomodule:s"), "--actual_score"),
+        (dict(critic_init="{files}"), "--critic_init .*reward_head.safetensors"),
+        (dict(critic="shared", critic_warmup_updates=1), "--critic_warmup_updates needs --critic separate"),
+        (dict(critic="shared", critic_init="{files}"), "--critic_init needs --critic separate"),
+        (dict(rank_weights=(0.5, 0.5)), "--rank_weights needs num_responses = 4 numbers"),
+        (dict(rank_weights=(0.5, 0.0, 0.0, 0.4)), "--rank_weights .*sum to 1, they sum to 0.9"),
+        (dict(rank_weights=(1.5, -0.5, 0.0, 0.0)), "--rank_weights must be at least 0"),
+        (
+            dict(num_responses=1, batch_size=16),
+            "--filter br needs --num_responses of 2 or more.*--filter none",
+        ),
+        (dict(num_kept=5), "--num_kept 5 exceeds num_responses 4; use --draw sample"),
+        (dict(num_kept=-1, draw="sample"), "--num_kept must be at least 0, not -1"),
+        (dict(filter="none", num_kept=2), "--num_kept 2 does nothing with --filter none; .* --filter random"),
+        (dict(filter="top", num_kept=2), "--num_kept 2 does nothing with --filter top"),
+        (dict(filter="auto"), "--filter auto needs --actual_score"),
+        (
+            dict(filter="auto", actual_score="json:dumps", minibatch_size=8),
+            "--minibatch_size 8 must divide the kept rows 4 x 1 = 4 of bon, which auto may",
+        ),
+        (
+            dict(filter="auto", rank_weights=(0.5, 0.0, 0.0, 0.5)),
+            "--rank_weights stands in place .* leave out --filter auto",
+        ),
+        (dict(filter="bon", rank_weights=(0.5, 0.0, 0.0, 0.5)), "leave out --filter bon"),
+        (dict(filter="top", rank_weights=(0.5, 0.0, 0.0, 0.5)), "leave out --filter top"),
+        (dict(normalize_samples=1), "--normalize_samples must be at least 2, not 1"),
+        (dict(max_grad_norm=-1.0), "--max_grad_norm must be at least 0"),
+        (dict(adaptive_kl=True, kl_target=0.0), "--adaptive_kl needs --kl_target and --kl_horizon above 0"),
+        (dict(minibatch_size=5), "--minibatch_size 5 must divide the kept rows 4 x 2 = 8"),
+        (dict(total_episodes=8), "--total_episodes 8 is less than one update"),
+        (dict(temperature=0.0), "--temperature must be above 0"),
+        (dict(missing_stop="subtract"), "--penalty_value -1.0 would reward .* --missing_stop subtract"),
+        (dict(batch_size=0), "--batch_size must be at least 1"),
+        (dict(generation_batch_size=-1), "--generation_batch_size must be at least 1, or 0"),
+        (dict(stop_token="nosuch"), "--stop_token nosuch"),
+        (dict(stop_token="99999"), "--stop_token: token id 99999, but the model has"),
+        (dict(policy="{files}/nopad"), "nopad: the tokenizer has no pad token.*--pad_token"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    make_args, tmp_path, world, monkeypatch, changes, message
+):
+    # PITFALLS AVG-6, GAE-7, TOK-8 and the rest: an error that names the field, in seconds, and no folder left
+    # behind
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     make_tokenizer(pad=None).save_pretrained(tmp_path / "nopad")
@@ -883,7 +1050,8 @@ def test_bad_input_is_refused_before_a_model_is_loaded(make_args, tmp_path, worl
 
 
 def test_what_fits_the_model_is_not_refused(world, tmp_path):
-    # as long as the positions; no limit in the configuration; a folder without tokenizer; a pad token that was added, or is EOS
+    # as long as the positions; no limit in the configuration; a folder without tokenizer; a pad token that
+    # was added, or is EOS
     pf.check_positions(str(world / "gpt2"), "policy", 128)
     model_config("gpt2", n_positions=-1).save_pretrained(tmp_path / "endless")
     pf.check_positions(str(tmp_path / "endless"), "policy", 10**6)
@@ -933,7 +1101,13 @@ def test_a_folder_of_another_run_is_refused(uninterrupted, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--filter", "best"], "filter"), (["--preset", "other"], "preset"), (["--preset=other"], "preset"), (["--lr", "fast"], "lr")]
+    "flags, message",
+    [
+        (["--filter", "best"], "filter"),
+        (["--preset", "other"], "preset"),
+        (["--preset=other"], "preset"),
+        (["--lr", "fast"], "lr"),
+    ],
 )
 def test_unknown_values_of_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -942,12 +1116,17 @@ def test_unknown_values_of_flags_are_refused(flags, message, capsys):
 
 
 def test_flags_win_over_the_preset():
-    args = pf.parse_args(["--preset", "lm_human_preferences", "--lr", "0.5", "--rank_weights", "0.5", "0", "0.5"])
+    args = pf.parse_args(
+        ["--preset", "lm_human_preferences", "--lr", "0.5", "--rank_weights", "0.5", "0", "0.5"]
+    )
     assert (
         args.lr == 0.5
         and args.rank_weights == (0.5, 0, 0.5)
         and args.temperature == 0.7
         and args.preset == "lm_human_preferences"
     )
-    assert pf.parse_args(["--preset=lm_human_preferences", "--lr", "0.5", "--rank_weights", "0.5", "0", "0.5"]) == args
+    assert (
+        pf.parse_args(["--preset=lm_human_preferences", "--lr", "0.5", "--rank_weights", "0.5", "0", "0.5"])
+        == args
+    )
     assert pf.parse_args([]) == pf.Args()

@@ -1,4 +1,6 @@
-"""The three scripts stand alone: what they share is byte-identical, every field is read and documented, importing does nothing."""
+"""The three scripts stand alone: what they share is byte-identical, every field is read and documented,
+importing does nothing."""
+
 import ast
 import subprocess
 import sys
@@ -22,7 +24,9 @@ def definitions(script: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("one, other", [(SCRIPTS[0], SCRIPTS[1]), (SCRIPTS[0], SCRIPTS[2]), (SCRIPTS[1], SCRIPTS[2])])
+@pytest.mark.parametrize(
+    "one, other", [(SCRIPTS[0], SCRIPTS[1]), (SCRIPTS[0], SCRIPTS[2]), (SCRIPTS[1], SCRIPTS[2])]
+)
 def test_helpers_of_one_name_are_byte_identical(one, other):
     ours, theirs = definitions(one), definitions(other)
     shared = set(ours) & set(theirs) - OWN
@@ -47,11 +51,25 @@ def test_every_field_is_documented_and_read(script):
     fields = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
     for node, after in zip(body, [*body[1:], None]):
         if isinstance(node, ast.AnnAssign):
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            text = (
+                after.value.value
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                else ""
+            )
             assert isinstance(text, str) and len(text) > 5, f"{script}: no sentence under {node.target.id}"
-    outside = [node for top in tree.body if not (isinstance(top, ast.ClassDef) and top.name == "Args") for node in ast.walk(top)]
-    read = {node.attr for node in outside if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            and node.value.id in ("args", "limit")}  # fmt: skip
+    outside = [
+        node
+        for top in tree.body
+        if not (isinstance(top, ast.ClassDef) and top.name == "Args")
+        for node in ast.walk(top)
+    ]
+    read = {
+        node.attr
+        for node in outside
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("args", "limit")
+    }
     assert [field for field in fields if field not in read and field != "preset"] == []
 
 
@@ -69,7 +87,8 @@ def test_importing_the_scripts_does_nothing():
         "import sft_single, rm_single, pfppo_single, torch\n"
         "from accelerate.state import PartialState\n"
         "assert not PartialState._shared_state and not torch.cuda.is_initialized()\n"
-        "bad = {'deepspeed', 'vllm', 'flash_attn', 'bitsandbytes', 'ray', 'matplotlib', 'benchmark'} & set(sys.modules)\n"
+        "bad = {'deepspeed', 'vllm', 'flash_attn', 'bitsandbytes', 'ray', 'matplotlib', 'benchmark'} & "
+        "set(sys.modules)\n"
         "assert not bad, bad\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

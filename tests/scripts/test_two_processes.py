@@ -17,7 +17,7 @@ import pfppo_single as pf
 WATCH = """
 import json, os
 from pathlib import Path
-first = set(json.loads((Path(__file__).parent / "first.json").read_text()))  # the two prompts of rank 0 in update 1
+first = json.loads((Path(__file__).parent / "first.json").read_text())  # both prompts of rank 0 in update 1
 
 def actual(prompts, responses, rows):
     with (Path(__file__).parent / f"evaluated_{os.environ.get('RANK', 'alone')}.txt").open("a") as file:
@@ -38,7 +38,9 @@ def launched(world, tmp_path_factory):
     for name in ("gpt2", "reward"):
         (folder / name).symlink_to(world / name)
     rows = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
-    (folder / "first.json").write_text(json.dumps([rows[i]["prompt"] for i in pf.prompt_order(len(rows), 0, 2, 1)]))
+    (folder / "first.json").write_text(
+        json.dumps([rows[i]["prompt"] for i in pf.prompt_order(len(rows), 0, 2, 1)])
+    )
     (folder / "watch_two.py").write_text(WATCH)
     rollout = make_rollout([2, 5, 3, 1, 7, 4, 2, 6], [8, 1, 4, 6, 2, 8, 3, 5])
     rollout["logprobs"], rollout["values"], rollout["advantages"], rollout["returns"] = torch.randn(
@@ -67,12 +69,26 @@ def launched(world, tmp_path_factory):
         total_episodes=16,
         minibatch_size=2,
     )
-    settings = {"whole": whole, "uneven": uneven, "interrupted": {**whole, "output_dir": str(folder / "interrupted")}}
+    settings = {
+        "whole": whole,
+        "uneven": uneven,
+        "interrupted": {**whole, "output_dir": str(folder / "interrupted")},
+    }
     (folder / "settings.json").write_text(json.dumps(settings))
     driver = Path(__file__).with_name("two_process_driver.py")
-    # `accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15, without mpirun); torchrun starts two
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(driver), str(folder / "settings.json"), str(folder)]  # fmt: skip
+    # `accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15, without mpirun);
+    # torchrun starts two
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(driver),
+        str(folder / "settings.json"),
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -96,9 +112,13 @@ def test_gradients_of_two_processes_are_those_of_one(launched, average, split):
     assert len(names) > 50
     for name in names:
         assert torch.equal(two[name], other[name]), "DDP leaves every rank with the same gradient"
-    whole, parts = (torch.cat([x[name].flatten() for name in names if "stats" not in name]) for x in (one, two))
+    whole, parts = (
+        torch.cat([x[name].flatten() for name in names if "stats" not in name]) for x in (one, two)
+    )
     assert whole.norm() > 1e-3 and (whole - parts).norm() < 1e-5 * whole.norm()
-    torch.testing.assert_close(two[f"{average} {split} stats"], one[f"{average} {split} stats"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        two[f"{average} {split} stats"], one[f"{average} {split} stats"], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_global_whitening_is_the_same_on_one_and_two_processes(launched):
@@ -154,11 +174,14 @@ def test_first_ratio_is_one_on_every_rank(launched):
 
 
 def test_sizes_are_global(launched):
-    # 4 prompts x 4 responses and 8 kept rows per update, on one process and on two; every row trained on m = 2 times
+    # 4 prompts x 4 responses and 8 kept rows per update, on one process and on two; every row trained on m =
+    # 2 times
     alone, two = (read_metrics(launched["folder"] / name) for name in ("alone", "whole"))
     for name in ("ppo/episode", "ppo/optimizer_step", "filter/kept"):
         assert [line.get(name) for line in alone] == [line.get(name) for line in two]
-    assert sum(seen["whole"]["visits"] for seen in launched["seen"]) == launched["alone"]["visits"] == 8 * 2 * 3
+    assert (
+        sum(seen["whole"]["visits"] for seen in launched["seen"]) == launched["alone"]["visits"] == 8 * 2 * 3
+    )
 
 
 def test_a_rank_with_fewer_rows_than_minibatches_trains_none_twice(launched):
@@ -179,7 +202,9 @@ def test_two_processes_continue_exactly(launched):
     found = []
     for name in ("whole", "interrupted"):
         folder = launched["folder"] / name
-        metrics = [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in read_metrics(folder)]
+        metrics = [
+            {k: v for k, v in line.items() if not k.startswith("seconds/")} for line in read_metrics(folder)
+        ]
         found.append((metrics, load_file(folder / "policy" / "model.safetensors")))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())

@@ -1,11 +1,15 @@
-"""What test_two_processes.py runs on two ranks, and in its own process for comparison. Usage: driver.py SETTINGS.json FOLDER"""
+"""What test_two_processes.py runs on two ranks, and in its own process for comparison. Usage: driver.py
+SETTINGS.json FOLDER"""
 
 import json
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), sys.argv[2]]  # the scripts, and the folder of the reward functions
+    sys.path[:0] = [
+        str(Path(__file__).resolve().parents[2]),
+        sys.argv[2],
+    ]  # the scripts, and the folder of the reward functions
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -14,18 +18,27 @@ import pfppo_single as pf
 
 
 def gradients(accelerator, folder: Path, average: str, empty_rank: bool) -> dict[str, torch.Tensor]:
-    """Gradients and stats of one minibatch of 8 rows in micro-batches of 3, from the shipped functions under DDP.
-    Rows are split evenly over the ranks, or all are on rank 0 and the others have one fully masked row."""
-    model = pf.PolicyAndCritic(pf.load_causal_lm(str(folder / "gpt2")), pf.RewardModel.from_pretrained(folder / "reward"))
+    """Gradients and stats of one minibatch of 8 rows in micro-batches of 3, from the shipped functions under
+    DDP. Rows are split evenly over the ranks, or all are on rank 0 and the others have one fully masked
+    row."""
+    model = pf.PolicyAndCritic(
+        pf.load_causal_lm(str(folder / "gpt2")), pf.RewardModel.from_pretrained(folder / "reward")
+    )
     model = accelerator.prepare(model)
-    rollout, rank, world = torch.load(folder / "rollout.pt"), accelerator.process_index, accelerator.num_processes
+    rollout, rank, world = (
+        torch.load(folder / "rollout.pt"),
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
     rows = torch.arange(8) if empty_rank else torch.arange(8).chunk(world)[rank]
     if empty_rank and rank:
         rows = torch.zeros(1, dtype=torch.long)
         rollout["response_mask"] = torch.zeros_like(rollout["response_mask"])
     mask = rollout["response_mask"]
     rollout["loss_weights"] = torch.zeros(mask.shape)
-    rollout["loss_weights"][rows] = pf.loss_weights(mask[rows], average, lambda x: accelerator.reduce(x, "sum"), world)
+    rollout["loss_weights"][rows] = pf.loss_weights(
+        mask[rows], average, lambda x: accelerator.reduce(x, "sum"), world
+    )
     parts, stats = pf.micro_batches(rollout, rows, 3), 0
     for i, part in enumerate(parts):
         with accelerator.no_sync(model) if i + 1 < len(parts) else torch.enable_grad():
@@ -42,7 +55,10 @@ def whitened(accelerator, folder: Path) -> dict[str, torch.Tensor]:
     rows = torch.arange(8).chunk(accelerator.num_processes)[accelerator.process_index]
     for shift_mean in (True, False):
         part = pf.whiten(
-            rollout["advantages"][rows], rollout["response_mask"][rows], shift_mean, lambda x: accelerator.reduce(x, "sum")
+            rollout["advantages"][rows],
+            rollout["response_mask"][rows],
+            shift_mean,
+            lambda x: accelerator.reduce(x, "sum"),
         )
         found[f"whitened {shift_mean}"] = accelerator.gather(part)
     return found
@@ -59,7 +75,8 @@ def tensors(accelerator, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def observed_run(settings: dict) -> dict:
-    """One run of main; what this rank saw: KL coefficients, learning rates, visits of rows, a fingerprint of the weights."""
+    """One run of main; what this rank saw: KL coefficients, learning rates, visits of rows, a fingerprint of
+    the weights."""
     seen = {"kl_coef": [], "lr": [], "visits": 0, "weights": 0.0}
     originals = pf.cumulative_rewards, pf.minibatch_loss
 
@@ -73,9 +90,15 @@ def observed_run(settings: dict) -> dict:
 
     def after(optimizer, *_):
         seen["lr"].append([group["lr"] for group in optimizer.param_groups])
-        seen["weights"] = sum(p.double().abs().sum().item() for group in optimizer.param_groups for p in group["params"])
+        seen["weights"] = sum(
+            p.double().abs().sum().item() for group in optimizer.param_groups for p in group["params"]
+        )
 
-    pf.cumulative_rewards, pf.minibatch_loss, hook = cumulative_rewards, minibatch_loss, register_optimizer_step_post_hook(after)
+    pf.cumulative_rewards, pf.minibatch_loss, hook = (
+        cumulative_rewards,
+        minibatch_loss,
+        register_optimizer_step_post_hook(after),
+    )
     try:
         pf.main(pf.Args(**settings))
     finally:

@@ -1,4 +1,5 @@
 """The study's statistics against numbers worked by hand, its plan, and what survives a kill."""
+
 import json
 import math
 from types import SimpleNamespace
@@ -31,7 +32,9 @@ def test_t_test_with_one_degree_of_freedom():
 
 
 def test_t_test_of_equal_values():
-    assert tables.t_test([0.0, 0.0]) == 1.0 and tables.t_test([0.1, 0.1]) == 0.0 and tables.t_test([0.1]) is None
+    assert (
+        tables.t_test([0.0, 0.0]) == 1.0 and tables.t_test([0.1, 0.1]) == 0.0 and tables.t_test([0.1]) is None
+    )
 
 
 def test_paired_difference_uses_only_pairs_that_both_have():
@@ -47,8 +50,11 @@ def test_paired_difference_uses_only_pairs_that_both_have():
 
 
 def test_worlds_count_once_whatever_their_seeds():
-    # world means of the differences: world 1 (.1 + .3) / 2 = .2, world 2 .6; t = .4 / .2 = 2, one degree of freedom
-    d = tables.paired_difference({(1, 1): 0.1, (1, 2): 0.3, (2, 1): 0.6}, {(1, 1): 0.0, (1, 2): 0.0, (2, 1): 0.0})
+    # world means of the differences: world 1 (.1 + .3) / 2 = .2, world 2 .6; t = .4 / .2 = 2, one degree of
+    # freedom
+    d = tables.paired_difference(
+        {(1, 1): 0.1, (1, 2): 0.3, (2, 1): 0.6}, {(1, 1): 0.0, (1, 2): 0.0, (2, 1): 0.0}
+    )
     assert d.worlds == 2
     assert d.world_p == pytest.approx(1 - 2 * math.atan(2) / math.pi, abs=1e-9)
 
@@ -70,10 +76,15 @@ def test_value_at_interpolates_and_stops_where_the_curve_ends():
 
 
 def test_value_at_takes_the_first_crossing():
-    assert tables.value_at([0.0, 2.0, 1.0, 3.0], [0.0, 2.0, 7.0, 8.0], 1.5) == pytest.approx(1.5)  # KL can fall again
+    assert tables.value_at([0.0, 2.0, 1.0, 3.0], [0.0, 2.0, 7.0, 8.0], 1.5) == pytest.approx(
+        1.5
+    )  # KL can fall again
 
 
-@pytest.mark.parametrize("a, sign, expected", [((0.1, 0.3), 1, "agrees"), ((0.1, 0.3), -1, "disagrees"), ((-0.1, 0.3), 1, "cannot tell")])
+@pytest.mark.parametrize(
+    "a, sign, expected",
+    [((0.1, 0.3), 1, "agrees"), ((0.1, 0.3), -1, "disagrees"), ((-0.1, 0.3), 1, "cannot tell")],
+)
 def test_verdict_needs_an_interval_without_zero(a, sign, expected):
     low, high = a
     d = tables.Difference((low + high) / 2, low, high, 0.01, low, high, 0.01, 4, 3)
@@ -90,7 +101,10 @@ def test_pooled_cells_are_judged_by_worlds_alone():
 
 def test_level_has_the_interval_of_its_worlds():
     # world means .4 and .6 whatever their seeds: mean .5, standard error .1, t(0.975, 1) = 12.7062
-    assert tables.with_interval({(1, 1): 0.3, (1, 2): 0.5, (2, 1): 0.6}) == f"0.500 [{0.5 - 1.27062:.3f}, {0.5 + 1.27062:.3f}]"
+    assert (
+        tables.with_interval({(1, 1): 0.3, (1, 2): 0.5, (2, 1): 0.6})
+        == f"0.500 [{0.5 - 1.27062:.3f}, {0.5 + 1.27062:.3f}]"
+    )
     assert tables.with_interval({(1, 1): 0.3, (1, 2): 0.5}) == "0.400"
 
 
@@ -102,10 +116,31 @@ def test_verdict_without_units_is_no_verdict():
 
 
 def unit(method, world, seed, sampled, **more):
-    curve = {"update": [0, 5], "episodes": [0, 1600], "optimizer_step": [0, 75], "kept_rows": [0, 1600], "greedy_pass1": [0.4, sampled],
-             "sampled_pass1": [0.3, sampled], "kl": [0.0, 2.0], "sampled_reward": [0.0, 1.0], "score": [None, 0.5], "kept_score": [None, 0.5]}  # fmt: skip
-    return {"method": method, "variant": "", "world": world, "seed": seed, "greedy_pass1": sampled + 0.1, "sampled_pass1": sampled,
-            "best": {"greedy_pass1": sampled, "sampled_pass1": sampled}, "kl": 2.0, "best_of_5": sampled + 0.2, "curve": curve, **more}  # fmt: skip
+    curve = {
+        "update": [0, 5],
+        "episodes": [0, 1600],
+        "optimizer_step": [0, 75],
+        "kept_rows": [0, 1600],
+        "greedy_pass1": [0.4, sampled],
+        "sampled_pass1": [0.3, sampled],
+        "kl": [0.0, 2.0],
+        "sampled_reward": [0.0, 1.0],
+        "score": [None, 0.5],
+        "kept_score": [None, 0.5],
+    }
+    return {
+        "method": method,
+        "variant": "",
+        "world": world,
+        "seed": seed,
+        "greedy_pass1": sampled + 0.1,
+        "sampled_pass1": sampled,
+        "best": {"greedy_pass1": sampled, "sampled_pass1": sampled},
+        "kl": 2.0,
+        "best_of_5": sampled + 0.2,
+        "curve": curve,
+        **more,
+    }
 
 
 def write_study(folder, units):
@@ -117,7 +152,9 @@ def write_study(folder, units):
 
 
 def test_missing_units_show_as_missing(tmp_path):
-    text = write_study(tmp_path / "study", [unit("ppo_m", w, s, 0.5 + 0.01 * s) for w in (1, 2) for s in (1, 2)])
+    text = write_study(
+        tmp_path / "study", [unit("ppo_m", w, s, 0.5 + 0.01 * s) for w in (1, 2) for s in (1, 2)]
+    )
     raft = next(line for line in text.splitlines() if line.startswith("| RAFT"))
     assert raft.count("missing") == 5
     row = next(line for line in text.splitlines() if line.startswith("| PPO-M"))
@@ -135,33 +172,52 @@ def test_a_unit_run_twice_counts_once():
 
 def test_comparison_at_equal_optimizer_steps_reads_the_curve():
     units = tables.Units([unit("br", 1, 1, 0.5)])
-    assert tables.at_budget(units, "br", "optimizer_step", 30) == {(1, 1): pytest.approx(0.38)}  # 30/75 of the way from .3 to .5
+    assert tables.at_budget(units, "br", "optimizer_step", 30) == {
+        (1, 1): pytest.approx(0.38)
+    }  # 30/75 of the way from .3 to .5
 
 
 def test_critic_warm_up_costs_no_steps_and_no_rows():
-    curve = {"update": [0, 5, 10], "optimizer_step": [0, 75, 150], "kept_rows": [0.0, 1600.0, 3200.0], "episodes": [0, 1600, 3200]}
-    run = {"command": "accelerate launch pfppo_single.py --lr 0.0001 --critic_warmup_updates 2 --kl_coef 0.05", "curve": curve}
+    curve = {
+        "update": [0, 5, 10],
+        "optimizer_step": [0, 75, 150],
+        "kept_rows": [0.0, 1600.0, 3200.0],
+        "episodes": [0, 1600, 3200],
+    }
+    run = {
+        "command": "accelerate launch pfppo_single.py --lr 0.0001 --critic_warmup_updates 2 --kl_coef 0.05",
+        "curve": curve,
+    }
     assert tables.axis_values(run, "optimizer_step") == [0, 45, 120]  # 2 of 5 updates: 30 of 75 steps
     assert tables.axis_values(run, "kept_rows") == [0, 960, 2560]
     assert tables.axis_values(run, "episodes") == [0, 1600, 3200]  # they are generated all the same
-    assert tables.axis_values({**run, "command": "accelerate launch -m benchmark.baselines.dpo"}, "optimizer_step") == [0, 75, 150]
+    assert tables.axis_values(
+        {**run, "command": "accelerate launch -m benchmark.baselines.dpo"}, "optimizer_step"
+    ) == [0, 75, 150]
 
 
 def test_whole_curve_is_the_mean_height():
     units = tables.Units([unit("br", 1, 1, 0.5), unit("dpo", 1, 1, 0.5)])
-    assert tables.curve_means(units, "br", 800, "sampled_pass1") == {(1, 1): pytest.approx(0.35)}  # from .3 to .4 in a line
+    assert tables.curve_means(units, "br", 800, "sampled_pass1") == {
+        (1, 1): pytest.approx(0.35)
+    }  # from .3 to .4 in a line
     units.lines[1]["curve"]["episodes"] = [0, 0]  # generates nothing
     assert tables.curve_means(units, "dpo", 800, "sampled_pass1") == {}
 
 
 def test_sft_stands_for_every_seed_of_its_world():
-    assert tables.spread({(1, 1): 0.4, (2, 1): 0.5}, {(1, 1): 0, (1, 2): 0, (3, 1): 0}) == {(1, 1): 0.4, (1, 2): 0.4}
+    assert tables.spread({(1, 1): 0.4, (2, 1): 0.5}, {(1, 1): 0, (1, 2): 0, (3, 1): 0}) == {
+        (1, 1): 0.4,
+        (1, 2): 0.4,
+    }
 
 
 def samples(prompts=400, n=10, seed=1):
     rng = np.random.default_rng(seed)
     reward = rng.uniform(-1, 1, prompts * n)
-    actual = (rng.uniform(size=prompts * n) < 0.5 + 0.4 * reward).astype(float)  # s is linear in R: every filter's R² would be 1
+    actual = (rng.uniform(size=prompts * n) < 0.5 + 0.4 * reward).astype(
+        float
+    )  # s is linear in R: every filter's R² would be 1
     return {"prompt_ids": np.repeat(np.arange(prompts), n), "reward": reward, "actual": actual}
 
 
@@ -180,41 +236,69 @@ def test_regrouped_samples_keep_neighbours_together():
 
 
 def test_spread_of_repeats_beside_what_counting_gives():
-    repeats = [{"actual": [0.0, 0.0, 0.4, 1.0, 1.0], "count": [25] * 5}, {"actual": [0.0, 0.0, 0.6, 1.0, 0.8], "count": [25] * 5}]
+    repeats = [
+        {"actual": [0.0, 0.0, 0.4, 1.0, 1.0], "count": [25] * 5},
+        {"actual": [0.0, 0.0, 0.6, 1.0, 0.8], "count": [25] * 5},
+    ]
     # variances over the two repeats: 0 0 .02 0 .02; at the ends p is 0 0 1 .9, in the middle .5
-    assert tables.spread_of_repeats(repeats) == pytest.approx(((0.02 / 4) ** 0.5, (0.09 / 25 / 4) ** 0.5, 0.02**0.5, 0.1))
+    assert tables.spread_of_repeats(repeats) == pytest.approx(
+        ((0.02 / 4) ** 0.5, (0.09 / 25 / 4) ** 0.5, 0.02**0.5, 0.1)
+    )
 
 
 def test_bands_leave_out_what_worlds_have_in_common():
-    runs = {"ppo_m": [{"world": w, "update": [0], "y": [level - 0.1]} for w, level in ((1, 0.2), (2, 0.8))],
-            "br": [{"world": w, "update": [0], "y": [level + 0.1]} for w, level in ((1, 0.2), (2, 0.8))]}  # fmt: skip
+    runs = {
+        "ppo_m": [{"world": w, "update": [0], "y": [level - 0.1]} for w, level in ((1, 0.2), (2, 0.8))],
+        "br": [{"world": w, "update": [0], "y": [level + 0.1]} for w, level in ((1, 0.2), (2, 0.8))],
+    }
     levels = figures.world_levels(runs, "y")
     assert levels == {(1, 0): pytest.approx(0.2), (2, 0): pytest.approx(0.8)}
-    drawn = SimpleNamespace(plot=lambda *_, **__: None, fill_between=lambda xs, low, high, **_: bands.append((low[0], high[0])))
+    drawn = SimpleNamespace(
+        plot=lambda *_, **__: None, fill_between=lambda xs, low, high, **_: bands.append((low[0], high[0]))
+    )
     bands = []
     figures.band(drawn, runs["br"], "update", "y", "red", levels)
     assert bands == [(pytest.approx(0.6), pytest.approx(0.6))]  # .1 above its world in both: nothing is left
-    runs["br"][0]["y"] = [0.4]  # .2 and .1 above: standard deviation .1 / √2, standard error .05, t(.975, 1) = 12.7062, Morey √(3/2)
+    runs["br"][0]["y"] = [
+        0.4
+    ]  # .2 and .1 above: standard deviation .1 / √2, standard error .05, t(.975, 1) = 12.7062, Morey √(3/2)
     figures.band(drawn, runs["br"], "update", "y", "red", levels)
     assert bands[1][1] - 0.65 == pytest.approx(12.7062 * 0.05 * math.sqrt(1.5), rel=1e-5)
 
 
 def test_figure_2_is_judged_on_the_last_evaluation():
-    units = tables.Units([unit(m, w, 1, 0.5 + gain + 0.001 * w * gain) for m, gain in (("ppo_m", 0.0), ("br", 0.1)) for w in (1, 2, 3)])
+    units = tables.Units(
+        [
+            unit(m, w, 1, 0.5 + gain + 0.001 * w * gain)
+            for m, gain in (("ppo_m", 0.0), ("br", 0.1))
+            for w in (1, 2, 3)
+        ]
+    )
     sentence = next(s for s in tables.training_sentences(units) if "BR" in s and "sampled pass@1" in s)
     assert "+0.100" in sentence and "agrees, also over worlds" in sentence
 
 
 def test_cells_of_the_map_are_also_judged_together():
     cells = ["pairs=300 noise=0.0 kl=0.05 n=5", "pairs=all noise=0.0 kl=0.05 n=5"]
-    lines = [{**unit(m, w, 1, 0.5 + 0.001 * w + gain), "variant": cell} for cell in cells for w in (1, 2, 3) for m, gain in (("ppo_m", 0.0), ("br", 0.02))]
+    lines = [
+        {**unit(m, w, 1, 0.5 + 0.001 * w + gain), "variant": cell}
+        for cell in cells
+        for w in (1, 2, 3)
+        for m, gain in (("ppo_m", 0.0), ("br", 0.02))
+    ]
     table = tables.map_tables(tables.Units(lines))[0]
     sentence = next(s for s in table.sentences if s.startswith("PF-PPO BR against PPO-M at equal rollouts"))
-    assert "All cells together: +0.020 [+0.020, +0.020]" in sentence and "(6 pairs): **wins, also over worlds**" in sentence
+    assert (
+        "All cells together: +0.020 [+0.020, +0.020]" in sentence
+        and "(6 pairs): **wins, also over worlds**" in sentence
+    )
 
 
 def test_every_method_of_the_issue_has_a_row():
-    names = "sft raft bond dpo ipo kto iterative_dpo ppo_s ppo_m bon br bw random top top_random top_bottom pow_1 pow_2 pow_3 oracle"
+    names = (
+        "sft raft bond dpo ipo kto iterative_dpo ppo_s ppo_m bon br bw random top top_random top_bottom "
+        "pow_1 pow_2 pow_3 oracle"
+    )
     assert set(reproduce.ORDER) == set(names.split())
     assert set(tables.PAPER_TABLE2) | set(tables.PAPER_TABLE3) == set(names.split())
 
@@ -225,34 +309,56 @@ def test_every_method_of_the_issue_has_a_row():
 def test_default_plan_has_the_paired_main_comparison_first():
     runs = [u for u in reproduce.planned_units(reproduce.Args()) if not u.stage]
     main = [u for u in runs if u.method in reproduce.MAIN and not u.variant]
-    assert runs[: len(main)] == main and {u.seed for u in main} == {1, 2} and {u.world for u in main} == {1, 2, 3}
+    assert (
+        runs[: len(main)] == main
+        and {u.seed for u in main} == {1, 2}
+        and {u.world for u in main} == {1, 2, 3}
+    )
     assert {u.method for u in runs} == set(reproduce.ORDER)
 
 
 def test_worlds_of_the_main_job_are_used_and_other_sizes_refused(tmp_path):
     source = tmp_path / "quickstart/seed_1"
     (source / "world").mkdir(parents=True)
-    args = reproduce.Args(worlds=(1,), worlds_from=str(tmp_path / "quickstart"), work_dir=str(tmp_path / "work"))
-    sizes = {name: getattr(args, name) for name in ("num_sft", "sft_epochs", "num_preference", "num_valid", "num_test")}
+    args = reproduce.Args(
+        worlds=(1,), worlds_from=str(tmp_path / "quickstart"), work_dir=str(tmp_path / "work")
+    )
+    sizes = {
+        name: getattr(args, name)
+        for name in ("num_sft", "sft_epochs", "num_preference", "num_valid", "num_test")
+    }
     (source / "quickstart.json").write_text(json.dumps({**sizes, "seed": 1}))
     place = reproduce.Workplace(args)
     reproduce.borrow_worlds(place)
-    assert reproduce.stage_done(reproduce.Unit(1, 1, stage="world"), place) and not reproduce.stage_done(reproduce.Unit(1, 1, stage="rm"), place)
+    assert reproduce.stage_done(reproduce.Unit(1, 1, stage="world"), place) and not reproduce.stage_done(
+        reproduce.Unit(1, 1, stage="rm"), place
+    )
     (source / "quickstart.json").write_text(json.dumps({**sizes, "seed": 1, "num_sft": 5}))
     with pytest.raises(SystemExit, match="num_sft 5 there"):
         reproduce.borrow_worlds(place)
 
 
 def test_plan_goes_seed_by_seed_and_round_the_worlds():
-    runs = [u for u in reproduce.planned_units(reproduce.Args(methods=("ppo_m", "br"), worlds=(1, 2), seeds=(1, 2))) if not u.stage]
-    assert [(u.method, u.world, u.seed) for u in runs][:4] == [("ppo_m", 1, 1), ("ppo_m", 2, 1), ("br", 1, 1), ("br", 2, 1)]
+    runs = [
+        u
+        for u in reproduce.planned_units(reproduce.Args(methods=("ppo_m", "br"), worlds=(1, 2), seeds=(1, 2)))
+        if not u.stage
+    ]
+    assert [(u.method, u.world, u.seed) for u in runs][:4] == [
+        ("ppo_m", 1, 1),
+        ("ppo_m", 2, 1),
+        ("br", 1, 1),
+        ("br", 2, 1),
+    ]
     assert len(runs) == 8 and {u.seed for u in runs[4:]} == {2}
 
 
 def test_full_plan_has_twelve_units_of_every_rl_row_and_six_of_the_others():
     runs = [u for u in reproduce.planned_units(reproduce.Args(full=True)) if not u.stage]
     count = {name: sum(u.method == name and not u.variant for u in runs) for name in reproduce.ORDER}
-    assert {name: sum(u.method == name and u.variant == "tuned" for u in runs) for name in reproduce.TUNED} == dict.fromkeys(reproduce.TUNED, 12)
+    assert {
+        name: sum(u.method == name and u.variant == "tuned" for u in runs) for name in reproduce.TUNED
+    } == dict.fromkeys(reproduce.TUNED, 12)
     assert count.pop("sft") == 3
     assert {name for name, n in count.items() if n == 6} == set(reproduce.BASELINES)
     assert {name for name, n in count.items() if n == 12} == set(count) - set(reproduce.BASELINES)
@@ -294,28 +400,53 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 
 def test_curve_sums_kept_rows_and_averages_scores_since_the_last_evaluation():
-    metrics = [{"step": 0, "eval/greedy_pass1": 0.4, "eval/kl": 0.0},
-               {"step": 1, "filter/kept": 128, "objective/score": 1.0, "ppo/optimizer_step": 6, "ppo/episode": 320},
-               {"step": 2, "filter/kept": 128, "objective/score": 2.0, "ppo/optimizer_step": 12, "ppo/episode": 640, "eval/greedy_pass1": 0.5}]  # fmt: skip
+    metrics = [
+        {"step": 0, "eval/greedy_pass1": 0.4, "eval/kl": 0.0},
+        {"step": 1, "filter/kept": 128, "objective/score": 1.0, "ppo/optimizer_step": 6, "ppo/episode": 320},
+        {
+            "step": 2,
+            "filter/kept": 128,
+            "objective/score": 2.0,
+            "ppo/optimizer_step": 12,
+            "ppo/episode": 640,
+            "eval/greedy_pass1": 0.5,
+        },
+    ]
     curve = reproduce.curve(metrics)
-    assert curve["kept_rows"] == [0, 256] and curve["score"] == [None, 1.5] and curve["optimizer_step"] == [0, 12]
+    assert (
+        curve["kept_rows"] == [0, 256]
+        and curve["score"] == [None, 1.5]
+        and curve["optimizer_step"] == [0, 12]
+    )
 
 
 def test_best_checkpoint_is_the_first_of_equals():
-    assert reproduce.best_update([{"step": s, "eval/greedy_pass1": p} for s, p in ((0, 0.4), (5, 0.6), (10, 0.6))]) == 5
+    assert (
+        reproduce.best_update(
+            [{"step": s, "eval/greedy_pass1": p} for s, p in ((0, 0.4), (5, 0.6), (10, 0.6))]
+        )
+        == 5
+    )
 
 
 def test_reported_command_holds_every_flag():
     place = reproduce.Workplace(reproduce.Args(updates=4))
     script, settings = place.run(reproduce.Unit(1, 7, "bw"))
     command = reproduce.pipeline.command_line(script, settings)
-    assert command.startswith("accelerate launch --cpu --num_processes 1 pfppo_single.py ") and "--filter bw" in command and "--seed 7" in command
+    assert (
+        command.startswith("accelerate launch --cpu --num_processes 1 pfppo_single.py ")
+        and "--filter bw" in command
+        and "--seed 7" in command
+    )
     assert "--total_episodes 1280" in command
 
 
 def test_runs_with_other_flags_get_other_folders():
     place = reproduce.Workplace(reproduce.Args())
-    folders = {place.run(reproduce.Unit(1, 1, "br", changes=changes))[1]["output_dir"] for changes in ((), (("kl_coef", 0.2),))}
+    folders = {
+        place.run(reproduce.Unit(1, 1, "br", changes=changes))[1]["output_dir"]
+        for changes in ((), (("kl_coef", 0.2),))
+    }
     assert len(folders) == 2
 
 
@@ -346,12 +477,18 @@ def test_every_cell_of_the_map_generates_as_many_responses_per_update():
 
 
 def test_full_map_repeats_the_cross_over_seeds_and_every_other_combination_once():
-    units = [u for u in reproduce.planned_units(reproduce.Args(study="map", full=True, worlds=(1,))) if u.method == "ppo_m"]
+    units = [
+        u
+        for u in reproduce.planned_units(reproduce.Args(study="map", full=True, worlds=(1,)))
+        if u.method == "ppo_m"
+    ]
     seeds = {}
     for unit in units:
         seeds.setdefault(unit.variant, []).append(unit.seed)
     assert len(seeds) == 60 and sum(len(found) == 4 for found in seeds.values()) == 10
-    assert seeds["pairs=1000 noise=0.0 kl=0.2 n=5"] == [1, 2, 3, 4] and seeds["pairs=300 noise=0.0 kl=0.2 n=16"] == [1]
+    assert seeds["pairs=1000 noise=0.0 kl=0.2 n=5"] == [1, 2, 3, 4] and seeds[
+        "pairs=300 noise=0.0 kl=0.2 n=16"
+    ] == [1]
 
 
 # ---------------------------------------------------------------- beyond the paper
@@ -371,14 +508,24 @@ def test_early_stopping_keeps_the_best_before_two_probes_without_a_new_one():
 
 
 def test_only_numbers_that_a_table_reads_are_measured_again():
-    assert reproduce.needed_version(reproduce.Unit(1, 1, "br", variant="alarm"), "beyond") == reproduce.VERSION
+    assert (
+        reproduce.needed_version(reproduce.Unit(1, 1, "br", variant="alarm"), "beyond") == reproduce.VERSION
+    )
     assert reproduce.needed_version(reproduce.Unit(1, 1, "br"), "table2") == 2
-    assert reproduce.needed_version(reproduce.Unit(1, 1, "br"), "beyond") == reproduce.needed_version(reproduce.Unit(1, 1, "dpo"), "table2") == 1
+    assert (
+        reproduce.needed_version(reproduce.Unit(1, 1, "br"), "beyond")
+        == reproduce.needed_version(reproduce.Unit(1, 1, "dpo"), "table2")
+        == 1
+    )
 
 
 def test_simplex_holds_every_weight_vector_once():
-    found = reproduce.simplex(3, 4, 0.5)  # quarters, none above a half: the orders of (½, ½, 0) and of (½, ¼, ¼)
-    assert sorted(found) == sorted([[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
+    found = reproduce.simplex(
+        3, 4, 0.5
+    )  # quarters, none above a half: the orders of (½, ½, 0) and of (½, ¼, ¼)
+    assert sorted(found) == sorted(
+        [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]
+    )
 
 
 def test_centred_reward_has_mean_zero_per_prompt_and_leaves_single_responses():
@@ -395,23 +542,35 @@ def test_chosen_weights_are_what_trains(tmp_path):
 
 
 def test_noise_acts_in_the_middle_of_the_range_only():
-    assert study_rewards.middle_noise(1.0, 2.0, 0.5) == 1.0 and study_rewards.middle_noise(-1.0, 2.0, 0.5) == -1.0
-    assert study_rewards.middle_noise(0.0, 2.0, 0.5) == 1.0 and study_rewards.middle_noise(0.5, 2.0, 0.5) == 1.25
+    assert (
+        study_rewards.middle_noise(1.0, 2.0, 0.5) == 1.0
+        and study_rewards.middle_noise(-1.0, 2.0, 0.5) == -1.0
+    )
+    assert (
+        study_rewards.middle_noise(0.0, 2.0, 0.5) == 1.0 and study_rewards.middle_noise(0.5, 2.0, 0.5) == 1.25
+    )
 
 
 def test_noise_belongs_to_the_text():
     values = [study_rewards.text_noise("p", f"response {i}") for i in range(2000)]
-    assert study_rewards.text_noise("p", "response 0") == values[0] != study_rewards.text_noise("q", "response 0")
+    assert (
+        study_rewards.text_noise("p", "response 0")
+        == values[0]
+        != study_rewards.text_noise("q", "response 0")
+    )
     mean = sum(values) / len(values)
-    assert abs(mean) < 0.1 and abs(sum((v - mean) ** 2 for v in values) / len(values) - 1) < 0.15  # 4 standard errors
+    assert (
+        abs(mean) < 0.1 and abs(sum((v - mean) ** 2 for v in values) / len(values) - 1) < 0.15
+    )  # 4 standard errors
 
 
-# ---------------------------------------------------------------- the scheduler, with units that only write their numbers
+# ---------------------------------------------------------------- the scheduler, on units of numbers alone
 
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """Units take no time: a part of a world leaves a file, a method its seed as pass@1; BW of world 2 fails while `broken` is there."""
+    """Units take no time: a part of a world leaves a file, a method its seed as pass@1; BW of world 2 fails
+    while `broken` is there."""
     done, broken = tmp_path / "done", tmp_path / "broken"
     done.mkdir()
 
@@ -423,9 +582,15 @@ def pretend(monkeypatch, tmp_path):
         if old:
             numbers = {**old, "r2_filters": "new"}
             return result.write_text(json.dumps(numbers))
-        numbers = {name: unit.seed / 10 for name in ("greedy_pass1", "sampled_pass1", "kl", "seconds", "cpu_seconds")}
+        numbers = {
+            name: unit.seed / 10 for name in ("greedy_pass1", "sampled_pass1", "kl", "seconds", "cpu_seconds")
+        }
         result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps({**numbers, "command": "accelerate launch ..."} | ({} if not unit.stage else {"seconds": 0.1})))
+        result.write_text(
+            json.dumps(
+                {**numbers, "command": "accelerate launch ..."} | ({} if not unit.stage else {"seconds": 0.1})
+            )
+        )
 
     monkeypatch.setattr(reproduce, "run_unit", run_unit)
     monkeypatch.setattr(reproduce, "stage_done", lambda unit, place: (done / str(unit)).exists())
@@ -434,7 +599,13 @@ def pretend(monkeypatch, tmp_path):
 
 
 def study_args(tmp_path):
-    return reproduce.Args(output_dir=str(tmp_path / "results"), work_dir=str(tmp_path / "work"), methods=("br", "bw"), worlds=(1, 2), seeds=(1, 2))
+    return reproduce.Args(
+        output_dir=str(tmp_path / "results"),
+        work_dir=str(tmp_path / "work"),
+        methods=("br", "bw"),
+        worlds=(1, 2),
+        seeds=(1, 2),
+    )
 
 
 def lines_of(tmp_path):
@@ -444,8 +615,20 @@ def lines_of(tmp_path):
 def test_every_finished_unit_is_one_line_with_what_others_rely_on(pretend, tmp_path):
     assert reproduce.main(study_args(tmp_path)) == 0
     lines = lines_of(tmp_path)
-    assert sorted((u["method"], u["world"], u["seed"]) for u in lines) == [(m, w, s) for m in ("br", "bw") for w in (1, 2) for s in (1, 2)]
-    for name in ("method", "world", "seed", "greedy_pass1", "sampled_pass1", "kl", "seconds", "commit", "command"):
+    assert sorted((u["method"], u["world"], u["seed"]) for u in lines) == [
+        (m, w, s) for m in ("br", "bw") for w in (1, 2) for s in (1, 2)
+    ]
+    for name in (
+        "method",
+        "world",
+        "seed",
+        "greedy_pass1",
+        "sampled_pass1",
+        "kl",
+        "seconds",
+        "commit",
+        "command",
+    ):
         assert all(name in u for u in lines), name
 
 
@@ -466,15 +649,22 @@ def test_r2_of_an_older_version_is_measured_again_and_nothing_else(pretend, tmp_
     path.write_text("".join(json.dumps(line) + "\n" for line in old))
     assert reproduce.main(args) == 0
     lines = lines_of(tmp_path)
-    assert len(lines) == len(old) and all(line["version"] == reproduce.VERSION and line["r2_filters"] == "new" for line in lines)
-    assert {line["commit"] for line in lines} == {"then"} and [line["kl"] for line in lines] == [line["kl"] for line in old]
+    assert len(lines) == len(old) and all(
+        line["version"] == reproduce.VERSION and line["r2_filters"] == "new" for line in lines
+    )
+    assert {line["commit"] for line in lines} == {"then"} and [line["kl"] for line in lines] == [
+        line["kl"] for line in old
+    ]
 
 
 def test_dry_run_prints_the_budget_and_does_nothing(pretend, tmp_path, capfd):
     args = study_args(tmp_path)
     args.dry_run = True
     assert reproduce.main(args) == 0
-    assert "16 units to do, 0 done; about" in capfd.readouterr().out and not (tmp_path / "results/units.jsonl").exists()
+    assert (
+        "16 units to do, 0 done; about" in capfd.readouterr().out
+        and not (tmp_path / "results/units.jsonl").exists()
+    )
 
 
 def test_the_speed_comparison_names_what_its_world_lacks(tmp_path):

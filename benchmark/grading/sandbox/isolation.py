@@ -1,4 +1,5 @@
-"""What the kernel grants to keep a program in: namespaces, mounts, landlock, seccomp, a user without privileges."""
+"""What the kernel grants to keep a program in: namespaces, mounts, landlock, seccomp, a user without
+privileges."""
 
 import ctypes
 import os
@@ -14,10 +15,12 @@ NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000
 PRIVATE, RECURSIVE, BIND, READ_ONLY, NO_SUID, NO_DEVICES = 0x40000, 0x4000, 0x1000, 1, 2, 4  # of mount(2)
 DIE_WITH_PARENT, DUMPABLE, SECCOMP, ADOPT_ORPHANS, NO_NEW_PRIVILEGES = 1, 4, 22, 36, 38  # of prctl(2)
 libc = ctypes.CDLL(None, use_errno=True)
-# Without os.fork's handlers, which rewrite much memory in the child for threads that a template does not have.
+# Without os.fork's handlers, which rewrite much memory in the child for threads that a template does not
+# have.
 fork = ctypes.PyDLL(None).fork
 
-# System calls that a program has no business with, by number (x86_64, aarch64); None where the machine has none.
+# System calls that a program has no business with, by number (x86_64, aarch64); None where the machine has
+# none.
 DENIED = {
     "socket": (41, 198),
     "connect": (42, 203),
@@ -95,9 +98,9 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column abo
 def seccomp_program(allow_fork):
     """The filter as bytes of `struct sock_filter`, or None on a machine whose numbers are not listed.
 
-    allow_fork: for a template whose children have a process namespace and a user of their own. It passes the two
-    calls by which the template makes such namespaces (of its children, who lack the privilege, the kernel refuses
-    them). Without it, no process can be made or signalled at all.
+    allow_fork: for a template whose children have a process namespace and a user of their own. It passes the
+    two calls by which the template makes such namespaces (of its children, who lack the privilege, the kernel
+    refuses them). Without it, no process can be made or signalled at all.
     """
     if os.uname().machine not in MACHINES or sys.maxsize < 1 << 32:
         return None
@@ -213,7 +216,8 @@ def become(user):
 
 
 def own_user_namespace():
-    """A namespace in which this user, who has no privilege, may make the others. Returns whether it is there."""
+    """A namespace in which this user, who has no privilege, may make the others. Returns whether it is
+    there."""
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0 or libc.unshare(NEW_USER) != 0:
         return False
@@ -224,24 +228,28 @@ def own_user_namespace():
 
 
 def own_mounts(base, library):
-    """A file system in memory at `base`, which ends with the template, and an empty /proc. Returns whether it is there."""
+    """A file system in memory at `base`, which ends with the template, and an empty /proc. Returns where the
+    library is seen then, or None without such mounts."""
     if libc.unshare(NEW_NS) != 0 or libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None) != 0:
-        return False
+        return None
     options = b"size=256m,nr_inodes=20000,mode=0711"
     if libc.mount(b"tmpfs", base.encode(), b"tmpfs", NO_SUID | NO_DEVICES, options) != 0:
-        return False
+        return None
     # The interpreter may live where only its owner may look (/root), so the library is shown again inside.
     inside = os.path.join(base, "library")
     os.mkdir(inside)
     if libc.mount(library.encode(), inside.encode(), None, BIND | RECURSIVE, None) == 0:
         sys.path[:] = [inside, os.path.join(inside, "lib-dynload")]
         move_packages(library, inside)
+    else:
+        inside = library
     libc.mount(b"tmpfs", b"/proc", b"tmpfs", READ_ONLY | NO_SUID | NO_DEVICES, b"size=4k")
-    return True
+    return inside
 
 
 def limit_resources(processes):
-    """Limits for this process and its children; processes: whether they are counted per user, hence per program."""
+    """Limits for this process and its children; processes: whether they are counted per user, hence per
+    program."""
     limits = {"FSIZE": FILE_BYTES, "NOFILE": 64, "CORE": 0, "STACK": 64 << 20}
     if processes:
         limits["NPROC"] = PROCESSES

@@ -32,8 +32,8 @@ def _asking(what, expected):
 
 def _between_proxies(name):
     def method(self, other):
-        # Both operands are the program's own, so nothing is disclosed. With a value of the tests the object would
-        # learn what is expected.
+        # Both operands are the program's own, so nothing is disclosed. With a value of the tests the object
+        # would learn what is expected.
         if not (isinstance(other, Proxy) and other._grader_link is self._grader_link):
             raise TypeError(
                 f"{name} between an object of the program and a value of the tests: return plain data"
@@ -46,8 +46,8 @@ def _between_proxies(name):
 
 
 class Proxy:
-    """A program's object as the tests see it. It can be used (called, read, iterated) but never decides whether it
-    equals a value of the tests."""
+    """A program's object as the tests see it. It can be used (called, read, iterated) but never decides
+    whether it equals a value of the tests."""
 
     __slots__ = ("_grader_link", "_grader_number")
 
@@ -161,7 +161,8 @@ class JudgeLink(Link):
         except StopIteration as stop:
             if what in ("next", "send"):
                 raise
-            # Out of a call it would end a map() or zip() of the tests early, as if there were nothing left to check.
+            # Out of a call it would end a map() or zip() of the tests early, as if there were nothing left to
+            # check.
             raise RuntimeError(f"the program raised StopIteration: {stop}") from None
         except (ProgramEnded, Malformed) as error:
             self.fatal = self.fatal or str(error)
@@ -265,7 +266,8 @@ class JudgeLink(Link):
 
 
 def can_fail(tree):
-    """Whether the tests hold anything that can fail: an assert, a raise, or a call of an assert-like method."""
+    """Whether the tests hold anything that can fail: an assert, a raise, or a call of an assert-like
+    method."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assert, ast.Raise)):
             return True
@@ -277,8 +279,8 @@ def can_fail(tree):
 
 
 def imported_names(source, wanted):
-    """Standard-library objects that the program's own top-level import statements bind to `wanted` names, imported
-    here, not taken from the program."""
+    """Standard-library objects that the program's own top-level import statements bind to `wanted` names,
+    imported here, not taken from the program."""
     found = {}
     try:
         body = ast.parse(source).body
@@ -315,13 +317,13 @@ def imported_names(source, wanted):
 
 
 def judge(job, sock, helper_sock=None):
-    """Runs the tests against the program behind `sock`. Returns {"passed", "detail"}, or {"error"} for what is not
-    the program's fault.
+    """Runs the tests against the program behind `sock`. Returns {"passed", "detail"}, or {"error"} for what
+    is not the program's fault.
 
-    Names that the tests use and do not define mean, in this order: the entry point (always the program's), builtins,
-    functions of `helpers` (trusted source, run here), standard-library modules, what the program imports from the
-    standard library (imported here), functions that the program defines above its entry point (asked of a second
-    process that holds only that part), and last the program's own.
+    Names that the tests use and do not define mean, in this order: the entry point (always the program's),
+    builtins, functions of `helpers` (trusted source, run here), standard-library modules, what the program
+    imports from the standard library (imported here), functions that the program defines above its entry
+    point (asked of a second process that holds only that part), and last the program's own.
     """
     entry_point, space = job["entry_point"], {"__name__": TESTS_MODULE, "__builtins__": builtins}
     try:
@@ -422,11 +424,11 @@ def explain(error, tests):
 
 
 def run_judge(sock):
-    """Runs job after job until the socket closes: a job with the program's socket (and the helper's) comes in, a
-    verdict goes out.
+    """Runs job after job until the socket closes: a job with the program's socket (and the helper's) comes
+    in, a verdict goes out.
 
-    The tests are trusted and get a fresh namespace each. Where they leave a trace in the interpreter, the verdict
-    says that this judge is used up.
+    The tests are trusted and get a fresh namespace each. Where they leave a trace in the interpreter, the
+    verdict says that this judge is used up.
     """
     gc.enable()
     before = interpreter_state()

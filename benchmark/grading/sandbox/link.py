@@ -13,17 +13,18 @@ MAX_MESSAGE = 32 << 20  # bytes; a larger answer fails the program before it can
 
 
 class Malformed(Exception):
-    """The other side sent something that is no message of ours: a forged or broken answer, counted as a failure of
-    the program."""
+    """The other side sent something that is no message of ours: a forged or broken answer, counted as a
+    failure of the program."""
 
 
 class ProgramEnded(BaseException):
-    """The program's process ended, or tried to (SystemExit, KeyboardInterrupt). No `except Exception` in the tests
-    may swallow it."""
+    """The program's process ended, or tried to (SystemExit, KeyboardInterrupt). No `except Exception` in the
+    tests may swallow it."""
 
 
 class NotTransferable(Exception):
-    """The tests hand over an object that cannot cross: the grader's shortcoming, never counted against the program."""
+    """The tests hand over an object that cannot cross: the grader's shortcoming, never counted against the
+    program."""
 
 
 MUTABLE = {  # exact type -> tag; these have an identity that both sides know by a number
@@ -62,8 +63,8 @@ DATES = {kind.__name__: kind for kind in DATE_FIELDS}
 
 
 def contents(value, tag):
-    """The elements of a mutable container as a flat list (keys and values in turn); equal lists by identity mean
-    that it has not changed."""
+    """The elements of a mutable container as a flat list (keys and values in turn); equal lists by identity
+    mean that it has not changed."""
     if tag in "lsq":
         return list(value)
     if tag == "y":
@@ -75,9 +76,9 @@ def contents(value, tag):
 class Link:
     """One end of the socket between judge and program.
 
-    A message is [kind, value, definitions]: `definitions` lists every mutable container that the receiver has not
-    seen or that has changed since, as [number, tag, elements, extra]; elsewhere a container is the number alone. So
-    sharing, cycles and changes in place look the same on both sides, as in one process.
+    A message is [kind, value, definitions]: `definitions` lists every mutable container that the receiver has
+    not seen or that has changed since, as [number, tag, elements, extra]; elsewhere a container is the number
+    alone. So sharing, cycles and changes in place look the same on both sides, as in one process.
     """
 
     first_number = 0
@@ -186,8 +187,8 @@ class Link:
         self.tags[number], self.extras[number] = tag, extra
 
     def forget(self):
-        """Drops the identities of containers seen so far, so that a long test does not compare them all at every
-        call."""
+        """Drops the identities of containers seen so far, so that a long test does not compare them all at
+        every call."""
         for table in (self.objects, self.numbers, self.seen, self.tags, self.extras):
             table.clear()
 
@@ -265,7 +266,8 @@ class Link:
                         value[key] = part
             self.seen[number] = contents(value, tag)
 
-    # -- conversation: either side may ask the other while it answers (a function that was handed over is called back)
+    # -- conversation: either side may ask the other while it answers (a function that was handed over is
+    # called back)
     def request(self, *what):
         self.send("request", what)
         while True:

@@ -122,8 +122,8 @@ class ProgramLink(Link):
 
 
 class Kept:
-    """Marks an object that the tests made by calling a class of the program: it stays there, even when it derives
-    from list or dict."""
+    """Marks an object that the tests made by calling a class of the program: it stays there, even when it
+    derives from list or dict."""
 
     def __init__(self, value):
         self.value = value

@@ -11,7 +11,6 @@ import resource
 import select
 import signal
 import socket
-import sys
 import sysconfig
 import time
 
@@ -39,8 +38,8 @@ from .judge import run_judge
 from .link import ProgramEnded
 from .program import run_program
 
-# Imported once by the template, so that a child that imports them pays nothing. Each makes every fork dearer, so only
-# what programs import often.
+# Imported once by the template, so that a child that imports them pays nothing. Each makes every fork dearer,
+# so only what programs import often.
 WARM = "bisect collections.abc contextlib copy heapq itertools math re string typing".split()
 
 
@@ -57,10 +56,11 @@ class Template:
         """Shuts this process into what the kernel grants; `self.active` says what that is."""
         self.enter_namespaces()
         library = sysconfig.get_path("stdlib")
-        if own_mounts(self.base, library):
+        inside = own_mounts(self.base, library)
+        if inside:
             self.active.append("mount namespace")
         os.mkdir(self.home, 0o711)
-        self.drop = os.geteuid() == 0 and works_in_child(self.can_drop)
+        self.drop = os.geteuid() == 0 and works_in_child(lambda: self.can_drop(inside or library))
         self.active += ["unprivileged user"] if self.drop else []
         libc.prctl(DUMPABLE, 0, 0, 0, 0)  # /proc/<pid> of judge and templates is closed to others
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -94,13 +94,14 @@ class Template:
             if libc.unshare(flag) == 0:
                 self.active.append(name)
 
-    def can_drop(self):
+    def can_drop(self, library):
         """Whether another user can read the library, so that programs can run as one."""
         become(self.first_uid)
-        return all(os.access(os.path.join(folder, "os.py"), os.R_OK) for folder in sys.path[:1])
+        return os.access(os.path.join(library, "os.py"), os.R_OK)
 
     def file_rules(self, library):
-        """What programs may read and write: the library without what others have installed, their own folders."""
+        """What programs may read and write: the library without what others have installed, their own
+        folders."""
         places = (
             library,
             os.path.join(self.base, "library"),
@@ -126,12 +127,13 @@ class Template:
             self.filter = None
             if self.pid_namespace is None:
                 raise OSError(
-                    "the kernel grants neither namespaces nor seccomp: a program could end the grader, so none is run"
+                    "the kernel grants neither namespaces nor seccomp: a program could end the grader, so "
+                    "none is run"
                 )
 
     def serve(self):
-        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", "memory", "cpu"} with a
-        socket, {"kill": id}, {"clock": id}."""
+        """Forks on request until the control socket closes. Requests: {"fork": id, "slot", "memory", "cpu"}
+        with a socket, {"kill": id}, {"clock": id}."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         os.set_blocking(reader, False)
@@ -157,7 +159,8 @@ class Template:
                     self.kill(self.children[request["kill"]][0])
                 elif "clock" in request:
                     pid = self.children.get(request["clock"], (None,))[0]
-                    # The number of another process's CPU-time clock is made as clock_getcpuclockid(3) makes it.
+                    # The number of another process's CPU-time clock is made as clock_getcpuclockid(3) makes
+                    # it.
                     seconds = time.clock_gettime(~pid << 3 | 2) if pid else 0.0
                     self.report({"id": request["clock"], "clock": seconds, "for": request.get("for")})
                 for fd in descriptors:
@@ -192,8 +195,8 @@ class Template:
         self.children[request["fork"]] = (pid, folder)
 
     def child(self, request, descriptor, folder, uid):
-        # Little is done here, and in few lines: what can be inherited was set up in the template, and every page that
-        # is written is copied.
+        # Little is done here, and in few lines: what can be inherited was set up in the template, and every
+        # page that is written is copied.
         _signal.set_wakeup_fd(-1)
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         os.setsid()
@@ -247,13 +250,15 @@ class Template:
             try:
                 remove(folder)
             except OSError:
-                # What resists is put aside, so that the slot's name is free again; it goes when the template goes.
+                # What resists is put aside, so that the slot's name is free again; it goes when the template
+                # goes.
                 os.rename(folder, f"{folder}.{os.urandom(8).hex()}")
             seconds = usage.ru_utime + usage.ru_stime
             self.report({"id": name, "status": os.waitstatus_to_exitcode(status), "cpu": seconds})
 
     def end_orphans(self):
-        """Without a process namespace a descendant may have left its group: as adopted children they are found here."""
+        """Without a process namespace a descendant may have left its group: as adopted children they are
+        found here."""
         try:
             with open(f"/proc/self/task/{os.getpid()}/children") as file:
                 adopted = set(map(int, file.read().split())) - {pid for pid, _ in self.children.values()}
@@ -268,8 +273,8 @@ class Template:
 
 
 def remove(folder):
-    """Deletes a tree that a program may have made very deep or closed to others: level by level, without recursion
-    or long paths."""
+    """Deletes a tree that a program may have made very deep or closed to others: level by level, without
+    recursion or long paths."""
     count = 0
     os.chmod(folder, 0o700)
     while names := os.listdir(folder):
