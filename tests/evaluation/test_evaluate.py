@@ -14,14 +14,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Mode
 
 from benchmark import rewards
 from benchmark.evaluation import evaluate
-from benchmark.evaluation.answers import (
-    answers_equal,
-    complete,
-    evaluate_number,
-    extract_answer,
-    extract_code,
-)
+from benchmark.evaluation.answers import answers_equal, evaluate_number, extract_answer
 from benchmark.evaluation.evaluate import Args, InputError, main, pass_at_k, standard_error
+from benchmark.evaluation.programs import complete, extract_code
 from benchmark.grading import grader as grading
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -121,7 +116,7 @@ def test_a_bare_body_keeps_its_indentation():
 
 def test_module_docstring_is_no_prose():
     code = '"""\nGiven some numbers find the largest of them.\n"""\n' + F
-    assert extract_code(code, "f") == code
+    assert extract_code(code, "f").strip() == code
 
 
 @pytest.mark.parametrize(
@@ -154,7 +149,7 @@ def test_leetcode_prompt_that_ends_in_an_indentation():
         "sum(nums)\n```",
     ):
         space = {}
-        exec(complete(prompt, completion, "Solution", evaluate.LEETCODE_IMPORTS), space)
+        exec(complete(prompt, completion, "Solution"), space)
         assert space["Solution"]().total([1, 2]) == 3
 
 
