@@ -219,8 +219,8 @@ def main(args: Args) -> None:
     config = load_config(args.policy, "policy")
     tokenizer = load_pretrained(AutoTokenizer, args.policy, "policy")
     stop_id = stop_token_id(tokenizer, args.stop_token)
-    rows = read_prompts("prompts", args, tokenizer, accelerator)
-    eval_rows = read_prompts("eval_prompts", args, tokenizer, accelerator)
+    rows = read_prompts("prompts", args, tokenizer, accelerator.print)
+    eval_rows = read_prompts("eval_prompts", args, tokenizer, accelerator.print)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
     queries = [row["query_ids"] for row in rows + eval_rows]
     check_rows(config, queries, "policy", args.response_length)
@@ -949,7 +949,7 @@ def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle:
     return order[first : first + count]
 
 
-def read_prompts(field: str, args: Args, tokenizer, accelerator) -> list[dict]:
+def read_prompts(field: str, args: Args, tokenizer, say=print) -> list[dict]:
     """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
     measured would be the short prompts alone."""
     path = getattr(args, field)
@@ -961,7 +961,7 @@ def read_prompts(field: str, args: Args, tokenizer, accelerator) -> list[dict]:
     message = f"--{field}: {left_out} queries are empty or longer than --query_length"
     if len(encoded) < len(rows):
         refuse((field == "eval_prompts", f"{message}; raise it or --long_queries keep_start"))
-        accelerator.print(f"{message} and left out")
+        say(f"{message} and left out")
     return encoded
 
 
