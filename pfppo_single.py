@@ -219,13 +219,14 @@ def main(args: Args) -> None:
     config = load_config(args.policy, "policy")
     tokenizer = load_pretrained(AutoTokenizer, args.policy, "policy")
     stop_id = stop_token_id(tokenizer, args.stop_token)
-    rows, eval_rows = read_prompts("prompts", args, tokenizer), read_prompts("eval_prompts", args, tokenizer)
+    rows = read_prompts("prompts", args, tokenizer, accelerator.print)
+    eval_rows = read_prompts("eval_prompts", args, tokenizer, accelerator.print)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
     queries = [row["query_ids"] for row in rows + eval_rows]
     check_rows(config, queries, "policy", args.response_length)
-    for field in ("reward", "critic_init"):
-        if getattr(args, field) and ":" not in getattr(args, field):
-            check_reward_model(getattr(args, field), field, tokenizer, queries, args.response_length)
+    for field, path in (("reward", args.reward), ("critic_init", args.critic_init)):
+        if path and (field == "critic_init" or ":" not in path):
+            check_reward_model(path, field, tokenizer, queries, args.response_length)
     reward = load_function(args.reward, "reward") if ":" in args.reward else None
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
@@ -694,8 +695,14 @@ def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]
     advice = "give a sequence classification model with one label and a layer `score`, or module:function"
     refuse((not isinstance(head, nn.Linear), f"{where}: a {name} is no reward model; {advice}"))
     check_rows(config, queries, field, new_tokens)
-    differ = load_pretrained(AutoTokenizer, path, field).get_vocab().items() ^ tokenizer.get_vocab().items()
-    refuse((len(differ) > 0, f"{where}: its tokenizer differs from --policy's, in {min(differ, default='')}"))
+    own = load_pretrained(AutoTokenizer, path, field).get_vocab()
+    differ = [t for t, i in tokenizer.get_vocab().items() if own.get(t) != i and t != tokenizer.pad_token]
+    refuse(
+        (
+            differ != [],
+            f"{where}: its tokenizer differs from --policy's, in {len(differ)} such as {differ[:1]}",
+        )
+    )
 
 
 class PolicyAndCritic(nn.Module):
@@ -942,7 +949,7 @@ def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle:
     return order[first : first + count]
 
 
-def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
+def read_prompts(field: str, args: Args, tokenizer, say=print) -> list[dict]:
     """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
     measured would be the short prompts alone."""
     path = getattr(args, field)
@@ -954,7 +961,7 @@ def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
     message = f"--{field}: {left_out} queries are empty or longer than --query_length"
     if len(encoded) < len(rows):
         refuse((field == "eval_prompts", f"{message}; raise it or --long_queries keep_start"))
-        print(f"{message} and left out")
+        say(f"{message} and left out")
     return encoded
 
 
@@ -1311,7 +1318,9 @@ def open_run(accelerator: Accelerator, args) -> Path:
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = folder.is_dir() and any(folder.iterdir()) and not file.is_file()
+    foreign = (
+        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
+    )
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),

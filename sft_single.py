@@ -603,7 +603,9 @@ def open_run(accelerator: Accelerator, args) -> Path:
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = folder.is_dir() and any(folder.iterdir()) and not file.is_file()
+    foreign = (
+        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
+    )
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),

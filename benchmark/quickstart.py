@@ -146,7 +146,7 @@ def planned_seconds(args: Args) -> dict[str, float]:
     """Seconds per stage on two idle cores."""
     usual, planned = Args(), {}
     for name, stage in STAGES.items():
-        share = 0.6 if args.max_operations < usual.max_operations else 1.0  # shorter problems
+        share = 0.5 if args.max_operations < usual.max_operations else 1.0  # shorter problems
         for size in stage.sizes:
             share *= getattr(args, size) / getattr(usual, size)
         planned[name] = stage.fixed + share * (stage.seconds - stage.fixed)

@@ -88,7 +88,7 @@ class Args:
     """prompts between two writes of samples.jsonl: what a kill can cost"""
     # R²
     num_groups: Count = 20
-    """groups of equal count that rows of similar reward form"""
+    """groups of equal count that rows of similar reward form; fewer where each would have less than two rows"""
     thresholds: tuple[float, float] = (-0.3, 0.3)
     """of top, top_random and top_bottom, as in pfppo_single.py"""
     resamples: Count = 200
@@ -113,9 +113,11 @@ def main(args: Args) -> dict:
     tokenizer = pfppo.load_pretrained(AutoTokenizer, args.policy, "policy")
     stop_id = pfppo.stop_token_id(tokenizer, args.stop_token)
     rows = pfppo.read_prompts("prompts", settings, tokenizer)[: args.num_prompts or None]
-    few = len(rows) * size // n < 2 * args.num_groups
-    least = math.ceil(2 * args.num_groups * n / size)
-    pfppo.refuse((few, f"--prompts: {len(rows)} are too few for {args.num_groups} groups; give {least}"))
+    fewest = len(rows) * size // n  # rows that BoN leaves
+    pfppo.refuse(
+        (fewest < 10, f"--prompts: {len(rows)} are too few for R²; give at least {-(-10 * n // size)}")
+    )
+    num_groups = min(args.num_groups, fewest // 2)
     queries = [row["query_ids"] for row in rows]
     pfppo.check_rows(config, [[max(stop_id, 0)]], "stop_token")
     pfppo.check_rows(config, queries, "policy", args.response_length)
@@ -139,12 +141,12 @@ def main(args: Args) -> dict:
     samples = as_arrays(records.finished_rows(file))
 
     # ------------------------------------------------ 2 to 4. filters, groups, intervals
-    found = measure(samples, n, args.seed, args.num_groups, args.thresholds, args.resamples)
+    found = measure(samples, n, args.seed, num_groups, args.thresholds, args.resamples)
     records.write_json(folder / "r2.json", found)
     text = report(found)
     records.write_text(folder / "r2.md", text + "\n")
     draw(found, folder)
-    print(f"\n{text}\n\nPictures: {folder / 'r2.png'}, {folder / 'reliability.png'}", flush=True)
+    print(f"\nPictures: {folder / 'r2.png'}, {folder / 'reliability.png'}\n\n{text}", flush=True)
     return found
 
 
@@ -369,24 +371,27 @@ def flag(name: str) -> str:
     )
 
 
-def advice(found: dict) -> str:
-    """The flag to use, or that these samples do not tell filters apart. A filter is preferred where the 95%
-    interval of its lead over no filter, from the same draws of prompts, lies above 0."""
+def advice(found: dict) -> list[str]:
+    """What follows, and the flag to use as the last paragraph. A filter is preferred where the 95% interval
+    of its lead over no filter, from the same draws of prompts, lies above 0."""
     known = {name: entry for name, entry in found["filters"].items() if math.isfinite(entry["r2"])}
+    neither = (
+        f"Use --filter random, which trains on 2 of {found['N']} responses, or --filter none, which trains "
+    )
+    neither += "on all of them: nothing measured here speaks against either."
     if not known:
-        return "R² is undefined: the reward, or the actual score, is the same in every group. Nothing to choose by."
+        return ["R² is undefined: all groups have the same reward, or the same actual score.", neither]
     best = max(known, key=lambda name: known[name]["r2"])
     entry = known[best]
-    share = f"--filter random trains on 2 of {found['N']} responses and --filter none on all of them"
     if best == "none":
-        return f"No filter has the highest R², {entry['r2']:.3f}: none helps here. {share}."
+        return [f"No filter has the highest R², {entry['r2']:.3f}.", neither]
     lead = f"{entry['lead']:+.3f} [{entry['lead_low']:+.3f}, {entry['lead_high']:+.3f}] over no filter"
     if entry["lead_low"] > 0:
-        return f"Highest R²: {best}, {entry['r2']:.3f}, a lead of {lead}. Use {flag(best)}"
-    return (
-        f"The intervals overlap: {best} has the highest R², {entry['r2']:.3f}, but a lead of {lead}. {share}; "
-        "neither costs anything to prefer. Four times the graded responses halve the intervals."
+        return [f"{best} has the highest R², {entry['r2']:.3f}, a lead of {lead}.", f"Use {flag(best)}"]
+    overlap = (
+        f"The intervals overlap: {best} has the highest R², {entry['r2']:.3f}, but its lead of {lead} may "
     )
+    return [overlap + "be chance. Four times the graded responses halve the intervals.", neither]
 
 
 def report(found: dict) -> str:
@@ -410,7 +415,7 @@ def report(found: dict) -> str:
         f"{found['graded']} graded responses ({prompts} prompts x {each}), filters over N = {found['N']}, "
         f"{rows} rows of each in {found['groups']} groups, intervals by bootstrap over prompts."
     )
-    sentences = [part for line in [*text[2:], advice(found)] for part in textwrap.wrap(line, 110)]
+    sentences = [part for line in [*text[2:], *advice(found)] for part in textwrap.wrap(line, 110)]
     return "\n".join([*text[:2], *sentences])
 
 

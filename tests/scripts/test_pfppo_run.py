@@ -782,7 +782,6 @@ REFUSED = [
     (dict(rank_weights=(1.5, -0.5, 0.0, 0.0)), "--rank_weights must be at least 0"),
     (dict(filter="bon", rank_weights=(0.5, 0.0, 0.0, 0.5)), "--rank_weights replaces --filter"),
     (dict(filter="top", rank_weights=(0.5, 0.0, 0.0, 0.5)), "--rank_weights replaces --filter"),
-    (dict(filter="none", rank_weights=(0.5, 0.0, 0.0, 0.5)), "--rank_weights replaces --filter"),
     (dict(num_responses=1, batch_size=16), "--filter needs --num_responses above 1; .*--filter none"),
     (dict(num_kept=5), "--num_kept 5 exceeds --num_responses.*--draw sample"),
     (dict(filter="none", num_kept=2), "--num_kept does nothing with --filter none"),
