@@ -4,15 +4,17 @@ three scripts (test_layout.py), so one script's are tested."""
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import write_jsonl
+from conftest import EOS, make_tokenizer, write_jsonl
 from safetensors.torch import load_file
 
 import pfppo_single as pf
 
+ANSWER = {"role": "assistant", "content": "yes"}
 ARGS = dict(policy="p", reward="r", prompts="rows.jsonl")
 
 
@@ -51,6 +53,35 @@ def test_rows_that_cannot_be_read_are_refused_with_file_and_row(tmp_path, monkey
     with pytest.raises(SystemExit, match=f"^--prompts {name}.*{message}") as refusal:
         pf.load_rows(name, "prompts", ("prompt",))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name, message", [("torn.csv", "torn.csv"), ("no_train", "no_train.*train")])
+def test_tables_that_cannot_be_read_are_refused_in_one_line(tmp_path, name, message):
+    # whatever `datasets` raises: a broken file, a saved dictionary without the split that is asked for
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "torn.csv").write_text('a,b\n1,2,3,4\n5\n"')
+    part = datasets.Dataset.from_list([{"prompt": "a"}])
+    datasets.DatasetDict({"test": part}).save_to_disk(tmp_path / "no_train")
+    with pytest.raises(SystemExit, match=f"^--prompts .*{message}") as refusal:
+        pf.load_rows(str(tmp_path / name), "prompts")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "template, last",
+    [
+        ("{{ '<s>' + m['content'] }}", {"role": "user", "content": [{"type": "text", "text": "two"}]}),
+        ("{% if loop.index0 > 1 %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}", ANSWER),
+    ],
+    ids=["a template that concatenates, and text in parts", "a strict template, and a prompt that it ends"],
+)
+def test_showing_the_first_row_stops_no_run(template, last):
+    # what can be encoded can be shown; the hint at the stop token is left out where the template refuses
+    tokenizer, prompt = make_tokenizer(), [{"role": "user", "content": "one"}, last]
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    printed, ids = [], pf.encode_prompt(tokenizer, prompt)
+    pf.show_first(SimpleNamespace(print=printed.append), tokenizer, prompt, ids, [], EOS)
+    assert "first query: " in printed[0]
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -96,7 +96,7 @@ def whole(forks, settings, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("processes, kills", [(1, 12), (2, 4)])
+@pytest.mark.parametrize("processes, kills", [(1, 8), (2, 2)])
 def test_a_run_killed_again_and_again_ends_as_one_left_alone(
     forks, settings, whole, tmp_path, script, processes, kills
 ):

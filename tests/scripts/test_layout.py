@@ -3,6 +3,7 @@ byte-identical."""
 
 import ast
 import difflib
+import functools
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ def text_of(script: str) -> str:
     return (ROOT / script).read_text("utf-8")
 
 
+@functools.cache
 def definitions(text: str) -> dict[str, str]:
     """Name -> source of every top-level function and class, decorators included."""
     lines, found = text.splitlines(), {}
@@ -77,6 +79,7 @@ def test_functions_of_one_name_are_byte_identical(one, other):
     assert [name for name in sorted(shared) if ours[name] != theirs[name]] == []
 
 
+@functools.cache
 def used(text: str) -> set[str]:
     return {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
 

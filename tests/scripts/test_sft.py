@@ -109,6 +109,7 @@ CHATS = {
     "an answer without text": [USER, {"role": "assistant"}],
     "a number": [USER, {**ANSWER, "content": 3}],
     "a picture": [USER, {**ANSWER, "content": [IMAGE]}],
+    "a part that is no object": [USER, {**ANSWER, "content": ["yo"]}],
     "an answer alone": [ANSWER],
 }
 
