@@ -33,19 +33,25 @@ import re
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, set_seed
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers import logging as transformers_logging
@@ -82,6 +88,8 @@ class Args:
     """weights of the frozen π_SFT; trainable weights are always float32, autocast by accelerate"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # labels
     train_data: str
     """labels: .jsonl, .json, .parquet, or hub id `name:split`. Either texts (prompt_field, chosen_field,
@@ -165,7 +173,7 @@ PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
     refuse((args.batch_size < world, f"--batch_size must be at least the {world} processes"))
@@ -212,20 +220,23 @@ def main(args: Args) -> None:
         return
     output_dir = open_run(accelerator, args)
 
+    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
-    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype)).to(device)
-    sft_policy.eval().requires_grad_(False)
-    trained_lm = load_causal_lm(args.model).to(device)  # R_φ's backbone; the output layer is for train/kl
+    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype), empty)
+    sft_policy = place(accelerator, args.shard, sft_policy).eval().requires_grad_(False)
+    trained_lm = load_causal_lm(args.model, torch.float32, empty)  # R_φ's backbone
     if args.gradient_checkpointing:
         recompute_activations(trained_lm)
     reward_model = RewardModel(trained_lm.base_model, args.bound)
     init_head(reward_model)
+    place(accelerator, args.shard, reward_model, trained_lm.get_output_embeddings())  # which is for train/kl
     optimizer = torch.optim.AdamW(reward_model.parameters(), eps=args.eps, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(reward_model, optimizer)
+    model = reward_model if args.shard else accelerator.prepare(reward_model)
+    optimizer = accelerator.prepare(optimizer)
     reward_model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run; 2. or normalise first
-    state = load_checkpoint(accelerator, output_dir)
+    state = load_checkpoint(accelerator, output_dir, model, optimizer)
     kept_step = min(state["step"], num_steps - 1) if state else -1  # the last evaluation is done again
     writer = open_metrics(output_dir, kept_step) if rank == 0 else None
     if state is None:
@@ -249,17 +260,16 @@ def main(args: Args) -> None:
         eps = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"] + 1)
         optimizer.param_groups[0].update(lr=lr, eps=eps)
         parts, local_stats = micro_batches(local_batch, args.micro_batch_size), torch.zeros(2, device=device)
-        for i, part in enumerate(parts):
-            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+        for part, counts, sync in rounds(accelerator, model, parts):
             with sync, accelerator.autocast():
                 loss, accuracy = best_of_k_loss(*label_rewards(model, part, device))
                 # DDP averages gradients over ranks
-                weight = len(part) * world / len(batch) if batch[rank::world] else 0.0
+                weight = len(part) * world / len(batch) * counts if batch[rank::world] else 0.0
                 accelerator.backward(loss * weight)
             local_stats += torch.stack([loss.detach(), accuracy]) * weight
         loss, accuracy = accelerator.reduce(local_stats, "mean").tolist()
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
-        check_finite(accelerator, step, loss, norm)
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        norm = check_finite(accelerator, step, loss, norm)
         optimizer.step()
         optimizer.zero_grad()
         state["optimizer_step"] += not optimizer.step_was_skipped  # under fp16 a step may be
@@ -272,8 +282,8 @@ def main(args: Args) -> None:
         if step % args.log_every == 0 or last:
             metrics = {tag: float(np.mean(values)) for tag, values in state["recent"].items() if values}
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
-            metrics["train/gain"] = reward_model.reward_gain.item()
-            metrics["train/bias"] = reward_model.reward_bias.item()
+            metrics["train/gain"] = full(reward_model.reward_gain).item()
+            metrics["train/bias"] = full(reward_model.reward_bias).item()
             state["recent"] = {}
         if args.eval_every and step % args.eval_every == 0 and not last:
             metrics |= evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
@@ -283,7 +293,7 @@ def main(args: Args) -> None:
             log_metrics(writer, output_dir, step, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
         if step % args.checkpoint_every == 0 or last:
             state["metrics"] = metrics
-            save_checkpoint(accelerator, output_dir, step, state)
+            save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
 
     # the last evaluation comes when what was trained is safe: it may run out of memory
     metrics = state["metrics"] | evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
@@ -310,10 +320,10 @@ def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], siz
     model.eval()
     local_labels = labels[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
-        with accelerator.autocast():
+    with whole(accelerator, model):
+        for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
             loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
-        sums += torch.stack(loss_and_accuracy).double() * len(part)
+            sums += torch.stack(loss_and_accuracy).double() * len(part)
     loss, accuracy = accelerator.reduce(sums, "sum").tolist()
     return {"test/loss": loss / len(labels), "test/accuracy": accuracy / len(labels)}
 
@@ -330,10 +340,10 @@ def normalize(accelerator, reward_model, sft_policy, queries, args: Args, stop_i
         count = args.normalize_samples
         samples = sample(accelerator, sft_policy, queries, count, args, stop_id, stage, number)
         local_rewards = torch.zeros(len(samples), device=accelerator.device)
-        for part in micro_batches(samples, args.forward_batch_size):
-            with accelerator.autocast():
+        with whole(accelerator, reward_model):
+            for part in micro_batches(samples, args.forward_batch_size):
                 rewards = label_rewards(reward_model, part, accelerator.device)[0]
-            local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
+                local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
         rewards = accelerator.gather(local_rewards)
         results |= {f"{name}/{check}mean": rewards.mean().item(), f"{name}/{check}std": rewards.std().item()}
         if not check:
@@ -352,11 +362,13 @@ def backbone_kl(accelerator, trained_lm, sft_policy, queries, args: Args, stop_i
     trained_lm.eval()
     samples = sample(accelerator, trained_lm, queries, args.kl_samples, args, stop_id, 2, step)
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    for part in micro_batches(samples, args.forward_batch_size):
-        with accelerator.autocast():
+    with whole(accelerator, trained_lm, sft_policy):
+        for part in micro_batches(samples, args.forward_batch_size):
             logprobs = response_logprobs(trained_lm, part, args.temperature, accelerator.device)
             ref_logprobs = response_logprobs(sft_policy, part, args.temperature, accelerator.device)
-        sums += torch.tensor([(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device)
+            sums += torch.tensor(
+                [(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device
+            )
     total, count = accelerator.reduce(sums, "sum").tolist()
     return {"train/kl": total / count}
 
@@ -424,8 +436,9 @@ def as_classifier(model: RewardModel) -> nn.Module:
     `score.weight`. What that class has no place for stands in its configuration: R = reward_gain · (logit +
     score_bias) + reward_bias."""
     config = copy.deepcopy(model.lm_backbone.config)
-    config.num_labels, config.reward_bound, config.score_bias = 1, model.bound, model.scalar_head.bias.item()
-    config.reward_gain, config.reward_bias = model.reward_gain.item(), model.reward_bias.item()
+    numbers = (model.scalar_head.bias, model.reward_gain, model.reward_bias)
+    config.score_bias, config.reward_gain, config.reward_bias = (full(x).item() for x in numbers)
+    config.num_labels, config.reward_bound = 1, model.bound
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, model.lm_backbone)
@@ -521,7 +534,7 @@ def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, st
     samples, size = [], args.forward_batch_size
     for part in (picks[i : i + size] for i in range(0, count, size)):
         ids, mask = pad_left([queries[i] for i in part], accelerator.device)
-        with accelerator.autocast():
+        with whole(accelerator, model):
             length, temperature = args.response_length, args.temperature
             responses = generate(model, ids, mask, 1, length, temperature, stop_id, 0, generator)
         for i, response in zip(part, responses.tolist()):
@@ -662,7 +675,7 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(shard: bool = False) -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
@@ -674,15 +687,100 @@ def start_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
+    advice, precision = "use --multi_gpu, and --shard to split weights", accelerator.mixed_precision
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; {advice}"),
+        (shard and accelerator.num_processes == 1, "--shard needs more than one process; leave it out"),
+        (shard and precision == "fp16", "--shard takes --mixed_precision bf16 or no, not fp16"),
+    )
     return accelerator
 
 
-def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) -> None:
-    """Raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
+def check_finite(accelerator: Accelerator, step: int, loss: float, norm) -> float:
+    """The gradient norm; raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
+    norm = float(full(norm))
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
         advice = "the last good checkpoint is kept; lower the learning rate"
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
+    return norm
+
+
+def units(*models) -> list[FSDPModule]:
+    """The sharded parts of the models, each gathered as a whole; none without --shard."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def full(tensor):
+    """The whole of a sharded tensor (every rank has to call it); anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
+    """The first of the models, all of them on this rank's device, or each split over the ranks, block by
+    block, with rank 0's weights. Autocast's bfloat16 is what blocks are gathered in; all else is float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    if not shard:
+        together.to(device)
+        return models[0]
+    named = partial(together.named_parameters, remove_duplicate=False)
+    weights = {name: parameter.data for name, parameter in named()}
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    split = partial(fully_shard, mesh=mesh, reshard_after_forward=True)  # the root too
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for model in models:
+        backbone = getattr(model, "lm_backbone", model)
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
+        if not blocks and not isinstance(model, nn.Linear):
+            accelerator.print(
+                f"--shard: {type(backbone).__name__} names no blocks; it is gathered as one unit"
+            )
+        for block in blocks:
+            split(block, mp_policy=policy)
+        for module in dict.fromkeys((backbone, model)):
+            split(module)
+    if not main:
+        together.to_empty(device=device)
+    for name, parameter in named():
+        weight = weights[name].to(device if main else "meta")
+        weight = weight if main else torch.empty_like(weight, device=device)
+        parameter.data.copy_(distribute_tensor(weight, mesh, parameter.placements))
+    for buffer in together.buffers():
+        broadcast(buffer)
+    return models[0]
+
+
+@contextmanager
+def whole(accelerator: Accelerator, *models):
+    """Autocast; sharded models have all their weights in here and run without other ranks, which may stop
+    sampling earlier. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    parts = units(*models)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    for model in models if parts else ():
+        if hasattr(model, "tie_weights"):  # to the whole embedding, also where that is another unit's
+            model.tie_weights()
+    try:
+        with accelerator.autocast():
+            yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
+def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
+    """(micro-batch, 1.0, context) for every one of an optimizer step: DDP adds up over ranks in the last. In
+    each of them sharded weights wait for all ranks, so those with fewer repeat one that counts 0.0."""
+    count = len(parts)
+    if units(model):
+        count = int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+    for i in range(count):
+        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
 def load_pretrained(auto_class, path: str, field: str):
@@ -704,10 +802,21 @@ def load_config(path: str, field: str):
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def without_weights(auto_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model that takes no memory until `place` gives it the weights of rank 0."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=dtype)
+    model.get_input_embeddings().padding_idx = None  # see load_causal_lm
+    return model
+
+
+def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
+    config = load_config(path, "model")
+    if empty:
+        return without_weights(AutoModelForCausalLM, config, dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -719,11 +828,17 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    weights = model.state_dict()
+    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
+        names = dict(model.named_parameters()).keys()
+        names = [name for name, weight in weights.items() if name in names or not isinstance(weight, DTensor)]
+        gathered = ((name, full(weights[name])) for name in names)
+        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        for part in (model, tokenizer):
-            part.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     accelerator.wait_for_everyone()
@@ -876,29 +991,40 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict) -> None:
-    """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
-    aside, whole = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
+    """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted. Of sharded
+    objects, which accelerate does not know, every rank writes its own part."""
+    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    if units(model):
+        dcp.save(
+            dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=str(aside)
+        )
+    else:
+        accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        aside.rename(whole)
-        for older in set(whole.parent.iterdir()) - {whole}:
+        aside.rename(final)
+        for older in set(final.parent.iterdir()) - {final}:
             shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
     """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
-    accelerator.load_state(str(newest))
+    if units(model):
+        states = get_state_dict(model, optimizer)
+        dcp.load(dict(zip(("model", "optimizer"), states)), checkpoint_id=str(newest))
+        set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+    else:
+        accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())
 
 
@@ -949,4 +1075,4 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], show
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, presets=PRESETS))
+    main(parse_args(Args))
