@@ -36,7 +36,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,9 +48,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers import logging as transformers_logging
@@ -687,11 +685,10 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    advice, precision = "use --multi_gpu, and --shard to split weights", accelerator.mixed_precision
+    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
-        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; {advice}"),
-        (shard and accelerator.num_processes == 1, "--shard needs more than one process; leave it out"),
-        (shard and precision == "fp16", "--shard takes --mixed_precision bf16 or no, not fp16"),
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
+        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
     )
     return accelerator
 
@@ -706,47 +703,40 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm) -> floa
 
 
 def units(*models) -> list[FSDPModule]:
-    """The sharded parts of the models, each gathered as a whole; none without --shard."""
+    """The parts of models that are gathered one by one; none without --shard."""
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
 def full(tensor):
-    """The whole of a sharded tensor (every rank has to call it); anything else as it is."""
+    """The whole of a sharded tensor, on every rank; anything else as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
-    """The first of the models, all of them on this rank's device, or each split over the ranks, block by
-    block, with rank 0's weights. Autocast's bfloat16 is what blocks are gathered in; all else is float32."""
-    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
+    split over the ranks, block by block. Under bf16 language models run in bfloat16, their heads in float32."""
+    together, device, world = nn.ModuleList(models), accelerator.device, accelerator.num_processes
     if not shard:
-        together.to(device)
-        return models[0]
-    named = partial(together.named_parameters, remove_duplicate=False)
-    weights = {name: parameter.data for name, parameter in named()}
-    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
-    split = partial(fully_shard, mesh=mesh, reshard_after_forward=True)  # the root too
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        return together.to(device)[0]
+    weights, main = together.state_dict(), accelerator.is_main_process
+    settings = {"mesh": init_device_mesh(device.type, (world,)), "reshard_after_forward": True}
+    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     for model in models:
         backbone = getattr(model, "lm_backbone", model)
         names = getattr(backbone, "_no_split_modules", None) or ()
         blocks = [module for module in backbone.modules() if type(module).__name__ in names]
-        if not blocks and not isinstance(model, nn.Linear):
-            accelerator.print(
-                f"--shard: {type(backbone).__name__} names no blocks; it is gathered as one unit"
-            )
-        for block in blocks:
-            split(block, mp_policy=policy)
-        for module in dict.fromkeys((backbone, model)):
-            split(module)
+        if not blocks and hasattr(backbone, "config"):
+            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
+        for module in dict.fromkeys((*blocks, backbone, model)):
+            dtype = half if module in blocks or hasattr(module, "config") else None
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+            fully_shard(module, mp_policy=policy, **settings)
     if not main:
         together.to_empty(device=device)
-    for name, parameter in named():
-        weight = weights[name].to(device if main else "meta")
-        weight = weight if main else torch.empty_like(weight, device=device)
-        parameter.data.copy_(distribute_tensor(weight, mesh, parameter.placements))
+    for name, parameter in together.named_parameters():
+        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
+        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
     for buffer in together.buffers():
         broadcast(buffer)
     return models[0]
@@ -754,30 +744,27 @@ def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Modul
 
 @contextmanager
 def whole(accelerator: Accelerator, *models):
-    """Autocast; sharded models have all their weights in here and run without other ranks, which may stop
-    sampling earlier. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
+    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
     parts = units(*models)
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
-    for model in models if parts else ():
-        if hasattr(model, "tie_weights"):  # to the whole embedding, also where that is another unit's
+    for model in models:
+        if parts and hasattr(model, "tie_weights"):  # to an embedding that belongs to another model's part
             model.tie_weights()
-    try:
-        with accelerator.autocast():
-            yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(True, recurse=False)
+    with accelerator.autocast():
+        yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
 
 
 def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
-    """(micro-batch, 1.0, context) for every one of an optimizer step: DDP adds up over ranks in the last. In
-    each of them sharded weights wait for all ranks, so those with fewer repeat one that counts 0.0."""
-    count = len(parts)
-    if units(model):
-        count = int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
+    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
+    count = torch.tensor([len(parts)], device=accelerator.device)
+    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
     for i in range(count):
         sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
         yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
@@ -830,8 +817,8 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
-        names = dict(model.named_parameters()).keys()
-        names = [name for name, weight in weights.items() if name in names or not isinstance(weight, DTensor)]
+        once = dict(model.named_parameters())
+        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
         gathered = ((name, full(weights[name])) for name in names)
         weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
@@ -991,18 +978,18 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
+STATES = ("model_state_dict", "optim_state_dict")
+
+
 def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
-    """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted. Of sharded
-    objects, which accelerate does not know, every rank writes its own part."""
+    """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
     aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if units(model):
-        dcp.save(
-            dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=str(aside)
-        )
+        dcp.save(dict(zip(STATES, get_state_dict(model, optimizer))), checkpoint_id=aside)
     else:
         accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
@@ -1020,9 +1007,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
     if newest is None:
         return None
     if units(model):
-        states = get_state_dict(model, optimizer)
-        dcp.load(dict(zip(("model", "optimizer"), states)), checkpoint_id=str(newest))
-        set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+        states = dict(zip(STATES, get_state_dict(model, optimizer)))
+        dcp.load(states, checkpoint_id=newest)
+        set_state_dict(model, optimizer, **states)
     else:
         accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())
@@ -1075,4 +1062,4 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], show
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    main(parse_args(Args, presets=PRESETS))

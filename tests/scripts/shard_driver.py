@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TIMEOUT = timedelta(seconds=20)  # a rank that waits for one that is done sampling ends the launch
+TIMEOUT = timedelta(seconds=60)  # a rank that waits for one that is done sampling ends the launch
 
 
 class Collectives(TorchDispatchMode):
@@ -85,7 +85,9 @@ def same_samples(original):
     return generate
 
 
-def run(folder: Path, name: str, script: str, settings: dict, precision="no", watch=(), dies_at=0) -> dict:
+def run(
+    folder: Path, name: str, script: str, settings: dict, precision="no", watch=(), dies_at=0, output=""
+) -> dict:
     """One run of main; what this rank saw, its message where it was refused, and a fingerprint of its end."""
     module = importlib.import_module(f"{script}_single")
     seen, undo, start = {"bytes": [], "gathers": [], "inside": [], "error": ""}, [], time.time()
@@ -111,7 +113,7 @@ def run(folder: Path, name: str, script: str, settings: dict, precision="no", wa
 
     module.check_finite = check_finite
     try:
-        args = module.Args(**{**settings, "output_dir": str(folder / name)})
+        args = module.Args(**{**settings, "output_dir": str(folder / (output or name))})
         try:
             module.main(args)
         except KeyboardInterrupt:
