@@ -46,8 +46,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, gather_object
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -253,14 +252,11 @@ def main(args: Args) -> None:
     set_seed(args.seed + 100003 * rank)  # LMHP: a rank-shifted seed
     frozen_dtype = getattr(torch, args.frozen_dtype)
     policy = place(accelerator, args.shard, load_causal_lm(args.policy, torch.float32, empty))
-    ref_policy = (
-        place(accelerator, args.shard, load_causal_lm(args.policy, frozen_dtype, empty))
-        .eval()
-        .requires_grad_(False)
-    )
+    ref_policy = load_causal_lm(args.policy, frozen_dtype, empty).eval().requires_grad_(False)
+    ref_policy = place(accelerator, args.shard, ref_policy)
     if reward is None:
-        reward = load_reward_model(args.reward, frozen_dtype, empty)
-        reward = place(accelerator, args.shard, reward).eval().requires_grad_(False)
+        reward = load_reward_model(args.reward, frozen_dtype, empty).eval().requires_grad_(False)
+        reward = place(accelerator, args.shard, reward)
     critic = place(accelerator, args.shard, make_critic(args, policy, empty))
     if args.gradient_checkpointing:
         recompute_activations(policy)
@@ -395,9 +391,8 @@ def main(args: Args) -> None:
                 first_ratio_max = first_ratio_max if stats else accelerator.gather(max_ratio).max()
                 stats.append(accelerator.reduce(local_stats, "mean"))
                 norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                norm = check_finite(
-                    accelerator, update, stats[-1][STATS.index("ppo/loss/total")].item(), norm
-                )
+                total = stats[-1][STATS.index("ppo/loss/total")].item()
+                norm = check_finite(accelerator, update, total, norm)
                 norms += [norm] if math.isfinite(norm) else []
                 for group in optimizer.param_groups:
                     group["eps"] = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"] + 1)
@@ -686,7 +681,7 @@ def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool
     config, auto = load_config(path, "reward"), AutoModelForSequenceClassification
     bound = getattr(config, "reward_bound", "none")
     if empty:
-        return RewardModel(without_weights(auto, config, dtype).base_model, bound)
+        return RewardModel(load_causal_lm(path, dtype, empty).base_model, bound)
     classifier, info = auto.from_pretrained(path, config=config, dtype="auto", output_loading_info=True)
     missing = ", ".join(sorted(info["missing_keys"]))
     refuse((missing != "", f"--reward {path}: lacks {missing}"))
@@ -1146,7 +1141,7 @@ def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Modul
         weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
         parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
     for buffer in together.buffers():
-        broadcast(buffer)
+        torch.distributed.broadcast(buffer, 0)
     return models[0]
 
 
@@ -1158,9 +1153,6 @@ def whole(accelerator: Accelerator, *models):
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
-    for model in models:
-        if parts and hasattr(model, "tie_weights"):  # to an embedding that belongs to another model's part
-            model.tie_weights()
     with accelerator.autocast():
         yield
     for part in parts:
@@ -1197,21 +1189,15 @@ def load_config(path: str, field: str):
     return config
 
 
-def without_weights(auto_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model that takes no memory until `place` gives it the weights of rank 0."""
-    with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=dtype)
-    model.get_input_embeddings().padding_idx = None  # see load_causal_lm
-    return model
-
-
 def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
     config = load_config(path, "model")
-    if empty:
-        return without_weights(AutoModelForCausalLM, config, dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1386,9 +1372,6 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-STATES = ("model_state_dict", "optim_state_dict")
-
-
 def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
     aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
@@ -1397,7 +1380,7 @@ def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=Non
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if units(model):
-        dcp.save(dict(zip(STATES, get_state_dict(model, optimizer))), checkpoint_id=aside)
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
     else:
         accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
@@ -1415,9 +1398,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
     if newest is None:
         return None
     if units(model):
-        states = dict(zip(STATES, get_state_dict(model, optimizer)))
-        dcp.load(states, checkpoint_id=newest)
-        set_state_dict(model, optimizer, **states)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     else:
         accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())

@@ -45,7 +45,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -361,6 +361,7 @@ def backbone_kl(accelerator, trained_lm, sft_policy, queries, args: Args, stop_i
     samples = sample(accelerator, trained_lm, queries, args.kl_samples, args, stop_id, 2, step)
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
     with whole(accelerator, trained_lm, sft_policy):
+        trained_lm.tie_weights()
         for part in micro_batches(samples, args.forward_batch_size):
             logprobs = response_logprobs(trained_lm, part, args.temperature, accelerator.device)
             ref_logprobs = response_logprobs(sft_policy, part, args.temperature, accelerator.device)
@@ -533,6 +534,7 @@ def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, st
     for part in (picks[i : i + size] for i in range(0, count, size)):
         ids, mask = pad_left([queries[i] for i in part], accelerator.device)
         with whole(accelerator, model):
+            model.tie_weights()  # to the embedding that is whole now
             length, temperature = args.response_length, args.temperature
             responses = generate(model, ids, mask, 1, length, temperature, stop_id, 0, generator)
         for i, response in zip(part, responses.tolist()):
@@ -738,7 +740,7 @@ def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Modul
         weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
         parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
     for buffer in together.buffers():
-        broadcast(buffer)
+        torch.distributed.broadcast(buffer, 0)
     return models[0]
 
 
@@ -750,9 +752,6 @@ def whole(accelerator: Accelerator, *models):
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
-    for model in models:
-        if parts and hasattr(model, "tie_weights"):  # to an embedding that belongs to another model's part
-            model.tie_weights()
     with accelerator.autocast():
         yield
     for part in parts:
@@ -789,21 +788,15 @@ def load_config(path: str, field: str):
     return config
 
 
-def without_weights(auto_class, config, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model that takes no memory until `place` gives it the weights of rank 0."""
-    with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=dtype)
-    model.get_input_embeddings().padding_idx = None  # see load_causal_lm
-    return model
-
-
 def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
     config = load_config(path, "model")
-    if empty:
-        return without_weights(AutoModelForCausalLM, config, dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -978,9 +971,6 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-STATES = ("model_state_dict", "optim_state_dict")
-
-
 def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
     aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
@@ -989,7 +979,7 @@ def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=Non
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if units(model):
-        dcp.save(dict(zip(STATES, get_state_dict(model, optimizer))), checkpoint_id=aside)
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
     else:
         accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
@@ -1007,9 +997,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
     if newest is None:
         return None
     if units(model):
-        states = dict(zip(STATES, get_state_dict(model, optimizer)))
-        dcp.load(states, checkpoint_id=newest)
-        set_state_dict(model, optimizer, **states)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     else:
         accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())

@@ -96,7 +96,7 @@ def launched(world, tmp_path_factory):
     runs.append(dict(name="one_unit", script="sft", settings=one_unit, watch=["one_unit"]))
     printed = launch(2, runs, folder)
 
-    three = {**cases["ppo"]["settings"], "batch_size": 3, "minibatch_size": 6, "total_episodes": 24}
+    three = {**cases["ppo"]["settings"], "batch_size": 3, "minibatch_size": 6, "total_episodes": 12}
     runs = [dict(name="other", script="sft", settings={**cases["sft"]["settings"], "shard": True})]
     runs[0]["output"] = "sft_shard"
     for shard in (False, True):
