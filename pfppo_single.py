@@ -391,8 +391,8 @@ def main(args: Args) -> None:
                 first_ratio_max = first_ratio_max if stats else accelerator.gather(max_ratio).max()
                 stats.append(accelerator.reduce(local_stats, "mean"))
                 norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                total = stats[-1][STATS.index("ppo/loss/total")].item()
-                norm = check_finite(accelerator, update, total, norm)
+                norm = float(full(norm))
+                check_finite(accelerator, update, stats[-1][STATS.index("ppo/loss/total")].item(), norm)
                 norms += [norm] if math.isfinite(norm) else []
                 for group in optimizer.param_groups:
                     group["eps"] = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"] + 1)
@@ -1096,13 +1096,11 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     return accelerator
 
 
-def check_finite(accelerator: Accelerator, step: int, loss: float, norm) -> float:
-    """The gradient norm; raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
-    norm = float(full(norm))
+def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) -> None:
+    """Raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
         advice = "the last good checkpoint is kept; lower the learning rate"
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
-    return norm
 
 
 def units(*models) -> list[FSDPModule]:
@@ -1118,13 +1116,12 @@ def full(tensor):
 
 def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
     """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
-    split over the ranks, block by block. Under bf16 language models run in bfloat16, their heads in float32."""
-    together, device, world = nn.ModuleList(models), accelerator.device, accelerator.num_processes
+    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
     if not shard:
         return together.to(device)[0]
-    weights, main = together.state_dict(), accelerator.is_main_process
-    settings = {"mesh": init_device_mesh(device.type, (world,)), "reshard_after_forward": True}
-    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
     for model in models:
         backbone = getattr(model, "lm_backbone", model)
         names = getattr(backbone, "_no_split_modules", None) or ()
@@ -1132,9 +1129,9 @@ def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Modul
         if not blocks and hasattr(backbone, "config"):
             accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
         for module in dict.fromkeys((*blocks, backbone, model)):
-            dtype = half if module in blocks or hasattr(module, "config") else None
+            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
-            fully_shard(module, mp_policy=policy, **settings)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if not main:
         together.to_empty(device=device)
     for name, parameter in together.named_parameters():

@@ -1,5 +1,5 @@
-"""What test_shard.py runs on every rank. Usage: shard_driver.py RUNS.json FOLDER, RUNS a list of {name, script,
-settings, precision, watch}. Leaves FOLDER/seen_{world}_{rank}.json and what the runs write."""
+"""What test_shard.py runs on every rank. Usage: shard_driver.py RUNS.json FOLDER, RUNS a list of {name,
+script, settings, precision, watch, dies_at, output}. Leaves FOLDER/seen_{world}_{rank}.json and what the runs write."""
 
 import importlib
 import json
@@ -35,6 +35,10 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def backbone(model: torch.nn.Module) -> torch.nn.Module:
+    return getattr(model, "lm_backbone", model)
+
+
 def observe(module, seen: dict, undo: list) -> None:
     """Wraps functions of a script, so that `seen` tells what they did on this rank."""
 
@@ -45,6 +49,7 @@ def observe(module, seen: dict, undo: list) -> None:
 
     def place(original):
         def wrapped(accelerator, shard, *models):
+            seen["meta"] += [all(p.is_meta for p in backbone(m).parameters()) for m in models]
             first = original(accelerator, shard, *models)
             for model in models:
                 parameters = list(model.parameters())
@@ -66,6 +71,16 @@ def observe(module, seen: dict, undo: list) -> None:
 
         return wrapped
 
+    def generate(original):
+        def wrapped(*args):
+            responses = original(*args)
+            seen["lengths"].append(int((responses != 0).any(0).sum()))  # where this rank stopped sampling
+            return responses
+
+        return wrapped
+
+    if hasattr(module, "generate"):
+        replace("generate", generate)
     replace("place", place)
     replace("whole", whole)
 
@@ -90,7 +105,8 @@ def run(
 ) -> dict:
     """One run of main; what this rank saw, its message where it was refused, and a fingerprint of its end."""
     module = importlib.import_module(f"{script}_single")
-    seen, undo, start = {"bytes": [], "gathers": [], "inside": [], "error": ""}, [], time.time()
+    seen = {"meta": [], "lengths": [], "bytes": [], "gathers": [], "inside": [], "error": ""}
+    undo, start = [], time.time()
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     AcceleratorState._reset_state()
     observe(module, seen, undo)

@@ -1,5 +1,5 @@
-"""--shard: the same numbers as DDP and as one process, no rank that waits for another while it samples, a share of
-the memory. Two launches of shard_driver.py, with two and three processes, looked at from several sides."""
+"""--shard: the same numbers as DDP and as one process, no rank that waits for another while it samples, a
+share of the memory. Two launches of shard_driver.py, with two and three processes, looked at from all sides."""
 
 import json
 import os
@@ -97,13 +97,15 @@ def launched(world, tmp_path_factory):
     printed = launch(2, runs, folder)
 
     three = {**cases["ppo"]["settings"], "batch_size": 3, "minibatch_size": 6, "total_episodes": 12}
+    three |= {"normalize_reward": False, "eval_prompts": None}
     runs = [dict(name="other", script="sft", settings={**cases["sft"]["settings"], "shard": True})]
     runs[0]["output"] = "sft_shard"
     for shard in (False, True):
         kind = "shard" if shard else "ddp"
-        settings = {**three, "shard": shard, "eval_every": 2}
+        settings = {**three, "shard": shard}
         runs.append(dict(name=f"ppo3_{kind}", script="pfppo", settings=settings))
         settings = {**cases["sft"]["settings"], "shard": shard, "epochs": 1}
+        settings |= {"model": None, "model_config": str(world / "llama")}  # from scratch
         runs.append(dict(name=f"sft3_{kind}", script="sft", settings=settings))
     launch(3, runs, folder)
 
@@ -171,6 +173,24 @@ def test_nothing_waits_for_other_ranks_in_gathered_phases(launched):
             for name, run in rank.items():
                 assert run["inside"] == [], name
                 assert run["error"] or any(run["gathers"]) == (not name.endswith("_ddp")), name
+
+
+def test_ranks_stop_sampling_at_different_lengths(launched):
+    # in the runs whose generators are a rank's own; a rank that waited would be ended by the driver's timeout
+    for name in ("rm_llama_shard", "ppo_rank_shard"):
+        lengths = [rank[name]["lengths"] for rank in launched["seen"][2]]
+        assert len(lengths[0]) == len(lengths[1]) > 1
+    assert lengths[0] != lengths[1]
+
+
+def test_one_rank_reads_the_weights(launched):
+    # the others build models on the meta device; heads of one row, which no file has, may be real
+    for seen in launched["seen"].values():
+        for rank, runs in enumerate(seen):
+            for name, run in runs.items():
+                large = [meta for meta, (_, size) in zip(run["meta"], run["bytes"]) if size > 10000]
+                assert run["error"] or large
+                assert set(large) <= {rank > 0 and not name.endswith("_ddp")}, name
 
 
 def test_every_rank_holds_its_share(launched):
