@@ -33,7 +33,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,12 +41,16 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 # Shapes: K responses per label, rows = labels x K with the responses of a label adjacent, R response length,
@@ -81,6 +85,8 @@ class Args:
     """weights of the frozen π_SFT; trainable weights are always float32, autocast by accelerate"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # labels
     train_data: str
     """labels: .jsonl, .json, .parquet, or hub id `name:split`. Either texts (prompt_field, chosen_field,
@@ -164,7 +170,7 @@ PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
     refuse((args.batch_size < world, f"--batch_size must be at least the {world} processes"))
@@ -211,20 +217,23 @@ def main(args: Args) -> None:
         return
     output_dir = open_run(accelerator, args)
 
+    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
-    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype)).to(device)
-    sft_policy.eval().requires_grad_(False)
-    trained_lm = load_causal_lm(args.model).to(device)  # R_φ's backbone; the output layer is for train/kl
+    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype), empty)
+    sft_policy = place(accelerator, args.shard, sft_policy).eval().requires_grad_(False)
+    trained_lm = load_causal_lm(args.model, torch.float32, empty)  # R_φ's backbone
     if args.gradient_checkpointing:
         recompute_activations(trained_lm)
     reward_model = RewardModel(trained_lm.base_model, args.bound)
     init_head(reward_model)
+    place(accelerator, args.shard, reward_model, trained_lm.get_output_embeddings())  # which is for train/kl
     optimizer = torch.optim.AdamW(reward_model.parameters(), eps=args.eps, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(reward_model, optimizer)
+    model = reward_model if args.shard else accelerator.prepare(reward_model)
+    optimizer = accelerator.prepare(optimizer)
     reward_model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run; 2. or normalise first
-    state = load_checkpoint(accelerator, output_dir)
+    state = load_checkpoint(accelerator, output_dir, model, optimizer)
     kept_step = min(state["step"], num_steps - 1) if state else -1  # the last evaluation is done again
     writer = open_metrics(output_dir, kept_step) if rank == 0 else None
     if state is None:
@@ -248,16 +257,15 @@ def main(args: Args) -> None:
         eps = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"] + 1)
         optimizer.param_groups[0].update(lr=lr, eps=eps)
         parts, local_stats = micro_batches(local_batch, args.micro_batch_size), torch.zeros(2, device=device)
-        for i, part in enumerate(parts):
-            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+        for part, counts, sync in rounds(accelerator, model, parts):
             with sync, accelerator.autocast():
                 loss, accuracy = best_of_k_loss(*label_rewards(model, part, device))
                 # DDP averages gradients over ranks
-                weight = len(part) * world / len(batch) if batch[rank::world] else 0.0
+                weight = len(part) * world / len(batch) * counts if batch[rank::world] else 0.0
                 accelerator.backward(loss * weight)
             local_stats += torch.stack([loss.detach(), accuracy]) * weight
         loss, accuracy = accelerator.reduce(local_stats, "mean").tolist()
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+        norm = float(full(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)))
         check_finite(accelerator, step, loss, norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -271,8 +279,8 @@ def main(args: Args) -> None:
         if step % args.log_every == 0 or last:
             metrics = {tag: float(np.mean(values)) for tag, values in state["recent"].items() if values}
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
-            metrics["train/gain"] = reward_model.reward_gain.item()
-            metrics["train/bias"] = reward_model.reward_bias.item()
+            metrics["train/gain"] = full(reward_model.reward_gain).item()
+            metrics["train/bias"] = full(reward_model.reward_bias).item()
             state["recent"] = {}
         if args.eval_every and step % args.eval_every == 0 and not last:
             metrics |= evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
@@ -282,7 +290,7 @@ def main(args: Args) -> None:
             log_metrics(writer, output_dir, step, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
         if step % args.checkpoint_every == 0 or last:
             state["metrics"] = metrics
-            save_checkpoint(accelerator, output_dir, step, state)
+            save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
 
     # the last evaluation comes when what was trained is safe: it may run out of memory
     metrics = state["metrics"] | evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
@@ -309,10 +317,10 @@ def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], siz
     model.eval()
     local_labels = labels[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
-        with accelerator.autocast():
+    with whole(accelerator, model):
+        for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
             loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
-        sums += torch.stack(loss_and_accuracy).double() * len(part)
+            sums += torch.stack(loss_and_accuracy).double() * len(part)
     loss, accuracy = accelerator.reduce(sums, "sum").tolist()
     return {"test/loss": loss / len(labels), "test/accuracy": accuracy / len(labels)}
 
@@ -329,10 +337,10 @@ def normalize(accelerator, reward_model, sft_policy, queries, args: Args, stop_i
         count = args.normalize_samples
         samples = sample(accelerator, sft_policy, queries, count, args, stop_id, stage, number)
         local_rewards = torch.zeros(len(samples), device=accelerator.device)
-        for part in micro_batches(samples, args.forward_batch_size):
-            with accelerator.autocast():
+        with whole(accelerator, reward_model):
+            for part in micro_batches(samples, args.forward_batch_size):
                 rewards = label_rewards(reward_model, part, accelerator.device)[0]
-            local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
+                local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
         rewards = accelerator.gather(local_rewards)
         results |= {f"{name}/{check}mean": rewards.mean().item(), f"{name}/{check}std": rewards.std().item()}
         if not check:
@@ -351,11 +359,14 @@ def backbone_kl(accelerator, trained_lm, sft_policy, queries, args: Args, stop_i
     trained_lm.eval()
     samples = sample(accelerator, trained_lm, queries, args.kl_samples, args, stop_id, 2, step)
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    for part in micro_batches(samples, args.forward_batch_size):
-        with accelerator.autocast():
+    with whole(accelerator, trained_lm, sft_policy):
+        trained_lm.tie_weights()
+        for part in micro_batches(samples, args.forward_batch_size):
             logprobs = response_logprobs(trained_lm, part, args.temperature, accelerator.device)
             ref_logprobs = response_logprobs(sft_policy, part, args.temperature, accelerator.device)
-        sums += torch.tensor([(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device)
+            sums += torch.tensor(
+                [(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device
+            )
     total, count = accelerator.reduce(sums, "sum").tolist()
     return {"train/kl": total / count}
 
@@ -423,8 +434,9 @@ def as_classifier(model: RewardModel) -> nn.Module:
     `score.weight`. What that class has no place for stands in its configuration: R = reward_gain · (logit +
     score_bias) + reward_bias."""
     config = copy.deepcopy(model.lm_backbone.config)
-    config.num_labels, config.reward_bound, config.score_bias = 1, model.bound, model.scalar_head.bias.item()
-    config.reward_gain, config.reward_bias = model.reward_gain.item(), model.reward_bias.item()
+    numbers = (model.scalar_head.bias, model.reward_gain, model.reward_bias)
+    config.score_bias, config.reward_gain, config.reward_bias = (full(x).item() for x in numbers)
+    config.num_labels, config.reward_bound = 1, model.bound
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, model.lm_backbone)
@@ -520,7 +532,8 @@ def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, st
     samples, size = [], args.forward_batch_size
     for part in (picks[i : i + size] for i in range(0, count, size)):
         ids, mask = pad_left([queries[i] for i in part], accelerator.device)
-        with accelerator.autocast():
+        with whole(accelerator, model):
+            model.tie_weights()  # to the embedding that is whole now
             length, temperature = args.response_length, args.temperature
             responses = generate(model, ids, mask, 1, length, temperature, stop_id, 0, generator)
         for i, response in zip(part, responses.tolist()):
@@ -661,7 +674,7 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(shard: bool = False) -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
@@ -673,7 +686,11 @@ def start_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
+    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
+        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
+    )
     return accelerator
 
 
@@ -682,6 +699,70 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) 
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
         advice = "the last good checkpoint is kept; lower the learning rate"
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
+
+
+def units(*models) -> list[FSDPModule]:
+    """The parts of models that are gathered one by one; none without --shard."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def full(tensor):
+    """The whole of a sharded tensor, on every rank; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
+    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
+    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    if not shard:
+        return together.to(device)[0]
+    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    for model in models:
+        backbone = getattr(model, "lm_backbone", model)
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
+        if not blocks and hasattr(backbone, "config"):
+            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
+        for module in dict.fromkeys((*blocks, backbone, model)):
+            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not main:
+        together.to_empty(device=device)
+    for name, parameter in together.named_parameters():
+        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
+        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
+    for buffer in together.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    return models[0]
+
+
+@contextmanager
+def whole(accelerator: Accelerator, *models):
+    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
+    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    parts = units(*models)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    with accelerator.autocast():
+        yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
+    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
+    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
+    count = torch.tensor([len(parts)], device=accelerator.device)
+    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
+    for i in range(count):
+        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
 def load_pretrained(auto_class, path: str, field: str):
@@ -703,12 +784,15 @@ def load_config(path: str, field: str):
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, config=load_config(path, "model"), dtype=dtype
-    )
+    config = load_config(path, "model")
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -720,11 +804,17 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
     model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    weights = model.state_dict()
+    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
+        once = dict(model.named_parameters())
+        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
+        gathered = ((name, full(weights[name])) for name in names)
+        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        for part in (model, tokenizer):
-            part.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     accelerator.wait_for_everyone()
@@ -880,29 +970,37 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict) -> None:
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
-    aside, whole = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    if units(model):
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
+    else:
+        accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        aside.rename(whole)
-        for older in set(whole.parent.iterdir()) - {whole}:
+        aside.rename(final)
+        for older in set(final.parent.iterdir()) - {final}:
             shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
     """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
-    accelerator.load_state(str(newest))
+    if units(model):
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    else:
+        accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())
 
 

@@ -25,7 +25,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,11 +33,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Shapes: rows of a micro-batch, T tokens of its longest row, R of its longest response, V vocabulary.
@@ -70,6 +74,8 @@ class Args:
     """folder or hub id; none: that of model or model_config"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # data
     train_data: str
     """training rows: .jsonl, .json, .parquet, or hub id `name:split`"""
@@ -118,7 +124,7 @@ class Args:
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
     refuse(
@@ -150,21 +156,25 @@ def main(args: Args) -> None:
         return
     output_dir = open_run(accelerator, args)
 
+    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
     if args.model:
-        policy = load_causal_lm(args.model)
+        policy = load_causal_lm(args.model, torch.float32, empty)
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.device("meta" if empty else "cpu"):
+            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
+    policy = place(accelerator, args.shard, policy)
     if args.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(policy, optimizer)
+    model = policy if args.shard else accelerator.prepare(policy)
+    optimizer = accelerator.prepare(optimizer)
     policy = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run
-    state = load_checkpoint(accelerator, output_dir) or {"step": 0, "recent": {}}
+    state = load_checkpoint(accelerator, output_dir, model, optimizer) or {"step": 0, "recent": {}}
     writer = open_metrics(output_dir, min(state["step"], num_steps - 1)) if rank == 0 else None
     run_start, first_step = time.time(), state["step"]
     for step in range(first_step + 1, num_steps + 1):
@@ -183,14 +193,13 @@ def main(args: Args) -> None:
         schedule = (args.lr_schedule, args.warmup_steps, args.final_lr_fraction)
         lr = optimizer.param_groups[0]["lr"] = scheduled_lr(args.lr, step - 1, num_steps, *schedule)
         parts, local_loss = micro_batches(local_batch, args.micro_batch_size), torch.zeros((), device=device)
-        for i, part in enumerate(parts):
-            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+        for part, counts, sync in rounds(accelerator, model, parts):
             with sync, accelerator.autocast():
-                loss = -(response_logprobs(model, part, device) * weight).sum()
+                loss = -(response_logprobs(model, part, device) * weight).sum() * counts
                 accelerator.backward(loss)
             local_loss += loss.detach()
         loss = accelerator.reduce(local_loss, "mean").item()  # nats per token
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+        norm = float(full(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)))
         check_finite(accelerator, step, loss, norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -211,7 +220,7 @@ def main(args: Args) -> None:
             log_metrics(writer, output_dir, step, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
         if step % args.checkpoint_every == 0 or last:
             state["metrics"] = metrics
-            save_checkpoint(accelerator, output_dir, step, state)
+            save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
 
     # the last evaluation comes when what was trained is safe: it may run out of memory
     metrics = state["metrics"] | evaluate(accelerator, policy, eval_rows, args.forward_batch_size)
@@ -229,8 +238,8 @@ def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dic
     policy.eval()
     device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for part in micro_batches(local_rows, size):
-        with accelerator.autocast():
+    with whole(accelerator, policy):
+        for part in micro_batches(local_rows, size):
             total -= response_logprobs(policy, part, device).double().sum()
     tokens = sum(len(row["response_ids"]) for row in rows)
     total = accelerator.reduce(total, "sum").item()
@@ -349,7 +358,7 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(shard: bool = False) -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
@@ -361,7 +370,11 @@ def start_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
+    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
+        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
+    )
     return accelerator
 
 
@@ -370,6 +383,70 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) 
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
         advice = "the last good checkpoint is kept; lower the learning rate"
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
+
+
+def units(*models) -> list[FSDPModule]:
+    """The parts of models that are gathered one by one; none without --shard."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def full(tensor):
+    """The whole of a sharded tensor, on every rank; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
+    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
+    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    if not shard:
+        return together.to(device)[0]
+    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    for model in models:
+        backbone = getattr(model, "lm_backbone", model)
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
+        if not blocks and hasattr(backbone, "config"):
+            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
+        for module in dict.fromkeys((*blocks, backbone, model)):
+            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not main:
+        together.to_empty(device=device)
+    for name, parameter in together.named_parameters():
+        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
+        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
+    for buffer in together.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    return models[0]
+
+
+@contextmanager
+def whole(accelerator: Accelerator, *models):
+    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
+    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    parts = units(*models)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    with accelerator.autocast():
+        yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
+    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
+    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
+    count = torch.tensor([len(parts)], device=accelerator.device)
+    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
+    for i in range(count):
+        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
 def load_pretrained(auto_class, path: str, field: str):
@@ -391,12 +468,15 @@ def load_config(path: str, field: str):
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, config=load_config(path, "model"), dtype=dtype
-    )
+    config = load_config(path, "model")
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -408,11 +488,17 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
     model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    weights = model.state_dict()
+    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
+        once = dict(model.named_parameters())
+        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
+        gathered = ((name, full(weights[name])) for name in names)
+        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        for part in (model, tokenizer):
-            part.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     accelerator.wait_for_everyone()
@@ -568,29 +654,37 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict) -> None:
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
-    aside, whole = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    if units(model):
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
+    else:
+        accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        aside.rename(whole)
-        for older in set(whole.parent.iterdir()) - {whole}:
+        aside.rename(final)
+        for older in set(final.parent.iterdir()) - {final}:
             shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
     """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
-    accelerator.load_state(str(newest))
+    if units(model):
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    else:
+        accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())
 
 
