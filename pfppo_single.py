@@ -33,7 +33,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -42,14 +42,17 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DynamicCache, GenerationConfig
-from transformers import logging as transformers_logging
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 # Shapes: B prompts per update, N responses per prompt, K rows kept by the filter, Q query length, R response
 # length, V vocabulary. A rollout is a dict of tensors whose first axis is the response.
@@ -92,6 +95,8 @@ class Args:
     """weights of reference and reward model; trainable weights are float32, autocast by accelerate"""
     gradient_checkpointing: bool = False
     """recompute activations in the PPO epochs: less memory, a third more time; never during rollouts"""
+    shard: bool = False
+    """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # data
     prompts: str
     """training prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
@@ -213,20 +218,21 @@ PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     all_sum = partial(accelerator.reduce, reduction="sum")
     num_kept, weights, num_updates = check_args(args, world)
     config = load_config(args.policy, "policy")
     tokenizer = load_pretrained(AutoTokenizer, args.policy, "policy")
     stop_id = stop_token_id(tokenizer, args.stop_token)
-    rows, eval_rows = read_prompts("prompts", args, tokenizer), read_prompts("eval_prompts", args, tokenizer)
+    rows = read_prompts("prompts", args, tokenizer, accelerator.print)
+    eval_rows = read_prompts("eval_prompts", args, tokenizer, accelerator.print)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
     queries = [row["query_ids"] for row in rows + eval_rows]
     check_rows(config, queries, "policy", args.response_length)
-    for field in ("reward", "critic_init"):
-        if getattr(args, field) and ":" not in getattr(args, field):
-            check_reward_model(getattr(args, field), field, tokenizer, queries, args.response_length)
+    for field, path in (("reward", args.reward), ("critic_init", args.critic_init)):
+        if path and (field == "critic_init" or ":" not in path):
+            check_reward_model(path, field, tokenizer, queries, args.response_length)
     reward = load_function(args.reward, "reward") if ":" in args.reward else None
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
@@ -237,17 +243,21 @@ def main(args: Args) -> None:
         f"{num_updates} updates of {args.batch_size} prompts x {n} responses on {world} processes; filter "
         f"{args.filter} keeps {kept_per_update}; {args.noptepochs} epochs x {num_minibatches} minibatches"
     )
+    show_first(accelerator, tokenizer, rows[0][args.prompt_field], rows[0]["query_ids"], [], stop_id)
     if args.dry_run:
         return
     output_dir = open_run(accelerator, args)
 
+    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed + 100003 * rank)  # LMHP: a rank-shifted seed
     frozen_dtype = getattr(torch, args.frozen_dtype)
-    policy = load_causal_lm(args.policy).to(device)
-    ref_policy = load_causal_lm(args.policy, frozen_dtype).to(device).eval().requires_grad_(False)
+    policy = place(accelerator, args.shard, load_causal_lm(args.policy, torch.float32, empty))
+    ref_policy = load_causal_lm(args.policy, frozen_dtype, empty).eval().requires_grad_(False)
+    ref_policy = place(accelerator, args.shard, ref_policy)
     if reward is None:
-        reward = load_reward_model(args.reward, frozen_dtype).to(device).eval().requires_grad_(False)
-    critic = make_critic(args, policy).to(device)
+        reward = load_reward_model(args.reward, frozen_dtype, empty).eval().requires_grad_(False)
+        reward = place(accelerator, args.shard, reward)
+    critic = place(accelerator, args.shard, make_critic(args, policy, empty))
     if args.gradient_checkpointing:
         recompute_activations(policy)
         if args.critic == "separate":
@@ -256,7 +266,8 @@ def main(args: Args) -> None:
     critic_lr = args.critic_lr if args.critic == "separate" else args.lr
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
     optimizer = torch.optim.AdamW(groups, eps=args.eps, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model = model if args.shard else accelerator.prepare(model)
+    optimizer = accelerator.prepare(optimizer)
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     policy = bare.policy
     judges = (ref_policy, reward, actual_score)
@@ -265,7 +276,7 @@ def main(args: Args) -> None:
     keep = partial(keep, thresholds=args.thresholds, pow_k=args.pow_k)
 
     # ------------------------------------------------ Continue a killed run, or measure π_SFT's rewards first
-    state = load_checkpoint(accelerator, output_dir)
+    state = load_checkpoint(accelerator, output_dir, model, optimizer)
     writer = open_metrics(output_dir, state["step"] if state else -1) if rank == 0 else None
     if state is None:
         state = {"step": 0, "optimizer_step": 0, "kl_coef": args.kl_coef, "best": -math.inf}
@@ -274,9 +285,10 @@ def main(args: Args) -> None:
             count = math.ceil(args.normalize_samples / (args.num_responses * world))  # prompts per rank
             batch_rows = [rows[i] for i in prompt_order(len(rows), rank * count, count, args.seed + 1)]
             generator = random_generator(device, args.seed, 1, rank)
-            with accelerator.autocast():
+            with whole(accelerator, policy):
                 rollout = sample_rollout(policy, batch_rows, n, temperature, args, stop_id, generator)
-                texts = decode_responses(tokenizer, rollout)
+            texts = decode_responses(tokenizer, rollout)
+            with whole(accelerator, reward):
                 scores = score_rollout(reward, batch_rows, rollout, texts, args)
             scores = accelerator.gather(scores).float()
             state["reward_mean"], state["reward_std"] = scores.mean().item(), scores.std().item()
@@ -299,7 +311,7 @@ def main(args: Args) -> None:
 
         # ---------------- 2. draw N responses for each
         generator = random_generator(device, args.seed, 3, update, rank)
-        with accelerator.autocast():
+        with whole(accelerator, policy):
             rollout = sample_rollout(policy, batch_rows, n, temperature, args, stop_id, generator)
         prompt_ids = torch.arange(local_b, device=device) + rank * local_b  # ids count over ranks
         rollout["prompt_ids"] = prompt_ids.repeat_interleave(args.num_responses)  # (B*N,)
@@ -307,7 +319,7 @@ def main(args: Args) -> None:
         clock.append(time.time())
 
         # ---------------- 3. score them
-        with accelerator.autocast():
+        with whole(accelerator, reward):
             raw_scores = score_rollout(reward, batch_rows, rollout, texts, args)  # (B*N,) R_φ
         scores = (raw_scores - state["reward_mean"]) / state["reward_std"]
         if args.missing_stop_score is not None:  # LMHP: a fixed score where the stop token is missing
@@ -335,8 +347,9 @@ def main(args: Args) -> None:
 
         # ---------------- 5. log-probabilities, reference log-probabilities and values of the kept rows only
         size = args.forward_batch_size
-        with accelerator.autocast():
+        with whole(accelerator, bare):
             logprobs, values = response_logprobs_and_values(bare, kept, temperature, size)
+        with whole(accelerator, ref_policy):
             ref_logprobs, _ = response_logprobs_and_values(ref_policy, kept, temperature, size)
         kept |= {"logprobs": logprobs, "values": values}  # (K, R)
         clock.append(time.time())
@@ -369,16 +382,16 @@ def main(args: Args) -> None:
                 kept["loss_weights"][minibatch] = loss_weights(mask[minibatch] & (not idle), all_sum, world)
                 local_stats, max_ratio = torch.zeros(len(STATS), device=device), torch.zeros(1, device=device)
                 parts = micro_batches(kept, minibatch, args.micro_batch_size)
-                for i, part in enumerate(parts):
-                    sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+                for part, counts, sync in rounds(accelerator, model, parts):
                     with sync, accelerator.autocast():
                         loss, part_stats, ratio = minibatch_loss(model, trim(kept, part), args)
-                        accelerator.backward(loss)
-                    local_stats += part_stats
+                        accelerator.backward(loss * counts)
+                    local_stats += part_stats * counts
                     max_ratio = torch.maximum(max_ratio, ratio.max())
                 first_ratio_max = first_ratio_max if stats else accelerator.gather(max_ratio).max()
                 stats.append(accelerator.reduce(local_stats, "mean"))
-                norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                norm = float(full(norm))
                 check_finite(accelerator, update, stats[-1][STATS.index("ppo/loss/total")].item(), norm)
                 norms += [norm] if math.isfinite(norm) else []
                 for group in optimizer.param_groups:
@@ -432,7 +445,7 @@ def main(args: Args) -> None:
         if args.save_policy_every and update % args.save_policy_every == 0:
             save_model(accelerator, policy, tokenizer, stop_id, output_dir / f"policy_{update}")
         if update % args.checkpoint_every == 0 or update == num_updates:
-            save_checkpoint(accelerator, output_dir, update, state)
+            save_checkpoint(accelerator, output_dir, update, state, model, optimizer)
     save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy")
     accelerator.print(f"done: {output_dir / 'policy'}")
 
@@ -662,14 +675,17 @@ class RewardModel(nn.Module):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
 
 
-def load_reward_model(path: str, dtype: torch.dtype = torch.float32) -> RewardModel:
+def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> RewardModel:
     """R_φ from a sequence classification model with one label, of rm_single.py or of others (which have gain
     1, bias 0 and no bound), of a folder or the hub. A head is never made up."""
     config, auto = load_config(path, "reward"), AutoModelForSequenceClassification
+    bound = getattr(config, "reward_bound", "none")
+    if empty:
+        return RewardModel(load_causal_lm(path, dtype, empty).base_model, bound)
     classifier, info = auto.from_pretrained(path, config=config, dtype="auto", output_loading_info=True)
     missing = ", ".join(sorted(info["missing_keys"]))
     refuse((missing != "", f"--reward {path}: lacks {missing}"))
-    model = RewardModel(classifier.base_model, getattr(config, "reward_bound", "none"))
+    model = RewardModel(classifier.base_model, bound)
     model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
     for parameter in model.lm_backbone.parameters():  # the head stays float32
         parameter.data = parameter.data.to(dtype)
@@ -694,8 +710,14 @@ def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]
     advice = "give a sequence classification model with one label and a layer `score`, or module:function"
     refuse((not isinstance(head, nn.Linear), f"{where}: a {name} is no reward model; {advice}"))
     check_rows(config, queries, field, new_tokens)
-    differ = load_pretrained(AutoTokenizer, path, field).get_vocab().items() ^ tokenizer.get_vocab().items()
-    refuse((len(differ) > 0, f"{where}: its tokenizer differs from --policy's, in {min(differ, default='')}"))
+    own = load_pretrained(AutoTokenizer, path, field).get_vocab()
+    differ = [t for t, i in tokenizer.get_vocab().items() if own.get(t) != i and t != tokenizer.pad_token]
+    refuse(
+        (
+            differ != [],
+            f"{where}: its tokenizer differs from --policy's, in {len(differ)} such as {differ[:1]}",
+        )
+    )
 
 
 class PolicyAndCritic(nn.Module):
@@ -719,16 +741,16 @@ class PolicyAndCritic(nn.Module):
         return output.logits[:, :-1], values[:, -response_length - 1 : -1].float()
 
 
-def make_critic(args: Args, policy: nn.Module) -> nn.Module:
+def make_critic(args: Args, policy: nn.Module, empty: bool = False) -> nn.Module:
     """The critic that `critic` and `critic_init` ask for. It starts from the reward model where there is one:
     what a state is worth is close to what the reward model says of the text so far. Else its head starts at
     zero."""
     if args.critic == "shared":
         critic = head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
     elif args.critic_init or ":" not in args.reward:
-        return load_reward_model(args.critic_init or args.reward)
+        return load_reward_model(args.critic_init or args.reward, torch.float32, empty)
     else:
-        critic = RewardModel(load_causal_lm(args.policy).base_model)
+        critic = RewardModel(load_causal_lm(args.policy, torch.float32, empty).base_model)
         head = critic.scalar_head
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -909,25 +931,28 @@ def evaluate(accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, 
     """Greedy and sampled responses to the evaluation prompts, each counted once whatever the number of ranks.
     judges: ref_policy, reward, actual_score or None."""
     ref_policy, reward, actual_score = judges
-    local_rows, values = rows[accelerator.process_index :: accelerator.num_processes], {}
+    own_rows, values = rows[accelerator.process_index :: accelerator.num_processes], {}
+    local_rows = own_rows or rows[:1]  # a rank without prompts goes along with one that does not count
     policy.eval()
-    for name, temperature in (("greedy", 0.0), ("sampled", args.temperature)) if local_rows else ():
+    for name, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
         generator = random_generator(accelerator.device, args.seed, 9, update, accelerator.process_index)
-        with accelerator.autocast():
+        with whole(accelerator, policy):
             rollout = sample_rollout(policy, local_rows, 1, temperature, args, stop_id, generator)
-            texts = decode_responses(tokenizer, rollout)
+        texts = decode_responses(tokenizer, rollout)
+        with whole(accelerator, reward):
             values[f"eval/{name}_reward"] = score_rollout(reward, local_rows, rollout, texts, args).tolist()
         if actual_score is not None:
             values[f"eval/{name}_pass1"] = call_function(actual_score, local_rows, texts, args.prompt_field)
         if name == "sampled":  # KL to π_SFT on samples that no filter has touched
-            with accelerator.autocast():
-                size = args.forward_batch_size
+            size = args.forward_batch_size
+            with whole(accelerator, policy):
                 logprobs, _ = response_logprobs_and_values(policy, rollout, args.temperature, size)
+            with whole(accelerator, ref_policy):
                 ref_logprobs, _ = response_logprobs_and_values(ref_policy, rollout, args.temperature, size)
             values["eval/kl"] = (logprobs - ref_logprobs).sum(1).tolist()
         values[f"eval/{name}_length"] = rollout["response_mask"].sum(1).tolist()
         values[f"eval/{name}_truncated"] = (~rollout["has_stop"]).tolist()
-    parts = gather_object([values])
+    parts = gather_object([values if own_rows else {}])
     return {tag: float(np.mean([x for part in parts for x in part.get(tag, [])])) for tag in parts[0]}
 
 
@@ -942,7 +967,7 @@ def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle:
     return order[first : first + count]
 
 
-def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
+def read_prompts(field: str, args: Args, tokenizer, say=print) -> list[dict]:
     """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
     measured would be the short prompts alone."""
     path = getattr(args, field)
@@ -954,7 +979,7 @@ def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
     message = f"--{field}: {left_out} queries are empty or longer than --query_length"
     if len(encoded) < len(rows):
         refuse((field == "eval_prompts", f"{message}; raise it or --long_queries keep_start"))
-        print(f"{message} and left out")
+        say(f"{message} and left out")
     return encoded
 
 
@@ -976,9 +1001,18 @@ def call_function(function, rows: list[dict], texts: list[str], prompt_field: st
     response."""
     rows = [row for row in rows for _ in range(len(texts) // len(rows))]
     values = function([row[prompt_field] for row in rows], texts, rows)
-    if len(values) != len(texts):
-        raise ValueError(f"a function must return one value a response, {len(texts)}, not {len(values)}")
-    return [float(value) for value in values]
+    values = values.tolist() if hasattr(values, "tolist") else values
+    values = (
+        [v.item() if hasattr(v, "item") else v for v in values]
+        if isinstance(values, list | tuple)
+        else [values]
+    )
+    if len(values) != len(texts) or not all(isinstance(v, int | float) for v in values):
+        got = f"{len(values)} values such as {values[:1]!r:.40}"
+        raise ValueError(
+            f"--reward, --actual_score: one number for each of {len(texts)} responses, not {got}"
+        )
+    return [float(v) for v in values]
 
 
 def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
@@ -1048,11 +1082,11 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(shard: bool = False) -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     torch.backends.cuda.enable_cudnn_sdp(
         False
@@ -1060,7 +1094,11 @@ def start_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
+    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
+        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
+    )
     return accelerator
 
 
@@ -1069,6 +1107,70 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) 
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
         advice = "the last good checkpoint is kept; lower the learning rate"
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
+
+
+def units(*models) -> list[FSDPModule]:
+    """The parts of models that are gathered one by one; none without --shard."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def full(tensor):
+    """The whole of a sharded tensor, on every rank; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
+    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
+    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    if not shard:
+        return together.to(device)[0]
+    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    for model in models:
+        backbone = getattr(model, "lm_backbone", model)
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
+        if not blocks and hasattr(backbone, "config"):
+            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
+        for module in dict.fromkeys((*blocks, backbone, model)):
+            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not main:
+        together.to_empty(device=device)
+    for name, parameter in together.named_parameters():
+        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
+        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
+    for buffer in together.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    return models[0]
+
+
+@contextmanager
+def whole(accelerator: Accelerator, *models):
+    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
+    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    parts = units(*models)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    with accelerator.autocast():
+        yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
+    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
+    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
+    count = torch.tensor([len(parts)], device=accelerator.device)
+    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
+    for i in range(count):
+        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
 def load_pretrained(auto_class, path: str, field: str):
@@ -1081,17 +1183,24 @@ def load_pretrained(auto_class, path: str, field: str):
 
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(AutoConfig, path, field)
+    config = load_pretrained(transformers.AutoConfig, path, field)
+    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
+        config.output_router_logits = False
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
+    config = load_config(path, "model")
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1102,12 +1211,18 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    weights = model.state_dict()
+    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
+        once = dict(model.named_parameters())
+        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
+        gathered = ((name, full(weights[name])) for name in names)
+        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        for part in (model, tokenizer):
-            part.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     accelerator.wait_for_everyone()
@@ -1120,21 +1235,27 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
-    what cannot be read, is no object or lacks a column."""
-    rows, where = [], f"--{field} {path}"
+    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
+    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
     try:
-        if path.endswith(".jsonl"):
-            for line in Path(path).read_text("utf-8").split("\n"):  # splitlines would cut at U+2028 too
+        if kind == "jsonl":
+            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
                 rows += [json.loads(line)] if line.strip() else []
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text("utf-8"))
+        elif kind == "json":
+            rows = json.loads(Path(path).read_text("utf-8-sig"))
         else:
-            from datasets import load_dataset  # slow to import, and not needed for JSON
+            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
             name, _, split = path.partition(":")
-            source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": name}
-            rows = load_dataset(**source, split=split or "train").to_list()
+            if Path(path).is_dir():
+                data = load_from_disk(path)
+                data = data["train"] if isinstance(data, dict) else data
+            elif kind in ("csv", "parquet"):
+                data = load_dataset(kind, data_files=path, split="train")
+            else:
+                data = load_dataset(name, split=split or "train")
+            rows = data.to_list()
     except (OSError, ValueError) as error:
         row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
@@ -1142,28 +1263,83 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
         missing = ", ".join(column for column in columns if row.get(column) is None)
-        refuse(
-            (missing != "", f"{where}, row {number}: no column {missing}; it has {', '.join(sorted(row))}")
-        )
+        has = ", ".join(sorted(row))
+        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
     return rows
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        refuse(
+            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
+        )
+        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
+    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
+    prompt = before or row.get(prompt_field)
+    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    return prompt, answer
+
+
+def plain_text(content) -> str | None:
+    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
+    picture)."""
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Chat messages with plain texts. ValueError for one without, unless it calls a tool."""
+    plain = [{**message, "content": plain_text(message.get("content"))} for message in messages]
+    if any(message["content"] is None and "tool_calls" not in message for message in plain):
+        raise ValueError("a message has no text as its content")
+    return plain
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
     itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
-    rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
-    rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
-    rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
-    refuse((not rows, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
-    return rows
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
+    Refuses, naming the row, what tokenizer or chat template do not take."""
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
+        except Exception as error:  # templates raise what they like
+            text = str(error).partition("\n")[0]
+            raise SystemExit(
+                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
+            ) from None
+        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
+    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
+    return encoded
+
+
+def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
+    """Prints the first row as the model reads it, and what is odd about it."""
+    accelerator.print(
+        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
+    )
+    if not tokenizer.chat_template or not prompt:
+        return
+    if isinstance(prompt, str):
+        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
+        return
+    chat = [*prompt, {"role": "assistant", "content": "@"}]
+    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
+        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
 
 
 def stop_token_id(tokenizer, token: str) -> int:
@@ -1202,29 +1378,37 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict) -> None:
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
-    aside, whole = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    if units(model):
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
+    else:
+        accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        aside.rename(whole)
-        for older in set(whole.parent.iterdir()) - {whole}:
+        aside.rename(final)
+        for older in set(final.parent.iterdir()) - {final}:
             shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
     """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
-    accelerator.load_state(str(newest))
+    if units(model):
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    else:
+        accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())
 
 
@@ -1237,7 +1421,9 @@ def open_run(accelerator: Accelerator, args) -> Path:
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = folder.is_dir() and any(folder.iterdir()) and not file.is_file()
+    foreign = (
+        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
+    )
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),

@@ -33,7 +33,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,14 +41,17 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
-from transformers import logging as transformers_logging
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 # Shapes: K responses per label, rows = labels x K with the responses of a label adjacent, R response length,
 # T tokens of the longest row of a micro-batch.
@@ -82,6 +85,8 @@ class Args:
     """weights of the frozen π_SFT; trainable weights are always float32, autocast by accelerate"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # labels
     train_data: str
     """labels: .jsonl, .json, .parquet, or hub id `name:split`. Either texts (prompt_field, chosen_field,
@@ -95,9 +100,9 @@ class Args:
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
     chosen_field: str = "chosen"
-    """column with the better response, a text"""
+    """column with the better response: a text, or messages that end with it (earlier ones are the prompt)"""
     rejected_field: str = "rejected"
-    """column with the worse response, a text"""
+    """column with the worse response, likewise"""
     query_length: Count = 512
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_start"] = "drop"
@@ -165,12 +170,12 @@ PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
     refuse((args.batch_size < world, f"--batch_size must be at least the {world} processes"))
     config = load_config(args.model, "model")
-    known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     refuse((not known, f"--model {args.model}: transformers has no sequence classification form of it"))
     tokenizer = load_pretrained(AutoTokenizer, args.model, "model")
     stop_id = stop_token_id(tokenizer, args.stop_token)
@@ -199,24 +204,36 @@ def main(args: Args) -> None:
         f"{len(eval_labels)} held-out ({eval_left_out} left out), {len(queries)} prompts to normalise on\n"
         f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
+    first = labels[0]
+    show_first(
+        accelerator,
+        tokenizer,
+        first.get("prompt", []),
+        first["query"],
+        first["samples"][first["best"]],
+        stop_id,
+    )
     if args.dry_run:
         return
     output_dir = open_run(accelerator, args)
 
+    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
-    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype)).to(device)
-    sft_policy.eval().requires_grad_(False)
-    trained_lm = load_causal_lm(args.model).to(device)  # R_φ's backbone; the output layer is for train/kl
+    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype), empty)
+    sft_policy = place(accelerator, args.shard, sft_policy).eval().requires_grad_(False)
+    trained_lm = load_causal_lm(args.model, torch.float32, empty)  # R_φ's backbone
     if args.gradient_checkpointing:
         recompute_activations(trained_lm)
     reward_model = RewardModel(trained_lm.base_model, args.bound)
     init_head(reward_model)
+    place(accelerator, args.shard, reward_model, trained_lm.get_output_embeddings())  # which is for train/kl
     optimizer = torch.optim.AdamW(reward_model.parameters(), eps=args.eps, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(reward_model, optimizer)
+    model = reward_model if args.shard else accelerator.prepare(reward_model)
+    optimizer = accelerator.prepare(optimizer)
     reward_model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run; 2. or normalise first
-    state = load_checkpoint(accelerator, output_dir)
+    state = load_checkpoint(accelerator, output_dir, model, optimizer)
     kept_step = min(state["step"], num_steps - 1) if state else -1  # the last evaluation is done again
     writer = open_metrics(output_dir, kept_step) if rank == 0 else None
     if state is None:
@@ -240,16 +257,15 @@ def main(args: Args) -> None:
         eps = adam_epsilon(args.eps, args.adam_style, state["optimizer_step"] + 1)
         optimizer.param_groups[0].update(lr=lr, eps=eps)
         parts, local_stats = micro_batches(local_batch, args.micro_batch_size), torch.zeros(2, device=device)
-        for i, part in enumerate(parts):
-            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+        for part, counts, sync in rounds(accelerator, model, parts):
             with sync, accelerator.autocast():
                 loss, accuracy = best_of_k_loss(*label_rewards(model, part, device))
                 # DDP averages gradients over ranks
-                weight = len(part) * world / len(batch) if batch[rank::world] else 0.0
+                weight = len(part) * world / len(batch) * counts if batch[rank::world] else 0.0
                 accelerator.backward(loss * weight)
             local_stats += torch.stack([loss.detach(), accuracy]) * weight
         loss, accuracy = accelerator.reduce(local_stats, "mean").tolist()
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+        norm = float(full(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)))
         check_finite(accelerator, step, loss, norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -263,8 +279,8 @@ def main(args: Args) -> None:
         if step % args.log_every == 0 or last:
             metrics = {tag: float(np.mean(values)) for tag, values in state["recent"].items() if values}
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
-            metrics["train/gain"] = reward_model.reward_gain.item()
-            metrics["train/bias"] = reward_model.reward_bias.item()
+            metrics["train/gain"] = full(reward_model.reward_gain).item()
+            metrics["train/bias"] = full(reward_model.reward_bias).item()
             state["recent"] = {}
         if args.eval_every and step % args.eval_every == 0 and not last:
             metrics |= evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
@@ -274,7 +290,7 @@ def main(args: Args) -> None:
             log_metrics(writer, output_dir, step, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
         if step % args.checkpoint_every == 0 or last:
             state["metrics"] = metrics
-            save_checkpoint(accelerator, output_dir, step, state)
+            save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
 
     # the last evaluation comes when what was trained is safe: it may run out of memory
     metrics = state["metrics"] | evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
@@ -301,10 +317,10 @@ def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], siz
     model.eval()
     local_labels = labels[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
-        with accelerator.autocast():
+    with whole(accelerator, model):
+        for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
             loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
-        sums += torch.stack(loss_and_accuracy).double() * len(part)
+            sums += torch.stack(loss_and_accuracy).double() * len(part)
     loss, accuracy = accelerator.reduce(sums, "sum").tolist()
     return {"test/loss": loss / len(labels), "test/accuracy": accuracy / len(labels)}
 
@@ -321,10 +337,10 @@ def normalize(accelerator, reward_model, sft_policy, queries, args: Args, stop_i
         count = args.normalize_samples
         samples = sample(accelerator, sft_policy, queries, count, args, stop_id, stage, number)
         local_rewards = torch.zeros(len(samples), device=accelerator.device)
-        for part in micro_batches(samples, args.forward_batch_size):
-            with accelerator.autocast():
+        with whole(accelerator, reward_model):
+            for part in micro_batches(samples, args.forward_batch_size):
                 rewards = label_rewards(reward_model, part, accelerator.device)[0]
-            local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
+                local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
         rewards = accelerator.gather(local_rewards)
         results |= {f"{name}/{check}mean": rewards.mean().item(), f"{name}/{check}std": rewards.std().item()}
         if not check:
@@ -343,11 +359,14 @@ def backbone_kl(accelerator, trained_lm, sft_policy, queries, args: Args, stop_i
     trained_lm.eval()
     samples = sample(accelerator, trained_lm, queries, args.kl_samples, args, stop_id, 2, step)
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    for part in micro_batches(samples, args.forward_batch_size):
-        with accelerator.autocast():
+    with whole(accelerator, trained_lm, sft_policy):
+        trained_lm.tie_weights()
+        for part in micro_batches(samples, args.forward_batch_size):
             logprobs = response_logprobs(trained_lm, part, args.temperature, accelerator.device)
             ref_logprobs = response_logprobs(sft_policy, part, args.temperature, accelerator.device)
-        sums += torch.tensor([(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device)
+            sums += torch.tensor(
+                [(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device
+            )
     total, count = accelerator.reduce(sums, "sum").tolist()
     return {"train/kl": total / count}
 
@@ -415,8 +434,9 @@ def as_classifier(model: RewardModel) -> nn.Module:
     `score.weight`. What that class has no place for stands in its configuration: R = reward_gain · (logit +
     score_bias) + reward_bias."""
     config = copy.deepcopy(model.lm_backbone.config)
-    config.num_labels, config.reward_bound, config.score_bias = 1, model.bound, model.scalar_head.bias.item()
-    config.reward_gain, config.reward_bias = model.reward_gain.item(), model.reward_bias.item()
+    numbers = (model.scalar_head.bias, model.reward_gain, model.reward_bias)
+    config.score_bias, config.reward_gain, config.reward_bias = (full(x).item() for x in numbers)
+    config.num_labels, config.reward_bound = 1, model.bound
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, model.lm_backbone)
@@ -512,7 +532,8 @@ def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, st
     samples, size = [], args.forward_batch_size
     for part in (picks[i : i + size] for i in range(0, count, size)):
         ids, mask = pad_left([queries[i] for i in part], accelerator.device)
-        with accelerator.autocast():
+        with whole(accelerator, model):
+            model.tie_weights()  # to the embedding that is whole now
             length, temperature = args.response_length, args.temperature
             responses = generate(model, ids, mask, 1, length, temperature, stop_id, 0, generator)
         for i, response in zip(part, responses.tolist()):
@@ -564,20 +585,25 @@ def read_labels(field: str, args: Args, tokenizer, config, stop_id: int) -> tupl
         names = sorted(name for name in rows[0] if re.fullmatch(r"sample\d+", name))
         labels = [id_label(row, names, f"{where}, row {i}", args) for i, row in enumerate(rows, 1)]
     else:
-        names = (args.prompt_field, args.chosen_field, args.rejected_field)
-        rows = load_rows(path, field, names)
+        names = ("chosen_text", "rejected_text")
         for number, row in enumerate(rows, 1):
-            texts = isinstance(row[names[1]], str) and isinstance(row[names[2]], str)
-            refuse((not texts, f"{where}, row {number}: {names[1]} and {names[2]} must be texts"))
+            place = f"{where}, row {number}"
+            prompt, row[names[0]] = split_answer(row, args.prompt_field, args.chosen_field, place)
+            row["prompt"], row[names[1]] = split_answer(row, args.prompt_field, args.rejected_field, place)
+            refuse(
+                (prompt != row["prompt"], f"{place}: the two conversations differ before their last message")
+            )
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         # a text is closed by a special token, not by a "." (it has its own)
         closing_id = stop_id if stop_id in special | {tokenizer.eos_token_id} else -1
         cut = args.long_queries == "keep_start"
         labels = []
-        for row in encode_queries(tokenizer, rows, names[0], args.query_length, field, cut):
-            samples = [encode_response(tokenizer, row[name], closing_id) for name in names[1:]]
+        for row in encode_queries(tokenizer, rows, "prompt", args.query_length, field, cut):
+            samples = [encode_response(tokenizer, row[name], closing_id) for name in names]
             if all(0 < len(sample) <= args.response_length for sample in samples):
-                labels.append({"query": row["query_ids"], "samples": samples, "best": 0})
+                labels.append(
+                    {"prompt": row["prompt"], "query": row["query_ids"], "samples": samples, "best": 0}
+                )
         refuse((not labels, f"{where}: every response is longer than --response_length; raise it"))
     check_rows(config, [label["query"] + sample for label in labels for sample in label["samples"]], field)
     return labels, len(rows) - len(labels)
@@ -648,11 +674,11 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(shard: bool = False) -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     torch.backends.cuda.enable_cudnn_sdp(
         False
@@ -660,7 +686,11 @@ def start_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
+    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
+        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
+    )
     return accelerator
 
 
@@ -669,6 +699,70 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) 
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
         advice = "the last good checkpoint is kept; lower the learning rate"
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
+
+
+def units(*models) -> list[FSDPModule]:
+    """The parts of models that are gathered one by one; none without --shard."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def full(tensor):
+    """The whole of a sharded tensor, on every rank; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
+    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
+    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    if not shard:
+        return together.to(device)[0]
+    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    for model in models:
+        backbone = getattr(model, "lm_backbone", model)
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
+        if not blocks and hasattr(backbone, "config"):
+            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
+        for module in dict.fromkeys((*blocks, backbone, model)):
+            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not main:
+        together.to_empty(device=device)
+    for name, parameter in together.named_parameters():
+        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
+        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
+    for buffer in together.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    return models[0]
+
+
+@contextmanager
+def whole(accelerator: Accelerator, *models):
+    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
+    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    parts = units(*models)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    with accelerator.autocast():
+        yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
+    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
+    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
+    count = torch.tensor([len(parts)], device=accelerator.device)
+    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
+    for i in range(count):
+        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
 def load_pretrained(auto_class, path: str, field: str):
@@ -681,17 +775,24 @@ def load_pretrained(auto_class, path: str, field: str):
 
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(AutoConfig, path, field)
+    config = load_pretrained(transformers.AutoConfig, path, field)
+    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
+        config.output_router_logits = False
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
+    config = load_config(path, "model")
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -702,12 +803,18 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    weights = model.state_dict()
+    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
+        once = dict(model.named_parameters())
+        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
+        gathered = ((name, full(weights[name])) for name in names)
+        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        for part in (model, tokenizer):
-            part.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     accelerator.wait_for_everyone()
@@ -720,21 +827,27 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
-    what cannot be read, is no object or lacks a column."""
-    rows, where = [], f"--{field} {path}"
+    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
+    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
     try:
-        if path.endswith(".jsonl"):
-            for line in Path(path).read_text("utf-8").split("\n"):  # splitlines would cut at U+2028 too
+        if kind == "jsonl":
+            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
                 rows += [json.loads(line)] if line.strip() else []
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text("utf-8"))
+        elif kind == "json":
+            rows = json.loads(Path(path).read_text("utf-8-sig"))
         else:
-            from datasets import load_dataset  # slow to import, and not needed for JSON
+            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
             name, _, split = path.partition(":")
-            source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": name}
-            rows = load_dataset(**source, split=split or "train").to_list()
+            if Path(path).is_dir():
+                data = load_from_disk(path)
+                data = data["train"] if isinstance(data, dict) else data
+            elif kind in ("csv", "parquet"):
+                data = load_dataset(kind, data_files=path, split="train")
+            else:
+                data = load_dataset(name, split=split or "train")
+            rows = data.to_list()
     except (OSError, ValueError) as error:
         row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
@@ -742,28 +855,83 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
         missing = ", ".join(column for column in columns if row.get(column) is None)
-        refuse(
-            (missing != "", f"{where}, row {number}: no column {missing}; it has {', '.join(sorted(row))}")
-        )
+        has = ", ".join(sorted(row))
+        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
     return rows
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        refuse(
+            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
+        )
+        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
+    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
+    prompt = before or row.get(prompt_field)
+    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    return prompt, answer
+
+
+def plain_text(content) -> str | None:
+    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
+    picture)."""
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Chat messages with plain texts. ValueError for one without, unless it calls a tool."""
+    plain = [{**message, "content": plain_text(message.get("content"))} for message in messages]
+    if any(message["content"] is None and "tool_calls" not in message for message in plain):
+        raise ValueError("a message has no text as its content")
+    return plain
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
     itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
-    rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
-    rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
-    rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
-    refuse((not rows, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
-    return rows
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
+    Refuses, naming the row, what tokenizer or chat template do not take."""
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
+        except Exception as error:  # templates raise what they like
+            text = str(error).partition("\n")[0]
+            raise SystemExit(
+                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
+            ) from None
+        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
+    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
+    return encoded
+
+
+def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
+    """Prints the first row as the model reads it, and what is odd about it."""
+    accelerator.print(
+        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
+    )
+    if not tokenizer.chat_template or not prompt:
+        return
+    if isinstance(prompt, str):
+        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
+        return
+    chat = [*prompt, {"role": "assistant", "content": "@"}]
+    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
+        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
 
 
 def stop_token_id(tokenizer, token: str) -> int:
@@ -802,29 +970,37 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict) -> None:
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
-    aside, whole = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    if units(model):
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
+    else:
+        accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        aside.rename(whole)
-        for older in set(whole.parent.iterdir()) - {whole}:
+        aside.rename(final)
+        for older in set(final.parent.iterdir()) - {final}:
             shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
     """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
-    accelerator.load_state(str(newest))
+    if units(model):
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    else:
+        accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())
 
 
@@ -837,7 +1013,9 @@ def open_run(accelerator: Accelerator, args) -> Path:
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = folder.is_dir() and any(folder.iterdir()) and not file.is_file()
+    foreign = (
+        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
+    )
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),

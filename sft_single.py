@@ -25,7 +25,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,12 +33,16 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers import logging as transformers_logging
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Shapes: rows of a micro-batch, T tokens of its longest row, R of its longest response, V vocabulary.
 #
@@ -70,6 +74,8 @@ class Args:
     """folder or hub id; none: that of model or model_config"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # data
     train_data: str
     """training rows: .jsonl, .json, .parquet, or hub id `name:split`"""
@@ -78,9 +84,8 @@ class Args:
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
     response_field: str = "response"
-    """column with the response text"""
-    messages_field: str | None = None
-    """in place of both: column with a list of chat messages; the last, the assistant's, is the response"""
+    """column with the answer: a text, or messages that end with the assistant's (earlier ones are the
+    prompt); where a file lacks it: `completion` or `messages`"""
     query_length: Count = 512
     """longest query in tokens; rows with a longer one are left out and counted"""
     response_length: Count = 512
@@ -119,7 +124,7 @@ class Args:
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     check_ranges(args)
     refuse(
@@ -144,25 +149,32 @@ def main(args: Args) -> None:
         f"{len(rows)} rows ({left_out} too long: left out), {len(eval_rows)} held-out ({eval_left_out})\n"
         f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
+    show_first(
+        accelerator, tokenizer, rows[0]["prompt"], rows[0]["query_ids"], rows[0]["response_ids"], stop_id
+    )
     if args.dry_run:
         return
     output_dir = open_run(accelerator, args)
 
+    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
     if args.model:
-        policy = load_causal_lm(args.model)
+        policy = load_causal_lm(args.model, torch.float32, empty)
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.device("meta" if empty else "cpu"):
+            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
+    policy = place(accelerator, args.shard, policy)
     if args.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(policy, optimizer)
+    model = policy if args.shard else accelerator.prepare(policy)
+    optimizer = accelerator.prepare(optimizer)
     policy = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run
-    state = load_checkpoint(accelerator, output_dir) or {"step": 0, "recent": {}}
+    state = load_checkpoint(accelerator, output_dir, model, optimizer) or {"step": 0, "recent": {}}
     writer = open_metrics(output_dir, min(state["step"], num_steps - 1)) if rank == 0 else None
     run_start, first_step = time.time(), state["step"]
     for step in range(first_step + 1, num_steps + 1):
@@ -181,14 +193,13 @@ def main(args: Args) -> None:
         schedule = (args.lr_schedule, args.warmup_steps, args.final_lr_fraction)
         lr = optimizer.param_groups[0]["lr"] = scheduled_lr(args.lr, step - 1, num_steps, *schedule)
         parts, local_loss = micro_batches(local_batch, args.micro_batch_size), torch.zeros((), device=device)
-        for i, part in enumerate(parts):
-            sync = nullcontext() if i == len(parts) - 1 else accelerator.no_sync(model)
+        for part, counts, sync in rounds(accelerator, model, parts):
             with sync, accelerator.autocast():
-                loss = -(response_logprobs(model, part, device) * weight).sum()
+                loss = -(response_logprobs(model, part, device) * weight).sum() * counts
                 accelerator.backward(loss)
             local_loss += loss.detach()
         loss = accelerator.reduce(local_loss, "mean").item()  # nats per token
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+        norm = float(full(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)))
         check_finite(accelerator, step, loss, norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -209,7 +220,7 @@ def main(args: Args) -> None:
             log_metrics(writer, output_dir, step, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
         if step % args.checkpoint_every == 0 or last:
             state["metrics"] = metrics
-            save_checkpoint(accelerator, output_dir, step, state)
+            save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
 
     # the last evaluation comes when what was trained is safe: it may run out of memory
     metrics = state["metrics"] | evaluate(accelerator, policy, eval_rows, args.forward_batch_size)
@@ -227,8 +238,8 @@ def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dic
     policy.eval()
     device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for part in micro_batches(local_rows, size):
-        with accelerator.autocast():
+    with whole(accelerator, policy):
+        for part in micro_batches(local_rows, size):
             total -= response_logprobs(policy, part, device).double().sum()
     tokens = sum(len(row["response_ids"]) for row in rows)
     total = accelerator.reduce(total, "sum").item()
@@ -287,22 +298,15 @@ def encode_examples(tokenizer, args: Args, field: str, stop_id: int) -> tuple[li
     path = getattr(args, field)
     if path is None:
         return [], 0
-    if args.messages_field:
-        rows = load_rows(path, field, (args.messages_field,))
-        for number, row in enumerate(rows, 1):
-            messages = row[args.messages_field]
-            last = messages[-1] if isinstance(messages, list) and messages else {}
-            wrong = f"--{field} {path}, row {number}: {args.messages_field} must end with role assistant"
-            refuse((last.get("role") != "assistant", wrong))
-            row[args.prompt_field], row[args.response_field] = messages[:-1], last["content"]
-    else:
-        rows = load_rows(path, field, (args.prompt_field, args.response_field))
+    rows = load_rows(path, field)
+    names = [name for name in (args.response_field, "completion", "messages") if name in rows[0]]
+    answer_field = [*names, args.response_field][0]
     for number, row in enumerate(rows, 1):
-        wrong = f"--{field} {path}, row {number}: {args.response_field} must be a text"
-        refuse((not isinstance(row[args.response_field], str), wrong))
-    examples = encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field)
+        where = f"--{field} {path}, row {number}"
+        row["prompt"], row["response"] = split_answer(row, args.prompt_field, answer_field, where)
+    examples = encode_queries(tokenizer, rows, "prompt", args.query_length, field)
     for row in examples:
-        row["response_ids"] = encode_response(tokenizer, row[args.response_field], stop_id)
+        row["response_ids"] = encode_response(tokenizer, row["response"], stop_id)
     examples = [row for row in examples if 0 < len(row["response_ids"]) <= args.response_length]
     wrong = f"--{field}: every response is longer than --response_length {args.response_length}; raise it"
     refuse((not examples, wrong))
@@ -354,11 +358,11 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return tyro.cli(args_class, args=argv, use_underscores=True)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(shard: bool = False) -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     torch.backends.cuda.enable_cudnn_sdp(
         False
@@ -366,7 +370,11 @@ def start_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
     kind = accelerator.distributed_type.value
-    refuse((kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu"))
+    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
+        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
+    )
     return accelerator
 
 
@@ -375,6 +383,70 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) 
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
         advice = "the last good checkpoint is kept; lower the learning rate"
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
+
+
+def units(*models) -> list[FSDPModule]:
+    """The parts of models that are gathered one by one; none without --shard."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def full(tensor):
+    """The whole of a sharded tensor, on every rank; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
+    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
+    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    if not shard:
+        return together.to(device)[0]
+    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    for model in models:
+        backbone = getattr(model, "lm_backbone", model)
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
+        if not blocks and hasattr(backbone, "config"):
+            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
+        for module in dict.fromkeys((*blocks, backbone, model)):
+            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not main:
+        together.to_empty(device=device)
+    for name, parameter in together.named_parameters():
+        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
+        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
+    for buffer in together.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    return models[0]
+
+
+@contextmanager
+def whole(accelerator: Accelerator, *models):
+    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
+    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    parts = units(*models)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    with accelerator.autocast():
+        yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
+    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
+    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
+    count = torch.tensor([len(parts)], device=accelerator.device)
+    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
+    for i in range(count):
+        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
 def load_pretrained(auto_class, path: str, field: str):
@@ -387,17 +459,24 @@ def load_pretrained(auto_class, path: str, field: str):
 
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(AutoConfig, path, field)
+    config = load_pretrained(transformers.AutoConfig, path, field)
+    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
+        config.output_router_logits = False
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
+    config = load_config(path, "model")
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -408,12 +487,18 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    weights = model.state_dict()
+    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
+        once = dict(model.named_parameters())
+        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
+        gathered = ((name, full(weights[name])) for name in names)
+        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        for part in (model, tokenizer):
-            part.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     accelerator.wait_for_everyone()
@@ -426,21 +511,27 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json or .parquet file or of a hub data set `name:split`; refuses, with file and row,
-    what cannot be read, is no object or lacks a column."""
-    rows, where = [], f"--{field} {path}"
+    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
+    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
     try:
-        if path.endswith(".jsonl"):
-            for line in Path(path).read_text("utf-8").split("\n"):  # splitlines would cut at U+2028 too
+        if kind == "jsonl":
+            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
                 rows += [json.loads(line)] if line.strip() else []
-        elif path.endswith(".json"):
-            rows = json.loads(Path(path).read_text("utf-8"))
+        elif kind == "json":
+            rows = json.loads(Path(path).read_text("utf-8-sig"))
         else:
-            from datasets import load_dataset  # slow to import, and not needed for JSON
+            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
             name, _, split = path.partition(":")
-            source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": name}
-            rows = load_dataset(**source, split=split or "train").to_list()
+            if Path(path).is_dir():
+                data = load_from_disk(path)
+                data = data["train"] if isinstance(data, dict) else data
+            elif kind in ("csv", "parquet"):
+                data = load_dataset(kind, data_files=path, split="train")
+            else:
+                data = load_dataset(name, split=split or "train")
+            rows = data.to_list()
     except (OSError, ValueError) as error:
         row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
@@ -448,28 +539,83 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
         missing = ", ".join(column for column in columns if row.get(column) is None)
-        refuse(
-            (missing != "", f"{where}, row {number}: no column {missing}; it has {', '.join(sorted(row))}")
-        )
+        has = ", ".join(sorted(row))
+        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
     return rows
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        refuse(
+            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
+        )
+        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
+    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
+    prompt = before or row.get(prompt_field)
+    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    return prompt, answer
+
+
+def plain_text(content) -> str | None:
+    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
+    picture)."""
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Chat messages with plain texts. ValueError for one without, unless it calls a tool."""
+    plain = [{**message, "content": plain_text(message.get("content"))} for message in messages]
+    if any(message["content"] is None and "tool_calls" not in message for message in plain):
+        raise ValueError("a message has no text as its content")
+    return plain
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
     itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped."""
-    rows = [{**row, "query_ids": encode_prompt(tokenizer, row[column])} for row in rows]
-    rows = [{**row, "query_ids": row["query_ids"][:length]} for row in rows] if cut else rows
-    rows = [row for row in rows if 0 < len(row["query_ids"]) <= length]
-    refuse((not rows, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
-    return rows
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
+    Refuses, naming the row, what tokenizer or chat template do not take."""
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
+        except Exception as error:  # templates raise what they like
+            text = str(error).partition("\n")[0]
+            raise SystemExit(
+                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
+            ) from None
+        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
+    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
+    return encoded
+
+
+def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
+    """Prints the first row as the model reads it, and what is odd about it."""
+    accelerator.print(
+        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
+    )
+    if not tokenizer.chat_template or not prompt:
+        return
+    if isinstance(prompt, str):
+        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
+        return
+    chat = [*prompt, {"role": "assistant", "content": "@"}]
+    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
+        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
 
 
 def stop_token_id(tokenizer, token: str) -> int:
@@ -508,29 +654,37 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict) -> None:
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
-    aside, whole = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    if units(model):
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
+    else:
+        accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        aside.rename(whole)
-        for older in set(whole.parent.iterdir()) - {whole}:
+        aside.rename(final)
+        for older in set(final.parent.iterdir()) - {final}:
             shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
     """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
-    accelerator.load_state(str(newest))
+    if units(model):
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    else:
+        accelerator.load_state(str(newest))
     return json.loads((newest / "state.json").read_text())
 
 
@@ -543,7 +697,9 @@ def open_run(accelerator: Accelerator, args) -> Path:
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = folder.is_dir() and any(folder.iterdir()) and not file.is_file()
+    foreign = (
+        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
+    )
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),

@@ -14,13 +14,13 @@ import functools
 import math
 import re
 
-from benchmark.evaluation import answers
+from benchmark.evaluation import answers, programs
 from benchmark.grading import grade_many
 
 
 def oracle(prompts, responses, rows, source=""):
     """1.0 where the response is right, 0.0 elsewhere: the program passes its tests, or the final answer has
-    the value of the gold answer.
+    the value of the gold answer. The same verdicts as those of `python benchmark/evaluate.py`.
 
     Equal programs on equal tests run once. Raises benchmark.grading.GradingError when grading itself fails.
     """
@@ -30,49 +30,41 @@ def oracle(prompts, responses, rows, source=""):
         )
     scores, fast, slow = [0.0] * len(rows), [], {}
     for i, (prompt, response, row) in enumerate(zip(prompts, responses, rows)):
-        if "tests" not in row:
-            scores[i] = float(answers.answers_equal(answers.extract_answer(response), gold_of(row)))
-        elif "inputs" in row and "outputs" in row:
-            fast.append(i)
+        tests, entry_point = programs.tests_of(row)
+        if not tests:
+            scores[i] = float(answers.verdict(response, answers.gold_of(row))["passed"])
+            continue
+        item = programs.grading_item(prompt, response, tests, entry_point)
+        if "inputs" in row and "outputs" in row:
+            fast.append((i, item["program"]))
         else:
-            text = prompt if isinstance(prompt, str) else ""  # a chat: the response has to be a whole program
-            program = answers.complete(text, response, row["entry_point"])
-            tests = row["tests"] if isinstance(row["tests"], str) else "\n".join(row["tests"])
-            slow.setdefault((program, tests, row["entry_point"]), []).append(i)
+            slow.setdefault(tuple(item.items()), []).append(i)
     if fast:
         from benchmark.minicode import grade_fast
 
-        for i, passed in zip(
-            fast, grade_fast(*[[column[i] for i in fast] for column in (prompts, responses, rows)])
-        ):
+        found = [program for _, program in fast]
+        verdicts = grade_fast([""] * len(found), found, [rows[i] for i, _ in fast])
+        for (i, _), passed in zip(fast, verdicts):
             scores[i] = float(passed)
-    verdicts = grade_many(
-        [dict(zip(("program", "tests", "entry_point"), key)) for key in slow], progress=False
-    )
-    for places, verdict in zip(slow.values(), verdicts):
+    for places, verdict in zip(slow.values(), grade_many([dict(item) for item in slow], progress=False)):
         for i in places:
             scores[i] = float(verdict["passed"])
     return scores
 
 
-def gold_of(row):
-    for name in ("gold", "golden", "ans", "answer"):
-        if row.get(name) not in (None, ""):
-            return str(row[name]).rpartition("####")[2].strip()
-    raise ValueError(
-        f"a row has neither tests nor a gold answer (gold, golden, ans, answer): it has {sorted(row)}"
-    )
-
-
 @functools.lru_cache(maxsize=2)
-def reward_model(folder, device):
-    """(model, tokenizer) of a folder written by rm_single.py, loaded once per process."""
+def reward_model(folder, device=""):
+    """(model, tokenizer) of a sequence classification model with one label (rm_single.py writes one), loaded
+    once per process."""
     import torch
+    from transformers import AutoTokenizer
 
-    from rm_single import RewardModel, load_tokenizer
+    import pfppo_single as pfppo
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return RewardModel.from_pretrained(folder).to(device).eval(), load_tokenizer(folder, "[PAD]")
+    tokenizer = pfppo.load_pretrained(AutoTokenizer, folder, "reward")
+    pfppo.check_reward_model(folder, "reward", tokenizer, [[0]], new_tokens=0)
+    return pfppo.load_reward_model(folder).to(device).eval(), tokenizer
 
 
 def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
@@ -83,19 +75,24 @@ def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
     """
     import torch
 
-    from rm_single import encode_prompt, encode_response, pad_batch, reward_model_scores
+    import rm_single as rm
 
     if not source:
         raise ValueError(
             "orm needs the reward model's folder behind @, as in benchmark.rewards:orm@output/rm/model"
         )
     model, tokenizer = reward_model(str(source), device)
-    device = next(model.parameters()).device
-    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    replies = [encode_response(tokenizer, response, tokenizer.eos_token_id) for response in responses]
+    device, labels = next(model.parameters()).device, []
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        ids = rm.encode_response(tokenizer, response, tokenizer.eos_token_id)
+        labels.append({"query": rm.encode_prompt(tokenizer, prompt), "samples": [ids], "best": 0, "row": i})
+    scores = torch.zeros(len(labels))
     with torch.no_grad():
-        batch = pad_batch(queries, replies, tokenizer.pad_token_id, device)
-        return reward_model_scores(model, batch, batch_size).tolist()
+        for part in rm.micro_batches(labels, batch_size):
+            score = rm.label_rewards(model, part, device)[0].squeeze(1)
+            score = score.tanh() if model.bound == "tanh" else score
+            scores[[label["row"] for label in part]] = score.cpu()
+    return scores.tolist()
 
 
 def combine(learned, right):

@@ -1,353 +1,361 @@
-"""Reads what models write: the program in an answer (`extract_code`) and the final number of a solution
-(`extract_answer`, `answers_equal`).
+r"""Reads the final answer of a solution (`extract_answer`) and compares it with the right one
+(`answers_equal`).
 
-Both are rules, not judgement, and results depend on them: a change of either raises its version, which every
-summary names.
+    >>> verdict("5 * 3 = 15. The answer is $15{,}000$ dollars.", "15000")["passed"]
+    True
+
+The answer is what stands in the last <answer> tags, else in the whole text: in the last \boxed{} that is not
+empty, behind ####, or behind "the answer is" or 答案是, whichever comes last; else it is the last number, of an
+equation the right side. What the model asks itself afterwards does not count, and two answers are none.
+
+Numbers are read by `benchmark.evaluation.numbers` and compared as exact fractions, everything else by
+math-verify. ANSWERS.md in this folder lists where the two differ on numbers, and why ours decides there.
 """
 
-import ast
 import re
 from fractions import Fraction
 
-EXTRACT_CODE_VERSION = 1
-EXTRACT_ANSWER_VERSION = 1
-
-FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n`]*$", re.M)
-PYTHON_LABELS = ("", "python", "py", "python3", "python2", "ipython", "pycon", "sage")
-CODE_START = re.compile(
-    r"^(?:def |class |async def |import |from \S+ "
-    r"import|@\w|#|\"\"\"|'''|[A-Za-z_]\w*(?:\s*:[^=\n]+)?\s*=[^=])"
+from benchmark.evaluation import symbolic
+from benchmark.evaluation.numbers import (
+    LONGEST,
+    NUMBER_START,
+    RELATION,
+    SEVERAL,
+    SPACE,
+    VARIABLE,
+    evaluate_number,
+    number_at,
+    plain_text,
+    read,
+    read_words,
 )
-PROSE = re.compile(r"^[A-Z][A-Za-z'’]*,?(?: [A-Za-z'’`]+[,.;:]?){2,}")
+from benchmark.evaluation.reply import reply
+
+__all__ = ["answers_equal", "evaluate_number", "extract_answer", "gold_of", "verdict"]
+
+EXTRACT_ANSWER_VERSION = 2
+GOLD_FIELDS = ("gold", "golden", "ans", "answer", "result", "solution")
 
 
-# ---------------------------------------------------------------- programs
+def verdict(completion, gold):
+    """{"passed", "detail"} of a solution: all verdicts on answers are formed here."""
+    answer = extract_answer(completion)
+    return {"passed": answers_equal(answer, gold), "detail": f"answer {answer[:80]!r}, gold {gold[:80]!r}"}
 
 
-def defines(code, entry_point):
-    """Whether code defines entry_point at its top level."""
-    name = re.escape(entry_point)
-    return bool(
-        re.search(
-            rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]+)?=[^=]", code, re.M
-        )
-    )
+def gold_of(row):
+    """The right answer of a row of any of the math sets."""
+    for name in GOLD_FIELDS:
+        if row.get(name) not in (None, ""):
+            gold = str(row[name]).rpartition("####")[2].strip()
+            return last_box(gold)[1] or gold
+    known = ", ".join(GOLD_FIELDS)
+    raise ValueError(f"a row has neither tests nor a gold answer ({known}): it has {sorted(row)}")
 
 
-def extract_code(text, entry_point=None):
-    """The program in what a model wrote; leading spaces stay, so that a function body remains one.
-
-    In this order: what follows a closing </think>; the fenced blocks labelled as Python or not at all (also
-    an unclosed one, and what precedes a closing fence that was never opened): of several the last that
-    defines entry_point, else the last that defines anything, else the first; without fences the text without
-    the prose before and after it.
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.rpartition("</think>")[2] if "</think>" in text else text
-    blocks = _blocks(text)
-    if not blocks:
-        return _without_prose(text)
-    wanted = [code for code in blocks if entry_point and defines(code, entry_point)]
-    if wanted:
-        return wanted[-1]
-    defining = [code for code in blocks if re.search(r"^(?:async )?(?:def|class) ", code, re.M)]
-    return (defining[-1:] or blocks)[0]
-
-
-def _blocks(text):
-    fences = list(FENCE.finditer(text))
-    if not fences:
-        return []
-    blocks, others = [], []
-    before = text[: fences[0].start()]
-    if (
-        not fences[0][2]
-        and re.search(r"^(?:[ \t]+\S|def |class |import |from |return\b)", before, re.M)
-        and not _opens(fences)
-    ):
-        blocks.append(before)  # the prompt opened the fence, the answer only closes it
-        fences = fences[1:]
-    while fences:
-        opening, rest = fences[0], fences[1:]
-        closing = next(
-            (
-                fence
-                for fence in rest
-                if not fence[2] and fence[1][0] == opening[1][0] and len(fence[1]) >= len(opening[1])
-            ),
-            None,
-        )
-        body = text[opening.end() + 1 : closing.start() if closing else len(text)]
-        (blocks if opening[2].lower() in PYTHON_LABELS else others).append(_dedented(body, opening))
-        fences = [fence for fence in rest if closing and fence.start() > closing.start()]
-    blocks = [block for block in blocks if block.strip()]
-    return blocks or others
-
-
-def _opens(fences):
-    """Whether the first, unlabelled fence opens a block: then it has a partner before any labelled one."""
-    return len(fences) > 1 and not fences[1][2] and len(fences) % 2 == 0
-
-
-def _dedented(body, opening):
-    """A block inside a list item is indented as a whole, with its fence."""
-    indent = len(opening[0]) - len(opening[0].lstrip())
-    lines = body.split("\n")
-    if indent and all(not line.strip() or line[:indent].isspace() for line in lines):
-        return "\n".join(line[indent:] for line in lines)
-    return body
-
-
-def _without_prose(text):
-    lines = text.split("\n")
-    if not any(re.match(r"(?:async def|def|class) ", line) for line in lines):
-        return text  # the body of a function, or no program at all
-    start = next((i for i, line in enumerate(lines) if CODE_START.match(line)), 0)
-    kept, quoted = [], None
-    for line in lines[start:]:
-        if quoted is None and PROSE.match(line):
-            break
-        kept.append(line)
-        for mark in re.findall(r'"""|\'\'\'', line):
-            quoted = mark if quoted is None else None if quoted == mark else quoted
-    return "\n".join(kept)
-
-
-def complete(prompt, completion, entry_point, imports="", whole_prefix=None):
-    """The program that `completion` stands for.
-
-    A completion that defines the entry point is a whole program and goes behind `whole_prefix` (what it may
-    take for granted; default: the imports), any other one continues the prompt. A body whose first line, or
-    every line, lost its indentation gets it back.
-    """
-    code = extract_code(completion, entry_point)
-    if defines(code, entry_point):
-        futures = re.findall(r"^from __future__ import [^\n(]+$", code, re.M)  # they come first or not at all
-        return (
-            "\n".join([*futures, imports if whole_prefix is None else whole_prefix, code])
-            if imports or whole_prefix
-            else code
-        )
-    lines = code.split("\n")
-    first = next((i for i, line in enumerate(lines) if line.strip()), None)
-    last = prompt.rstrip(" ").rpartition("\n")[2]
-    open_indent = (
-        len(prompt) - len(prompt.rstrip(" ")) if not last else 0
-    )  # the prompt ends in the indentation of the body (LeetCode)
-    if open_indent:
-        prompt = prompt[: len(prompt) - open_indent]
-        if first is not None and not lines[first].startswith(" " * open_indent):
-            indent = len(lines[first]) - len(lines[first].lstrip())
-            rest = [line for line in lines[first + 1 :] if line.strip()]
-            whole = any(len(line) - len(line.lstrip()) < open_indent for line in rest)
-            shift = " " * (open_indent - indent)
-            lines = [
-                shift + line if line.strip() and (i == first or whole) else line
-                for i, line in enumerate(lines)
-            ]
-    elif first is not None and not lines[first][0].isspace():
-        indents = [len(line) - len(line.lstrip()) for line in lines[first + 1 :] if line.strip()] or [8]
-        block = re.match(r"(?:if|for|while|with|try|def|class|else)\b.*:\s*(?:#.*)?$", lines[first])
-        # What follows tells whether the first line alone was stripped, or the whole body moved left.
-        whole = not (indents[0] >= 8 or indents[0] > min(indents) >= 4) if block else indents[0] == 0
-        lines = [
-            "    " + line if line.strip() and (i == first or whole) else line for i, line in enumerate(lines)
-        ]
-    return f"{imports}\n{prompt}" + "\n".join(lines) if imports else prompt + "\n".join(lines)
-
-
-# ---------------------------------------------------------------- numbers
-
-WIDE = str.maketrans(
-    "０１２３４５６７８９．，％（）＋－＝：／＊＄￥﹕−–×÷·∶％＜＞［］", "0123456789.,%()+-=:/*$¥:--*/*:%<>[]"
-)
-ANSWER_MARK = re.compile(
-    r"(?:####|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)|answer\s+to\s+the\s+\w+\s+is"
-    r"|答案?\s*(?:是|为|:|=)|答\s*:|因此|所以结果(?:是|为))\s*:?\s*",
-    re.I,
-)
-EXPRESSION = re.compile(r"[-+]?[(\d.][\d.,+\-*/()%^ :\[\]]*")
-NUMBER = re.compile(
-    r"-?(?:\d+\(\d+/\d+\)|\(\d+/\d+\)|\d+(?:\.\d+)?\s*/\s*\d+(?:\.\d+)?(?![\d.])"
-    r"|\d[\d,]*(?:\.\d+)?|\.\d+)\s*%?"
-)
-
-
-def plain_text(text):
-    """Wide characters, LaTeX and thousands separators in the plain form that Python reads."""
-    text = str(text).translate(WIDE)
-    text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|quad|:)", "", text)
-    text = re.sub(r"\\(?:text|mathrm|mbox|operatorname|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 ", text)
-    for _ in range(3):  # nested fractions
-        text = re.sub(r"(?<=\d)\s*\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
-        text = re.sub(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
-    text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r"(\1/\2)", text)
-    text = (
-        text.replace("\\times", "*")
-        .replace("\\cdot", "*")
-        .replace("\\div", "/")
-        .replace("\\%", "%")
-        .replace("\\$", "")
-        .replace("^", "**")
-    )
-    text = (
-        text.replace("$", "")
-        .replace("¥", "")
-        .replace("{", "(")
-        .replace("}", ")")
-        .replace("[", "(")
-        .replace("]", ")")
-    )
-    text = (
-        re.sub(r"(\d+)\s*又\s*\(?\s*(\d+)\s*(?:/|分之)\s*(\d+)\s*\)?", r"\1(\2/\3)", text)
-        if "分之" not in text
-        else _chinese_fraction(text)
-    )
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-
-
-def _chinese_fraction(text):
-    text = re.sub(r"(\d+)\s*又\s*(\d+)\s*分之\s*(\d+)", r"\1(\3/\2)", text)
-    return re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", re.sub(r"(\d+)\s*分之\s*(\d+)", r"(\2/\1)", text))
-
-
-def evaluate_number(text):
-    """The value of a number, mixed fraction such as 4(5/11), percentage, ratio or arithmetic expression as a
-    Fraction, or None."""
-    text = plain_text(text).strip().strip(".。．;；,， ").replace(" ", "")
-    text = re.sub(r"(\d+)\(\((\d+)\)/\((\d+)\)\)", r"\1(\2/\3)", text)
-    text = re.sub(r"(?<![\d.)])(\d+)\((\d+)/(\d+)\)", r"(\1+\2/\3)", text)  # a mixed number, not a product
-    text = (
-        re.sub(r"(\d+(?:\.\d+)?|\))%", r"\1/100", text)
-        if re.fullmatch(r"[^%]*%", text) and not re.search(r"[*/+(-]", text[1:])
-        else re.sub(r"(\d+(?:\.\d+)?)%", r"(\1/100)", text)
-    )
-    text = re.sub(r"^(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)$", r"\1/\2", text)
-    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)
-    if not text or len(text) > 200 or not re.fullmatch(r"[\d.+\-*/() ]+", text):
-        return None
-    try:
-        return _value(ast.parse(text, mode="eval").body)
-    except (
-        SyntaxError,
-        ValueError,
-        ZeroDivisionError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-        TypeError,
-    ):
-        return None
-
-
-def _value(node):
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return Fraction(repr(node.value))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        return -_value(node.operand) if isinstance(node.op, ast.USub) else _value(node.operand)
-    if isinstance(node, ast.BinOp):
-        left, right = _value(node.left), _value(node.right)
-        if isinstance(node.op, ast.Add):
-            return left + right
-        if isinstance(node.op, ast.Sub):
-            return left - right
-        if isinstance(node.op, ast.Mult):
-            return left * right
-        if isinstance(node.op, ast.Div):
-            return left / right
-        if isinstance(node.op, ast.Pow) and right.denominator == 1 and abs(right) <= 64 and abs(left) < 10**9:
-            return left ** int(right)
-    raise ValueError("not arithmetic")
-
-
-def _boxed(text):
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start < 0:
-        return None
-    depth, begin = 0, text.index("{", start) + 1
-    for i in range(begin, len(text)):
-        if text[i] == "}" and depth == 0:
-            return text[begin:i]
-        depth += (text[i] == "{") - (text[i] == "}")
-    return text[begin:]
-
-
-def extract_answer(text):
-    """The final answer in a solution, as text: the last \\boxed{}, else what follows the last mark (####,
-    "the answer is", 答案是), else what follows x=, else the last number. Of an equation the right side. "" when
-    there is none."""
-    text = str(text).replace("\r\n", "\n")
-    text = text.rpartition("</think>")[2] if "</think>" in text else text
-    boxed = _boxed(text)
-    if boxed is not None:
-        return _right_side(boxed)
-    text = plain_text(
-        text.replace("**", " ") if re.search(r"\*\*[^*\n]*[^\d*\n(][^*\n]*\*\*", text) else text
-    )
-    marks = [
-        mark
-        for mark in ANSWER_MARK.finditer(text)
-        if NUMBER.search(text[mark.end() :].split("\n")[0] or "") or mark[0].startswith("####")
-    ]
-    if marks:
-        line = text[marks[-1].end() :].lstrip().split("\n")[0]
-        found = _right_side(line)
-        if found:
-            return found
-    equations = re.findall(r"\bx\s*=\s*([^\n,，。;；]+)", text)
-    if equations and _right_side(equations[-1]):
-        return _right_side(equations[-1])
-    numbers = NUMBER.findall(text)
-    return numbers[-1].strip().rstrip(",") if numbers else text.strip()
-
-
-def _right_side(text):
-    """Of `6000/(1+3/5) = 3750 元` the last part that holds a number, without its unit."""
-    text = plain_text(text).replace("≈", "=").replace("approx", "=")
-    for part in reversed(text.split("=")):
-        for match in EXPRESSION.finditer(part):
-            candidate = match[0].rstrip("+-*/(^:., ")
-            while candidate and candidate.count("(") < candidate.count(")") and candidate.endswith(")"):
-                candidate = candidate[:-1].rstrip()
-            if evaluate_number(candidate) is not None:
-                return candidate.strip()
-            number = NUMBER.search(part)
-            if number:
-                return number[0].strip()
-    return text.strip()
+# ---------------------------------------------------------------- equality
 
 
 def answers_equal(answer, gold):
     """Whether an extracted answer has the value of the gold answer.
 
-    Values are compared exactly as fractions; a decimal of at least two places stands for what rounds to it,
-    within half a percent. A percentage is its value, but where gold has no percent sign (GSM8K) `20%` also
-    stands for 20. What is no number is compared as text.
+    Numbers are equal as fractions; a decimal of at least two places stands for what rounds to it, within half
+    a percent. A percentage is its value, but where gold has no percent sign (GSM8K) `20%` also stands for 20,
+    and where gold has the sign of LaTeX (MATH) 20 also stands for `20\\%`. What is no number is compared as
+    text, then by math-verify.
     """
-    answer, gold = str(answer), str(gold)
-    mine, theirs = (
-        evaluate_number(_right_side(answer) if answer.strip() else ""),
-        evaluate_number(_right_side(gold)),
-    )
-    if theirs is None:
-        return plain_text(answer).strip().casefold() == plain_text(gold).strip().casefold() != ""
-    if mine is None:
+    answer, gold = str(answer).strip(), str(gold).strip()
+    if not answer or not gold:
         return False
-    if _close(mine, theirs, answer, gold):
-        return True
-    percent = plain_text(_right_side(answer)).strip().endswith("%") and "%" not in plain_text(gold)
-    return percent and _close(mine * 100, theirs, answer, gold)
-
-
-def _close(mine, theirs, answer, gold):
-    if abs(mine - theirs) <= Fraction(1, 10**6) * max(1, abs(theirs)):
-        return True
-    for rounded, exact, text in ((mine, theirs, answer), (theirs, mine, gold)):
-        decimals = re.fullmatch(r"\s*[-+]?\d*\.(\d{2,})\s*", _right_side(text))
-        if (
-            decimals
-            and abs(rounded - exact) <= Fraction(1, 2 * 10 ** len(decimals[1]))
-            and abs(rounded - exact) <= abs(exact) / 200
-        ):
+    mine, theirs = read(answer), read(gold)
+    if mine and theirs:
+        if close(mine, theirs, mine.value):
             return True
-    return False
+        if mine.percent and not theirs.percent:
+            return close(mine, theirs, mine.value * 100)
+        return theirs.percent and not mine.percent and "\\%" in gold and close(mine, theirs, mine.value / 100)
+    if as_words(answer) == as_words(gold) != "":
+        return True
+    if theirs:
+        ratio = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", answer)
+        if ":" in gold and ratio != answer:
+            return answers_equal(ratio, gold)
+        words = re.search(r"[A-Za-z\u4e00-\u9fff]{2}", re.sub(r"\\[A-Za-z]+", "", answer))
+        if words or not re.search(r"[\d\\]", answer):
+            return False  # several numbers with words around them, or none: no answer
+    return symbolic.equal(answer, gold)
+
+
+def close(mine, theirs, value):
+    """Whether values are the same, or one is a decimal that stands for the other, rounded or cut off."""
+    difference = abs(value - theirs.value)
+    for places in (number.decimals for number in (mine, theirs) if number.decimals >= 2):
+        unit = Fraction(1, 10**places)
+        if difference <= (unit if places > 3 else unit / 2) and difference <= abs(theirs.value) / 200:
+            return True
+    return difference == 0
+
+
+def as_words(text):
+    """A text answer without its clothes: (B), \\text{B} and **B**. are one."""
+    words = re.sub(r"[\s$*`\"']+", "", plain_text(text)).strip(".。:;；").casefold()
+    return words[1:-1] if re.fullmatch(r"\(\w+\)", words) else words
+
+
+# ---------------------------------------------------------------- where the answer stands
+
+QUESTION = re.compile(
+    r"^[ \t*#>]*(?:(?:(?:Next|New|Example|Sample)[ ]?)?(?:Question|Problem|Exercise|Task|Q)"
+    r"[ ]?\d*[*]*\s?[:：.)]"
+    r"|(?:Human|User|Student|Instruction|Input|USER|HUMAN)[*]*[ ]?[:：]"
+    r"|###[ ]?(?:Instruction|Input|Question|Problem|User|Human)\b"
+    r"|(?:下一题|题目|问题|例题?|练习题?|问)[ ]?\d*[ ]?[:：.、])",
+    re.M,
+)
+ANSWERED = re.compile(r"####|\\boxed|\banswer\b|答|=[^=\n]*\d|\d[^\n]*\s*\Z", re.I)
+STATED = re.compile(r"(?:####\s*|answer is:?\s*|答案(?:是|为|[:：])\s*)\S*\d[^\n]{0,40}\n\s*\n", re.I)
+TAGGED = re.compile(r"<(answer|final_answer)>(.*?)(?:</\1>|\Z)", re.S)
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+JOINED = re.compile(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*")
+MARK = re.compile(
+    r"\banswers?\b[^.\n:：=]{0,60}?(?:\b(?:is|are|was|be|equals|equal to)\b|[:：=])"
+    r"|^[ \t#*>]*(?:final )?answer[ \t#*:：]*$"
+    r"|(?:答案|最终结果|最后结果)[^。\n:：=\d]{0,12}?(?:是|为|等于|[:：=])|答案|答\s*[:：]",
+    re.I | re.M,
+)
+FILLER = re.compile(
+    r"(?:[\s*_:：>`=\"'“”】,]|\\approx"
+    r"|(?:therefore|thus|then|about|approximately|around|roughly|exactly|only|simply|just|indeed|also)\b"
+    r"|(?:equal to|given by|a total of|the number)\b|应该?是?|是|为|大约|约|等于|一?共有?|总共有?)*",
+    re.I,
+)
+ASSIGNED = re.compile(r"\$?\s*[A-Za-z]\w{0,12}\s*(?:\(\w{0,3}\)\s*)?[=≈]\s*")
+MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+GOES_ON = re.compile(r"\s*[-+*/^]\s*[\\A-Za-z(]|[(,]\S")  # a number that is the beginning of an expression
+NOT = re.compile(r"\s*(?:not\b|n't\b|不是)")
+INSTEAD = re.compile(r"\bbut\b|\brather\b|而是")
+DENIED = re.compile(r"\banswer (?:is not|isn't|can't be|cannot be)\b|答案不是", re.I)
+REMARK = re.compile(
+    r"\b(?:correct|right|wrong|incorrect|reasonable|consistent|found|obtained|below|above|follows|same)\b",
+    re.I,
+)
+CONNECTED = re.compile(  # 12 or 13, 12 eggs and maybe 13
+    r"\$?\s*(?:(?:[A-Za-z°%]+\s*){0,2}?,?\s*\b(?:or|and|to)\b|[\u4e00-\u9fff%]{0,3}(?:或者?|和|至|到|~)"
+    r"|[,、;](?=\s?[-+$]{0,2}[\d./]+\s?(?:[,.。;、\n$)]|and\b|or\b|和|或|\Z)))"
+    r"\s*(?:maybe |possibly |perhaps |even |可能是?)?\$?\s*(?:[A-Za-z]\s*=\s*)?(?=[-\d.(])"
+)
+COMPOUND = re.compile(r"\s*(?:([A-Za-z]+)\s+(?:and\s+)?|[\u4e00-\u9fff]{1,2}(?:零|又)?)(?=\d)")  # 2 hours 30
+PREPOSITIONS = set(
+    "per in after for of at by with on from over within every out times because since as when if so then "
+    "than plus minus until during before is are was each left x".split()
+)
+LABEL = re.compile(r"(?:\bstep|\bcase|\bpart|\bno\.|\bquestion|\bproblem|第|#)\s*\Z", re.I)
+SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？；;])")
+ASIDE = re.compile(r"\s*(?:\(.*\)|（.*）|\[.*\]|(?:note|check|verif|注|检验|验算).*)\s*\Z", re.I)
+SECOND_THOUGHT = re.compile(r"\b(?:wait|mistake|actually|sorry|recheck|recalculate|correction)\b", re.I)
+
+
+def extract_answer(text):
+    """The final answer in a solution, as text; "" when there is none."""
+    text = (
+        str(text).replace("\x08oxed", "\\boxed").replace("\x0crac", "\\frac")
+    )  # escapes that were carried out
+    text = text.replace("\\\\", "\\") if "\\\\boxed" in text else text
+    text = up_to_next_question(reply(text))
+    tagged = [match[2] for match in TAGGED.finditer(text) if match[2].strip()]
+    text = tagged[-1] if tagged else text
+    place, answer = max(last_box(text), after_hashes(text), after_mark(text), key=lambda found: found[0])
+    return answer if place >= 0 else last_number(text)
+
+
+def up_to_next_question(text):
+    """A text without the questions that the model goes on to ask itself: below a heading such as `Question:`,
+    or in the paragraph behind one that ends in the answer."""
+    for question in QUESTION.finditer(text):
+        before = text[: question.start()]
+        if ANSWERED.search(before[-2000:]):
+            text = before
+            break
+    for stated in STATED.finditer(text):
+        paragraph = text[stated.end() : stated.end() + 1000].split("\n\n")[0]
+        if re.search(r"\d[^?？]*[?？]", paragraph) and not SECOND_THOUGHT.search(paragraph):
+            return text[: stated.end()]
+    return text
+
+
+def last_box(text):
+    """(place, content) of the last \\boxed{} with something in it, or of several that are joined by `or`."""
+    place, content, end = -1, "", len(text)
+    for _ in range(20):
+        start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+        if start < 0:
+            break
+        inner, after = braced(text, BOX.match(text, start).end())
+        if content and not JOINED.fullmatch(text, after, place):
+            break
+        if inner.strip(" $\\,"):
+            content = inner + text[after:place] + content if content else inner
+            place = start
+        end = start
+    return place, content
+
+
+def braced(text, start):
+    """(content, end) of the group at `start`: to its closing brace, or one word without braces."""
+    if text[start : start + 1] != "{":
+        word = re.compile(r"[^\s$.,]*").match(text, start)
+        return word[0], word.end()
+    depth = 0
+    for i in range(start, min(len(text), start + 2000)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start + 1 : i], i + 1
+    return text[start + 1 : start + 2000], min(len(text), start + 2000)
+
+
+def after_hashes(text):
+    """(place, answer) behind the first ####, or the last where the model had second thoughts. A heading is
+    none."""
+    found = []
+    for mark in re.finditer(r"####+(?!#)", text):
+        tail = text[mark.end() : mark.end() + 400]
+        line = next((line for line in tail.split("\n") if line.strip()), "")
+        if re.match(r"\s*\d+[.):]\s+\D", line) or line.rstrip().endswith(":"):
+            continue
+        answer = direct(line) or (line.strip() if not re.search(r"\d", line) and len(line) < 60 else "")
+        if answer:
+            found.append((mark.start(), answer))
+    if len(found) > 1 and not SECOND_THOUGHT.search(text[found[0][0] : found[-1][0]]):
+        return found[0] if read(found[0][1]) else found[-1]
+    return found[-1] if found else (-1, "")
+
+
+def after_mark(text):
+    """(place, answer) behind the last "the answer is" that an answer directly follows; else a number of the
+    sentence behind the last one, else its words."""
+    best, weight = (-1, ""), 0
+    for mark in reversed(list(MARK.finditer(text))[-100:]):
+        tail = text[mark.end() : mark.end() + 400]
+        if denied := NOT.match(tail):
+            instead = INSTEAD.search(tail.split("\n")[0])
+            if not instead:
+                continue
+            tail = tail[max(instead.end(), denied.end()) :]
+        line = next((line for line in tail.split("\n") if line.strip()), "")
+        sentence, answer = SENTENCE.split(line.strip())[0], direct(tail)
+        in_chinese = (
+            mark[0][0] == "答" and mark[0][-1] in ":："
+        )  # a sentence follows, often with several numbers
+        if answer and not (in_chinese and read(answer)):
+            return mark.start(), answer
+        number = number_of_sentence(sentence, text[: mark.start()])
+        if answer:
+            return mark.start(), number or answer
+        words = sentence.strip(" *.。:：")
+        if number and weight < 2:
+            best, weight = (mark.start(), number), 2
+        elif words and len(words) < 60 and not REMARK.search(words) and weight < 1:
+            best, weight = (mark.start(), words), 1
+    return best
+
+
+def direct(tail):
+    """The answer that `tail` begins with, "" when it begins with words. Two answers come out as both."""
+    tail = tail[FILLER.match(tail).end() :]
+    if re.match(r"(?:\$|\\\(|\\\[)?\\boxed", tail):
+        return last_box(tail.split("\n")[0])[1]
+    plain = plain_text(tail)
+    begin = ASSIGNED.match(plain).end() if ASSIGNED.match(plain) else 0
+    found = number_at(plain, begin) if NUMBER_START.match(plain, SPACE.match(plain, begin).end()) else None
+    while found and (sign := RELATION.match(plain, SPACE.match(plain, found.end).end())):
+        following = number_at(plain, sign.end())
+        if not following:
+            break
+        begin, found = sign.end(), following
+    if found and not VARIABLE.match(plain, found.end) and not GOES_ON.match(plain, found.end):
+        return plain[begin : end_of_all(plain, found)]
+    if maths := MATHS.match(tail):
+        return next(group for group in maths.groups() if group)
+    if found or tail.startswith("\\"):
+        return re.split(r"[.。;]\s|[.。]?\n|[.。]?\Z", tail)[0]
+    return plain.split("\n")[0][:60] if read_words(plain[:100]) else ""
+
+
+def end_of_all(plain, number):
+    """Where the last of several connected answers ends: `12 or 13`, `2 hours 30 minutes`."""
+    end = number.end
+    for _ in range(10):
+        link = CONNECTED.match(plain, end)
+        if not link and (link := COMPOUND.match(plain, end)) and (link[1] or "").lower() in PREPOSITIONS:
+            return end
+        following = number_at(plain, link.end()) if link else None
+        if not following:
+            return end
+        end = following.end
+    return end
+
+
+def numbers_in(plain):
+    """[(start, Number)] of a plain text, without the numbers of steps."""
+    found, end = [], 0
+    for start in NUMBER_START.finditer(plain):
+        if start.start() >= end and (number := number_at(plain, start.start())):
+            end = number.end
+            if not LABEL.search(plain[max(0, start.start() - 12) : start.start()]):
+                found.append((start.start(), number))
+    return found
+
+
+def number_of_sentence(sentence, before):
+    """Of several numbers in a sentence the one that was computed last before it, else the last."""
+    plain = plain_text(sentence[-1000:])
+    relations = [match for match in RELATION.finditer(plain)]
+    if relations:
+        if len(relations) > 1 and SEVERAL.search(plain[: relations[-1].start()]):
+            return plain
+        if answer := direct(plain[relations[-1].end() :]):
+            return answer
+    groups = []  # of connected numbers: (start, end, value of a number alone)
+    for start, number in numbers_in(plain):
+        if not groups or start >= groups[-1][1]:
+            end = end_of_all(plain, number)
+            groups.append((start, end, number.value if end == number.end else None))
+    result = last_result(before)
+    same = [group for group in groups if result is not None and group[2] == result]
+    start, end, _ = (same or groups or [(0, 0, None)])[-1]
+    return plain[start:end]
+
+
+def last_result(text):
+    plain = plain_text(text[-1000:])
+    for match in reversed(list(RELATION.finditer(plain))):
+        if found := number_at(plain, match.end()):
+            return found.value
+    return None
+
+
+def last_number(text):
+    """The answer of a text without any mark: from the last line with a number that is not an aside."""
+    lines = [line for line in text.split("\n") if re.search(r"\d", line)]
+    while len(lines) > 1 and ASIDE.match(lines[-1][:1000]):
+        lines.pop()
+    if not lines:
+        return text.strip()[:LONGEST]
+    line = lines[-1][-2000:]
+    bold = [
+        found
+        for found in re.findall(r"\*\*([^*\n]{1,80})\*\*", line)
+        if read(found) and re.search(r"\d", found)
+    ]
+    if bold:
+        return bold[-1]
+    sentence = [each for each in SENTENCE.split(line) if re.search(r"\d", each)][-1]
+    if DENIED.search(sentence):
+        return ""
+    maths = list(MATHS.finditer(sentence))
+    if maths and not re.search(r"\d", sentence[maths[-1].end() :]):
+        inner = next(group for group in maths[-1].groups() if group)
+        if not read(inner):
+            return inner
+    before = text[: text.rfind(lines[-1])] + line[: line.rfind(sentence)]
+    return number_of_sentence(sentence, before) or sentence.strip()

@@ -11,8 +11,9 @@ final answers.
 1. Read the problems (`--data FILE` in the published format, else from the hub) and check them.
 2. Read the completions (`--samples FILE.jsonl` with `task_id` and `completion`), or generate them with
    `--model`, and check them.
-3. Grade: programs in `benchmark.grading`, final answers in `benchmark.evaluation.answers`. Each verdict is
-   written as it comes; a run that broke off goes on where it was.
+3. Grade: programs are found by `benchmark.evaluation.programs` and run by `benchmark.grading`, final answers
+   are read by `benchmark.evaluation.answers`. Each verdict is written as it comes; a run that broke off goes
+   on where it was.
 4. Score the completions with `--reward_model`, for best-of-1 and best-of-n.
 5. Print a table; leave DIR/summary.json and DIR/verdicts.jsonl (one line per problem, in the order of the
    data).
@@ -34,7 +35,7 @@ from typing import Literal
 
 import tyro
 
-from benchmark.evaluation import answers
+from benchmark.evaluation import answers, programs
 from benchmark.grading import GradingError, grade_many
 from benchmark.grading.grader import CPU_SECONDS, MEMORY_BYTES, WALL_SECONDS, as_job
 from benchmark.records import finished_rows, write_text
@@ -89,7 +90,7 @@ class Args:
     """of sampling; greedy decoding does not use it"""
     # best of n
     reward_model: str = ""
-    """folder of `rm_single.py`: adds best-of-1 and best-of-n, n being num_samples, the response of highest
+    """sequence classification model with one label, as `rm_single.py` writes it: adds best-of-1 and best-of-n, n being num_samples, the response of highest
     reward per problem"""
     # grading
     wall_seconds: float = WALL_SECONDS
@@ -118,31 +119,6 @@ HUB = {  # task -> repository, configuration, split
     "leetcode": None,
     "minicode": None,
 }
-
-# What LeetCode programs take for granted; the builtins come last, because math and operator have another pow.
-LEETCODE_IMPORTS = (
-    "\n".join(
-        f"from {module} import *"
-        for module in (
-            "typing collections itertools functools heapq bisect math string operator datetime random copy "
-            "re builtins"
-        ).split()
-    )
-    + "\nimport collections, itertools, functools, heapq, bisect, math, string, operator, random, copy, re, "
-    + "sys\n"
-)
-STOP_STRINGS = (
-    "\nclass ",
-    "\ndef ",
-    "\n#",
-    "\nif ",
-    "\nprint",
-    "\nassert ",
-    "\n@",
-    "\nfrom ",
-    "\nimport ",
-    "\n```",
-)
 
 # Problems whose published tests pass a broken reference solution (one whose every answer is off, or the first
 # answer given again and again): a pass says little there. Mbpp/82 and /85 allow a relative error of .001,
@@ -187,16 +163,13 @@ class InputError(ValueError):
 
 @dataclass
 class Problem:
-    """One problem of any task. Code: tests, entry_point, helpers, whole_prefix. Math: gold."""
+    """One problem of any task. Code: tests and entry_point. Math: gold."""
 
     task_id: str
     prompt: str
     instruction: str
     tests: str = ""
     entry_point: str = ""
-    helpers: str = ""
-    imports: str = ""
-    whole_prefix: str | None = None
     gold: str = ""
     reference: str = ""
     tags: dict = field(default_factory=dict)
@@ -260,75 +233,59 @@ def need(record, place, *names):
     )
 
 
+def code_problem(record, place, prompt, instruction, **more):
+    """A problem whose tests are in any of the forms that `programs.tests_of` reads."""
+    tests, entry_point = programs.tests_of(record)
+    if not entry_point:
+        raise InputError(f"{place}: no entry_point, and none can be read from the tests: {tests[:80]!r}")
+    reference = record.get("canonical_solution") or record.get("completion") or record.get("code") or ""
+    task_id = str(need(record, place, "task_id"))
+    return Problem(task_id, prompt, instruction, tests, entry_point, reference=reference, **more)
+
+
 def humaneval_problem(record, place, _):
-    prompt, entry_point = need(record, place, "prompt"), need(record, place, "entry_point")
-    return Problem(
-        str(need(record, place, "task_id")),
-        prompt,
-        "Complete the following Python function. Answer with the whole program in one code block.\n"
-        f"```python\n{prompt.strip()}\n```",
-        tests=need(record, place, "test"),
-        entry_point=entry_point,
-        helpers=prompt,
-        whole_prefix=prompt,
-        reference=record.get("canonical_solution") or "",
-    )
+    prompt = need(record, place, "prompt")
+    need(record, place, "test", "tests")
+    ask = "Complete the following Python function. Answer with the whole program in one code block."
+    return code_problem(record, place, prompt, f"{ask}\n```python\n{prompt.strip()}\n```")
 
 
 def mbpp_problem(record, place, _):
     description, tests = str(need(record, place, "text", "prompt")).strip(), need(record, place, "test_list")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
         raise InputError(f"{place}: zero tests: `test_list` must be a list of assert lines")
-    setup = [*(record.get("test_imports") or []), record.get("test_setup_code") or ""]
-    defined = re.findall(r"^(?:def|class)[ \t]+(\w+)", record.get("code") or "", re.M)
-    called = [
-        name for name in re.findall(r"\b([A-Za-z_]\w*)\s*\(", tests[0]) if not defined or name in defined
-    ]
-    entry_point = record.get("entry_point") or next(iter(called), "")
-    if not entry_point:
-        raise InputError(f"{place}: no entry_point, and none can be read from the first test: {tests[0]!r}")
-    shown = "\n".join(tests[:3])
-    return Problem(
-        str(need(record, place, "task_id")),
-        f'"""\n{description}\n{tests[0]}\n"""\n',
-        f"{description}\nYour code should pass these tests:\n{shown}\nAnswer with the whole program in one "
-        "code block.",
-        tests="\n".join([*filter(None, setup), *tests]),
-        entry_point=entry_point,
-        whole_prefix="",
-        reference=record.get("code") or "",
-    )
+    shown, ask = "\n".join(tests[:3]), "Answer with the whole program in one code block."
+    instruction = f"{description}\nYour code should pass these tests:\n{shown}\n{ask}"
+    return code_problem(record, place, f'"""\n{description}\n{tests[0]}\n"""\n', instruction)
 
 
 def leetcode_problem(record, place, _):
-    prompt = need(record, place, "prompt")
-    return Problem(
-        str(need(record, place, "task_id")),
-        prompt,
-        f"{record.get('prompt_sft') or prompt}\nAnswer with the whole class in one code block.",
-        tests=need(record, place, "test"),
-        entry_point="Solution",
-        imports=LEETCODE_IMPORTS,
-        tags={"difficulty": (record.get("meta") or {}).get("difficulty", "")},
+    """DeepSeek's form (`prompt` ends in the method's signature) or LeetCodeDataset's (`prompt` holds imports,
+    the signature is in `starter_code` or meta.lang_code)."""
+    meta, prompt = record.get("meta") or {}, need(record, place, "prompt")
+    need(record, place, "test", "tests")
+    question = record.get("problem_description") or meta.get("question_title") or ""
+    starter = record.get("starter_code") or meta.get("lang_code") or ""
+    if "class Solution" not in prompt and starter:
+        quoted = question.replace("\\", "\\\\").replace('"""', "'" * 3)
+        prompt = f'{prompt.rstrip()}\n\n"""\n{quoted}\n"""\n{starter.rstrip()}\n        '
+    instruction = (
+        record.get("query")
+        or f"{record.get('prompt_sft') or prompt}\nAnswer with the whole class in one code block."
     )
+    difficulty = record.get("difficulty") or meta.get("difficulty", "")
+    return code_problem(record, place, prompt, instruction, tags={"difficulty": difficulty})
 
 
 def minicode_problem(record, place, _):
-    tests = need(record, place, "tests")
-    return Problem(
-        str(need(record, place, "task_id")),
-        need(record, place, "prompt"),
-        need(record, place, "prompt"),
-        tests=tests if isinstance(tests, str) else "\n".join(tests),
-        entry_point=need(record, place, "entry_point"),
-        reference=record.get("canonical_solution") or "",
-    )
+    prompt, _ = need(record, place, "prompt"), need(record, place, "tests")
+    return code_problem(record, place, prompt, prompt)
 
 
 def math_problem(record, place, index):
     question = need(record, place, "question_chinese", "original_text", "question", "problem")
-    gold = str(need(record, place, "golden", "ans", "answer", "result"))
-    gold = gold.rpartition("####")[2].strip()
+    need(record, place, *answers.GOLD_FIELDS)
+    gold = answers.gold_of(record)
     chinese = bool(re.search(r"[\u4e00-\u9fff]", question))
     ask = (
         "请一步一步解答，最后一行写“答案是 ”和结果。"
@@ -430,97 +387,64 @@ def read_samples(path, problems, num_samples, allow_missing):
     return found
 
 
-def cut(text, problem, task, style):
-    """A generated text without what a base model goes on to write behind the function."""
-    if style == "completion" and task in ("humaneval", "leetcode", "minicode"):
-        ends = [text.find(stop) for stop in STOP_STRINGS if text.find(stop) >= 0]
-        return text[: min(ends)] if ends else text
-    if style == "completion" and task in MATH_TASKS:
-        return re.split(r"\n(?:Question:|问题：)", text)[0]
-    return text
-
-
 def generate(args, problems, kept, keep):
     """Fills `kept` ({(task id, sample): completion}) with what is missing, batch by batch, calling keep(task
-    id, sample, completion) for each."""
+    id, sample, completion) for each. Prompts, padding, positions and sampling are those of pfppo_single.py; a
+    completion ends at any stop token that the model's folder or its tokenizer names."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
+
+    import pfppo_single as pfppo
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        model = (
-            AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-            .to(device)
-            .eval()
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {args.model}: cannot be read ({str(error).splitlines()[0]})") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    eos = (
-        model.generation_config.eos_token_id if args.prompt_style == "chat" else None
-    )  # chat models end their turn with a token of their own
-    # Complete, so that nothing is inherited from the checkpoint's generation_config.json.
-    config = GenerationConfig(
-        do_sample=args.temperature > 0,
-        temperature=args.temperature or 1.0,
-        top_k=0,
-        top_p=1.0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=args.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=eos or tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    model.generation_config = config
-    wanted = [(problem, sample) for problem in problems for sample in range(args.num_samples)]
-    if args.prompt_style == "chat" and not tokenizer.chat_template:
+        tokenizer = pfppo.load_pretrained(AutoTokenizer, args.model, "model")
+        config = pfppo.load_config(args.model, "model")
+        if args.prompt_style == "chat" and not tokenizer.chat_template:
+            raise InputError(f"--model {args.model}: no chat template there; use --prompt_style completion")
+        prompts = [prompt_of(problem, args.prompt_style) for problem in problems]
+        queries = [pfppo.encode_prompt(tokenizer, prompt) for prompt in prompts]
+        pfppo.check_rows(config, queries, "model", args.max_new_tokens)
+        model = pfppo.load_causal_lm(args.model, getattr(torch, args.dtype)).to(device).eval()
+    except SystemExit as error:
         raise InputError(
-            f"--model {args.model}: its tokenizer has no chat template; use --prompt_style completion"
-        )
-
-    def text_of(problem):
-        if args.prompt_style == "chat":
-            turns = [{"role": "user", "content": problem.instruction}]
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return problem.prompt.rstrip(" ") if problem.prompt.rstrip(" ").endswith("\n") else problem.prompt
-
-    for start in range(
-        0, len(wanted), args.batch_size
-    ):  # a batch is always the same problems, so a continued run generates the same
+            f"{error}; or lower --max_new_tokens" if "positions" in str(error) else str(error)
+        ) from None
+    try:
+        named = GenerationConfig.from_pretrained(args.model).eos_token_id
+    except OSError:
+        named = config.eos_token_id
+    stops = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    stops = [stop for stop in stops if stop is not None] or [-1]
+    wanted = [(i, sample) for i in range(len(problems)) for sample in range(args.num_samples)]
+    for start in range(0, len(wanted), args.batch_size):
+        # a batch is always the same problems, so a continued run generates the same
         batch = wanted[start : start + args.batch_size]
-        if all((problem.task_id, sample) in kept for problem, sample in batch):
+        if all((problems[i].task_id, sample) in kept for i, sample in batch):
             continue
-        torch.manual_seed(args.seed * 1_000_003 + start)
-        inputs = tokenizer(
-            [text_of(problem) for problem, _ in batch],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=args.prompt_style != "chat",
-        )
-        inputs = {
-            name: inputs[name].to(device) for name in ("input_ids", "attention_mask")
-        }  # generate derives positions from the mask
-        with torch.no_grad():
-            output = model.generate(**inputs, generation_config=config)
-        texts = tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        for (problem, sample), text in zip(batch, texts):
-            keep(problem.task_id, sample, cut(text, problem, args.task, args.prompt_style))
-        if args.progress:
-            print(
-                f"\rgenerating {min(start + args.batch_size, len(wanted))}/{len(wanted)}",
-                end="",
-                file=sys.stderr,
-                flush=True,
+        ids, mask = pfppo.pad_left([queries[i] for i, _ in batch], device)
+        generator = pfppo.random_generator(device, args.seed, start)
+        length, temperature = args.max_new_tokens, args.temperature
+        responses = pfppo.generate(model, ids, mask, 1, length, temperature, stops[-1], generator=generator)
+        for (i, sample), response in zip(batch, responses.tolist()):
+            end = min((response.index(stop) for stop in stops if stop in response), default=length)
+            text = tokenizer.decode(
+                response[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
+            keep(problems[i].task_id, sample, text)
+        if args.progress:
+            done = f"\rgenerating {min(start + args.batch_size, len(wanted))}/{len(wanted)}"
+            print(done, end="", file=sys.stderr, flush=True)
     if args.progress:
         print(file=sys.stderr)
+
+
+def prompt_of(problem, style):
+    """What the model is asked: an instruction in its chat template, or the bare prompt (a trailing space would
+    be a token that continuations seldom follow)."""
+    if style == "chat":
+        return [{"role": "user", "content": problem.instruction}]
+    return problem.prompt.rstrip(" ") if problem.prompt.rstrip(" ").endswith("\n") else problem.prompt
 
 
 # ---------------------------------------------------------------- grading
@@ -528,27 +452,12 @@ def generate(args, problems, kept, keep):
 
 def item_of(problem, completion, args):
     """The arguments of `benchmark.grading.grade` for one completion."""
-    program = answers.complete(
-        problem.prompt, completion, problem.entry_point, problem.imports, problem.whole_prefix
-    )
     limits = {
         "wall_seconds": args.wall_seconds,
         "cpu_seconds": args.cpu_seconds,
         "memory_bytes": args.memory_bytes,
     }
-    return {
-        "program": program,
-        "tests": problem.tests,
-        "entry_point": problem.entry_point,
-        "helpers": problem.helpers,
-        **limits,
-    }
-
-
-def grade_math(problem, completion):
-    answer = answers.extract_answer(completion)
-    passed = answers.answers_equal(answer, problem.gold)
-    return {"passed": passed, "detail": f"answer {answer[:80]!r}, gold {problem.gold[:80]!r}"}
+    return programs.grading_item(problem.prompt, completion, problem.tests, problem.entry_point) | limits
 
 
 def pass_at_k(n, c, k):
@@ -580,7 +489,7 @@ class Store:
             name: file_digest(getattr(args, name)) for name in ("data", "samples") if getattr(args, name)
         }
         versions = {
-            "extract_code": answers.EXTRACT_CODE_VERSION,
+            "extract_code": programs.EXTRACT_CODE_VERSION,
             "extract_answer": answers.EXTRACT_ANSWER_VERSION,
         }
         self.settings = {
@@ -648,7 +557,7 @@ def grade_all(args, problems, completions, store):
             if sample >= len(texts):
                 results[problem.task_id][sample] = {"passed": False, "detail": "no completion"}
             elif args.task in MATH_TASKS:
-                results[problem.task_id][sample] = grade_math(problem, texts[sample])
+                results[problem.task_id][sample] = answers.verdict(texts[sample], problem.gold)
             else:
                 todo.append((problem, sample, item_of(problem, texts[sample], args)))
 
@@ -694,7 +603,9 @@ def weak_tests(args, problems):
     for source in (BROKEN, CONSTANT):
         items = [item_of(problem, problem.reference, args) for problem in problems]
         for item, problem in zip(items, problems):
-            item["program"] += f"{source}{problem.entry_point} = _broken({problem.entry_point})\n"
+            name = problem.entry_point if problem.entry_point.isidentifier() else "_broken_entry_point"
+            item["program"] += f"{source}{name} = _broken({problem.entry_point})\n"
+            item["entry_point"] = name
         verdicts = grade_many(items, workers=args.workers or None, progress=args.progress)
         found |= {problem.task_id for problem, verdict in zip(problems, verdicts) if verdict["passed"]}
     return [problem.task_id for problem in problems if problem.task_id in found]
@@ -740,11 +651,8 @@ def check(args):
         raise InputError(
             "--num_samples above 1 needs --temperature above 0: greedy completions are all the same"
         )
-    if args.reward_model and not (Path(args.reward_model) / "reward_head.safetensors").is_file():
-        raise InputError(
-            f"--reward_model {args.reward_model}: no reward_head.safetensors there; give a folder of "
-            "rm_single.py"
-        )
+    if args.reward_model and not Path(args.reward_model).exists() and Path(args.reward_model).is_absolute():
+        raise InputError(f"--reward_model {args.reward_model}: no such folder")
     if args.model and Path(args.model).is_dir() and not (Path(args.model) / "config.json").is_file():
         raise InputError(
             f"--model {args.model}: no config.json there; give a folder that save_pretrained wrote, or a hub "

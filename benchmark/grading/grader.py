@@ -36,6 +36,7 @@ Linux only. What the kernel grants (namespaces, landlock, seccomp, a user of its
 standard error.
 """
 
+import ast
 import atexit
 import json
 import math
@@ -54,6 +55,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from benchmark.grading import leetcode
 from benchmark.grading.turns import Turns
 
 # The project is not on the templates' path: they import the folder sandbox/, found by its place, in an empty
@@ -71,6 +73,7 @@ CPU_SECONDS = 9  # below the wall limit, so that endless loops end here, without
 CPU_BACKSTOP = 2  # times the limit; before that, a program's clock is looked at
 BOTH_TRIES = 1.98  # times the wall limit; the rest of 2 is for ending them
 MEMORY_BYTES = 2 << 30
+ENTRY_POINT = "_entry_point"  # what an entry point that is an expression is called in the program
 JUDGE_BYTES = 4 << 30
 POLL_SECONDS = 0.005  # between two looks whether another process has ended its second try
 # Pools of threads would count against the limit on processes, and wait for each other on a busy machine.
@@ -460,17 +463,30 @@ def as_job(
         raise GradingError("zero tests: `tests` is empty")
     if not isinstance(program, str) or not isinstance(entry_point, str) or not entry_point:
         raise GradingError("`program` and `entry_point` must be strings, the entry point not empty")
+    name = entry_point
+    if not entry_point.isidentifier():  # an expression such as Solution().order
+        try:
+            ast.parse(entry_point, mode="eval")
+        except SyntaxError as error:
+            raise GradingError(
+                f"`entry_point` {entry_point!r} is no name and no expression: {error}"
+            ) from None
+        name = re.search(r"[A-Za-z_]\w*", entry_point)[0]
+        program, entry_point = f"{program}\n\n{ENTRY_POINT} = {entry_point}\n", ENTRY_POINT
+    if name == "Solution":
+        program, helpers = [
+            leetcode.SORTED + code if "sortedcontainers" in code else code for code in (program, helpers)
+        ]
+    called = set(re.findall(r"[A-Za-z_]\w*", tests))
+    if not helpers and name == "Solution" and called & leetcode.NODE_NAMES:
+        helpers, program = leetcode.NODES, leetcode.NODES + program  # lists and trees, as the site has them
     # Functions above the entry point that the tests call by name (HumanEval/32, /38, /50) are asked of a
     # process that holds that part of the program alone, so that what follows cannot change them.
-    prefix = re.split(rf"^(?:def|class) {re.escape(entry_point)}\b", program, maxsplit=1, flags=re.M)[0]
+    prefix = re.split(rf"^(?:def|class) {re.escape(name)}\b", program, maxsplit=1, flags=re.M)[0]
     above = (
         []
         if helpers
-        else [
-            name
-            for name in re.findall(r"^def (\w+)\(", prefix, flags=re.M)
-            if re.search(rf"\b{name}\b", tests)
-        ]
+        else [found for found in re.findall(r"^def (\w+)\(", prefix, flags=re.M) if found in called]
     )
     return {
         "program": program,
@@ -488,11 +504,12 @@ def as_job(
 def grade(program, tests, entry_point, **limits):
     """Runs `tests` against `program`.
 
-    tests: source that defines check(candidate), or assert lines (one string or a list). Keywords: helpers
-    (trusted source whose functions the tests may call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds,
-    memory_bytes. Returns {"passed": bool, "detail": one line}, and "missing_package" where the program failed
-    because it imports one that is not there. Raises GradingError when the tests are empty or do not compile,
-    or a process cannot be started.
+    tests: source that defines check(candidate), or assert lines (one string or a list). entry_point: the name
+    of what is tested, or an expression such as `Solution().order`. Keywords: helpers (trusted source whose
+    functions the tests may call, e.g. a HumanEval prompt), wall_seconds, cpu_seconds, memory_bytes. Returns
+    {"passed": bool, "detail": one line}, and "missing_package" where the program failed because it imports
+    one that is not there. Raises GradingError when the tests are empty or do not compile, or a process cannot
+    be started.
     """
     return grade_many(
         [{"program": program, "tests": tests, "entry_point": entry_point, **limits}],

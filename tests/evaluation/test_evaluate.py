@@ -14,14 +14,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Mode
 
 from benchmark import rewards
 from benchmark.evaluation import evaluate
-from benchmark.evaluation.answers import (
-    answers_equal,
-    complete,
-    evaluate_number,
-    extract_answer,
-    extract_code,
-)
+from benchmark.evaluation.answers import answers_equal, evaluate_number, extract_answer
 from benchmark.evaluation.evaluate import Args, InputError, main, pass_at_k, standard_error
+from benchmark.evaluation.programs import complete, extract_code
 from benchmark.grading import grader as grading
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -121,7 +116,7 @@ def test_a_bare_body_keeps_its_indentation():
 
 def test_module_docstring_is_no_prose():
     code = '"""\nGiven some numbers find the largest of them.\n"""\n' + F
-    assert extract_code(code, "f") == code
+    assert extract_code(code, "f").strip() == code
 
 
 @pytest.mark.parametrize(
@@ -154,7 +149,7 @@ def test_leetcode_prompt_that_ends_in_an_indentation():
         "sum(nums)\n```",
     ):
         space = {}
-        exec(complete(prompt, completion, "Solution", evaluate.LEETCODE_IMPORTS), space)
+        exec(complete(prompt, completion, "Solution"), space)
         assert space["Solution"]().total([1, 2]) == 3
 
 
@@ -384,7 +379,7 @@ def test_bad_files_are_named(world, change, message):
         ({"model": "x"}, "exactly one"),
         ({"samples": ""}, "exactly one"),
         ({"num_samples": 0}, "num_samples 0"),
-        ({"reward_model": "/nowhere"}, "no reward_head"),
+        ({"reward_model": "/nowhere"}, "no such folder"),
         ({"samples": "", "model": "/tmp"}, "no config.json"),
         ({"samples": "", "model": "x", "num_samples": 2}, "temperature"),
     ],
@@ -601,7 +596,7 @@ def test_the_tests_helpers_cannot_be_forged(tmp_path):  # HumanEval/32 /38 /50
 def tiny(tmp_path_factory):
     """(policy folder, reward model folder): random GPT-2 over characters, with hostile generation
     defaults."""
-    from rm_single import RewardModel
+    from rm_single import RewardModel, as_classifier
 
     torch.manual_seed(0)
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
@@ -629,7 +624,7 @@ def tiny(tmp_path_factory):
         do_sample=True, temperature=0.01, top_k=1, repetition_penalty=9.0, max_new_tokens=1, eos_token_id=5
     )
     model.save_pretrained(policy)
-    RewardModel(GPT2Model(config), bound="tanh").save_pretrained(reward)
+    as_classifier(RewardModel(GPT2Model(config), bound="tanh")).save_pretrained(reward)
     for folder in (policy, reward):
         tokenizer.save_pretrained(folder)
     return str(policy), str(reward)

@@ -1,0 +1,463 @@
+r"""Finds the program in what a model wrote, by parsing: what compiles is code, what does not is prose.
+
+    >>> print(complete("def double(x):\n", "    return 2 * x\n\nprint(double(2))", "double"), end="")
+    def double(x):
+        return 2 * x
+
+An output is looked at in this order; the first program that compiles and defines the entry point is the
+answer:
+
+1. The whole text, as a program or as the continuation of the prompt.
+2. Its blocks in the order in which they stand: fenced code, what stands between marks such as [PYTHON] or
+   <code>, and the text between those. In each: the program that it begins with, the continuation of the
+   prompt (indented as the prompt's body) up to where it stops being one, a program further down. A block that
+   is introduced as a correction comes first, one that is introduced as a mistake last but one, one that holds
+   only a stub last.
+3. The same blocks as a continuation that lost its indentation.
+
+Of the program is kept what its entry point needs: no examples, no tests, no prints. What it needs and does
+not define is taken from the other blocks: imports or helpers in a fence of their own.
+"""
+
+import ast
+import dataclasses
+import functools
+import html
+import keyword
+import re
+import textwrap
+from dataclasses import dataclass
+
+from benchmark.evaluation.pieces import (
+    BUILTINS,
+    DEFINITIONS,
+    IMPORTS,
+    TRIES,
+    all_bound,
+    base_name,
+    can_start,
+    global_names,
+    kept,
+    longest,
+    parsed,
+    pieces_of,
+    runs_of,
+    supplied,
+)
+from benchmark.evaluation.reply import reply
+from benchmark.grading import leetcode
+
+EXTRACT_CODE_VERSION = 2
+
+FENCE = re.compile(r"^(?P<before>[^`~]*)(?P<mark>```+|~~~+)(?P<info>[^`~]*)$")
+MARK = re.compile(
+    r"\[/?(?:PYTHON|BEGIN|DONE|END|CODE|ANSWER|SOLUTION|RESPONSE|TESTS?|INST)\]"
+    r"|</?(?:code|python|answer|solution|response|output|final_answer|pre)(?:\s[^<>\n]*)?>"
+)
+MISTAKE = re.compile(
+    r"\b(?:mistakes?|wrong|incorrect|buggy|broken|draft|first (?:attempt|try)|(?:doesn.t|not) work)\b", re.I
+)
+CORRECTION = re.compile(
+    r"\bcorrection\b|\b(?:fixed|corrected|correct|revised|final|right) "
+    r"(?:version|code|solution|program|function|way|one)\b",
+    re.I,
+)
+INNER = re.compile(r"\s*(?:return|yield|else|elif|except|finally|break|continue)\b")  # never begins a program
+FUTURE = re.compile(r"^from __future__ import [^\n(]+\n?", re.M)
+TYPOGRAPHY = str.maketrans("“”„‘’\u00a0\u2003−–", '"""\'\'  --', "\u200b\u200c\u2060")
+
+
+# ---------------------------------------------------------------- the prompt
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a program may take for granted, from the prompt."""
+
+    root: str  # the name that has to be defined: `Solution` of the entry point Solution().order
+    above: str  # the prompt's code above the definition of the entry point
+    head: str | None = None  # that, and the definition up to where its body is to be written, if one is open
+    first_line: int = 0  # of the open definition, in head
+    indent: str = ""  # of its body
+    method: str = ""  # whose body is open, where the entry point is a class
+    above_method: int = 0  # lines of head
+
+    @functools.cached_property
+    def names(self):
+        tree, _ = parsed(self.above)
+        return all_bound(pieces_of(self.above, tree)) if tree else set()
+
+
+@functools.lru_cache(maxsize=4096)
+def context_of(prompt, entry_point):
+    """The context that a prompt gives: it is code, has code in a fence, or ends in code."""
+    root = next(iter(re.findall(r"[A-Za-z_]\w*", entry_point)), entry_point)
+    prompt = prompt.replace("\r\n", "\n")
+    lines = prompt.split("\n")
+    fenced = [block.text for block in reversed(blocks_of(prompt)) if block.fenced]
+    starts = [i for i, line in enumerate(lines) if re.match(r"(?:async |def |class |from |import |@)", line)]
+    texts = [prompt, *fenced, *["\n".join(lines[i:]) for i in starts[:TRIES]]]
+    found = [context for context in (read_prompt(text, root) for text in texts) if context]
+    best = next(
+        (context for context in found if context.head is not None), next(iter(found), Context(root, ""))
+    )
+    if root != "Solution":
+        return best
+    given = leetcode.prelude(prompt)
+    return dataclasses.replace(
+        best,
+        above=given + best.above,
+        head=None if best.head is None else given + best.head,
+        first_line=best.first_line + given.count("\n"),
+        above_method=best.above_method + given.count("\n"),
+    )
+
+
+def read_prompt(code, root):
+    """The context of a prompt that is Python up to a body which is still to be written; None if it is not."""
+    bare, tail = code.rstrip(), code.rpartition("\n")[2]
+    last = bare.rpartition("\n")[2]
+    indent = tail if tail and not tail.strip() else last[: len(last) - len(last.lstrip())] + "    "
+    for source in (code if tail.strip() or not tail else bare + "\n", f"{bare}\n{indent}pass\n"):
+        tree, _ = parsed(source)
+        if tree:
+            return context_in(code, pieces_of(source, tree), root)
+    return None
+
+
+def context_in(code, pieces, root):
+    opened, above, bound = None, "", {*BUILTINS, "*"}
+    for piece in pieces:
+        if any(isinstance(node, DEFINITIONS) and node.name == root for node in piece.nodes):
+            opened = piece
+        elif piece.defines or piece.binds and not piece.acts and piece.uses <= bound:  # examples stay behind
+            above, bound = above + piece.source + "\n", bound | piece.binds
+    if opened is None or opened is not pieces[-1]:
+        return Context(root, above)
+    head = above + "\n".join(code.split("\n")[opened.first_line - 1 :])
+    shift = above.count("\n") + 1 - opened.first_line
+    outer = node = opened.nodes[-1]
+    while isinstance(node.body[-1], DEFINITIONS):
+        node = node.body[-1]
+    indent, method = " " * node.body[0].col_offset, node.name if node is not outer else ""
+    return Context(root, above, head, outer.lineno + shift, indent, method, node.lineno - 1 + shift)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@dataclass
+class Block:
+    text: str
+    fenced: bool = False
+    intro: str = ""  # the last words before a fenced block, and its first line if that is a comment
+
+    @functools.cached_property
+    def runs(self):
+        return runs_of(self.text)
+
+
+def blocks_of(text):
+    """The parts of a text between marks and fences."""
+    return [block for part in MARK.split(text) for block in fenced_blocks(part.split("\n"))]
+
+
+def fenced_blocks(lines):
+    blocks, between, i = [], [], 0
+    while i < len(lines):
+        fence = FENCE.match(lines[i])
+        if not fence or fence["before"].strip() and not re.fullmatch(r"\s*[\w+#.-]*\s*", fence["info"]):
+            between.append(lines[i])
+            i += 1
+            continue
+        between.append(fence["before"])
+        end = closing_fence(lines, i, fence["mark"])
+        text = fence_content(lines, i, end)
+        words = " ".join(between).split()[-25:] + re.findall(r"\A\s*#.*", text)
+        blocks += [Block("\n".join(between)), Block(text, True, " ".join(words))]
+        between, i = [], end
+        if end < len(lines) and not FENCE.match(lines[end])["info"].strip():
+            i += 1  # a labelled fence opens the next block
+    return [block for block in [*blocks, Block("\n".join(between))] if block.text.strip()]
+
+
+def closing_fence(lines, start, mark):
+    """The line that ends the block which begins at `start`: not one in a docstring of its code."""
+    first = None
+    for j in range(start + 1, len(lines)):
+        fence = FENCE.match(lines[j])
+        if fence and fence["mark"].startswith(mark):
+            first = j if first is None else first
+            text = fence_content(lines, start, j)
+            level = textwrap.dedent(text)
+            if parsed(level)[0] or parsed(f"def _():\n{textwrap.indent(level, '    ')}\n")[0]:
+                return j
+            if text.count('"""') % 2 == text.count("'''") % 2 == 0:
+                break
+    return len(lines) if first is None else first
+
+
+def fence_content(lines, start, end):
+    """What stands between two fences; the closing one may stand behind code."""
+    fence = FENCE.match(lines[end]) if end < len(lines) else None
+    behind = [fence["before"]] if fence and fence["before"].strip() else []
+    text = "\n".join([*lines[start + 1 : end], *behind])
+    if re.match(r"\s*(?:>>>|\.\.\.)", text):  # a session of the interpreter
+        session = [line.strip() for line in text.split("\n")]
+        text = "\n".join(line[4:] for line in session if line.startswith((">>>", "...")))
+    return textwrap.dedent(text) if lines[start][:1].isspace() else text
+
+
+# ---------------------------------------------------------------- candidates
+
+
+@dataclass
+class Found:
+    """A program that defines the entry point, as pieces, and further pieces that may hold what it needs."""
+
+    own: list
+    pool: list
+    body: str = ""  # of a continuation: the prompt's code with its body
+    rank: int = 0  # CORRECTED before 0 before MISTAKEN before STUB
+
+
+CORRECTED, MISTAKEN, STUB = -1, 1, 2
+
+
+def continuation(context, lines):
+    """The prompt continued by `lines`, as far as they do continue it."""
+    if context.head is None or not any(line.strip() for line in lines):
+        return None
+    head, tail = context.head, context.head.rpartition("\n")[2]
+    if not tail.strip():  # the prompt ends with a line end, or in the body's indentation
+        head = head[: len(head) - len(tail)]
+        if lines[0].strip() and not lines[0].startswith(tail):
+            lines = [tail + lines[0].lstrip(), *lines[1:]]
+        if not next((line for line in lines if line.strip() and line[0] != "#"), "")[:1].isspace():
+            return None
+    elif lines[0].startswith(context.indent) or not lines[0].strip():
+        head += "\n"
+    tree, end = longest(head, lines)
+    if tree is None or end < len(lines) and INNER.match(lines[end]):
+        return None
+    source = head + "\n".join(lines[:end])
+    pieces = pieces_of(source, tree)
+    at = next((i for i, piece in enumerate(pieces) if piece.nodes[-1].lineno == context.first_line), None)
+    if at is None or pieces[at].nodes[-1].end_lineno <= head.count("\n"):
+        return None  # nothing was added to the body
+    body = "\n".join(source.split("\n")[: pieces[at].nodes[-1].end_lineno]) + "\n"
+    return Found(pieces[: at + 1], pieces[at + 1 :], body, STUB * is_stub(pieces[at], context.root))
+
+
+def whole(context, text, runs=None):
+    """The first run of lines that defines the entry point; or one that is indented, as code is in
+    Markdown."""
+    runs = runs_of(text) if runs is None else runs
+    if not any(context.root in piece.binds for run in runs for piece in run):
+        lines, runs = text.split("\n"), []
+        for start in list(indented_starts(lines))[:TRIES]:
+            end = next((i for i in range(start, len(lines)) if lines[i][:1].strip()), len(lines))
+            runs += runs_of(textwrap.dedent("\n".join(lines[start:end])))
+    for run in runs:
+        defining = [piece for piece in run if context.root in piece.binds]
+        if defining:
+            pool = [piece for other in runs if other is not run for piece in other]
+            return Found(run, pool, rank=STUB * is_stub(defining[-1], context.root))
+    return None
+
+
+def is_stub(piece, root):
+    """Whether a definition has no body yet: docstrings, `pass`, `...` or raise NotImplementedError alone."""
+    node = next((node for node in piece.nodes if isinstance(node, DEFINITIONS) and node.name == root), None)
+    if node is None:
+        return False
+    is_class = isinstance(node, ast.ClassDef)
+    functions = [each for each in node.body if isinstance(each, DEFINITIONS)] if is_class else [node]
+    return all(is_empty(statement) for function in functions for statement in function.body)
+
+
+def is_empty(statement):
+    if isinstance(statement, ast.Raise):
+        return statement.exc is not None and base_name(statement.exc) == "NotImplementedError"
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, (ast.Constant, ast.Name, ast.Compare))
+    return isinstance(statement, (ast.Pass, *IMPORTS))
+
+
+def program_in(context, block):
+    """The program in a block: one that it begins with, else a continuation, else one further down."""
+    lines = textwrap.dedent(block.text).strip("\n").split("\n")
+    tree, count = longest("", lines)
+    found = whole(context, "\n".join(lines[:count])) if tree else None
+    if found and found.rank == 0:
+        found.pool = [piece for run in block.runs for piece in run]
+        return found
+    both = [continuation(context, block.text.split("\n")), whole(context, block.text, block.runs)]
+    return min((found for found in both if found), key=lambda found: found.rank, default=None)
+
+
+def find(context, text):
+    """The program in `text`, or None."""
+    level = textwrap.dedent(text)
+    marked = any(MARK.fullmatch(line.strip()) for line in text.split("\n"))
+    found = whole(context, level) if not marked and parsed(level)[0] else None
+    if not found and text.lstrip("\n")[:1].isspace():
+        found = continuation(context, text.split("\n"))
+    if found and found.rank == 0:
+        return found
+    blocks, programs = blocks_of(text), []
+    for block in blocks:
+        found = program_in(context, block)
+        if found:
+            found.pool = found.pool + [
+                piece for other in blocks if other is not block for run in other.runs for piece in run
+            ]
+            if found.rank == 0 and CORRECTION.search(block.intro):
+                found.rank = CORRECTED
+            elif found.rank == 0 and MISTAKE.search(block.intro):
+                found.rank = MISTAKEN
+            programs.append(found)
+    corrected = [found for found in programs if found.rank == CORRECTED]
+    good = [found for found in programs if found.rank < STUB]
+    if good:
+        return corrected[-1] if corrected else min(good, key=lambda found: found.rank)
+    return body_without_indentation(context, blocks) or next(iter(programs), None)
+
+
+def body_without_indentation(context, blocks):
+    """A continuation whose lines, or whose first line, lost their indentation; of the ways to give it back
+    the one that keeps most lines."""
+    for block in blocks:
+        level = context
+        if context.method and re.search(rf"^\s*def {context.method}\(", block.text, re.M):
+            head = context.head.split("\n")[: context.above_method]  # the method without its class
+            level = dataclasses.replace(context, head="\n".join([*head, ""]), indent="    ")
+        bodies = [continuation(level, lines) for lines in indented_again(block.text, level.indent)]
+        bodies = [each for each in bodies if each and each.rank == 0 and adds_something(each, level)]
+        if bodies:
+            found = max(bodies, key=lambda each: len(each.body.rstrip().split("\n")))
+            found.pool = found.pool + [piece for block in blocks for run in block.runs for piece in run]
+            return found
+    return None
+
+
+def indented_again(text, indent):
+    """The lines of a body with its indentation: of the first line, or of all; also of a body that follows
+    words."""
+    lines = text.expandtabs(4).split("\n")
+    first = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    for start in [first, *[i for i in indented_starts(lines) if i > first][:1]]:
+        body = lines[start:]
+        yield [indent + body[0].lstrip(), *body[1:]]
+        widths = [width(line) for line in body if line.strip()]
+        for shift in {len(indent) - min(widths), len(indent) - widths[0]}:
+            yield [" " * shift + line if shift > 0 else line[min(-shift, width(line)) :] for line in body]
+
+
+def width(line):
+    return len(line) - len(line.lstrip())
+
+
+def indented_starts(lines):
+    """Where indented lines begin that belong to no statement above them, not even to a broken one."""
+    above = ""
+    for i, line in enumerate(lines):
+        if line.strip():
+            words = (
+                not above[:1].isspace() and not can_start(above) and not keyword.iskeyword(above.split()[0])
+            )
+            if line[0].isspace() and (not above or words):
+                yield i
+            above = line
+
+
+def adds_something(found, context):
+    """Whether a continuation adds a statement to the prompt's body, not only words that happen to be
+    names."""
+    node, first = found.own[-1].nodes[-1], context.head.count("\n")
+    while isinstance(node.body[-1], DEFINITIONS) and node.body[-1].lineno <= first:
+        node = node.body[-1]
+    return not all(is_empty(statement) for statement in node.body if statement.lineno > first)
+
+
+# ---------------------------------------------------------------- what others call
+
+
+def look_for(text, context):
+    """The program in an output, or None. A special token ends an output, unless it is part of the only
+    program; signs that were changed on the way are read as Python's where nothing else compiles."""
+    cut = reply(text)
+    texts = [cut, reply(text, cut=False), cut.translate(TYPOGRAPHY), html.unescape(cut)]
+    texts.append(re.sub(r"^> ?", "", cut, flags=re.M))
+    if "\n" not in cut.strip():
+        texts.append(cut.replace("\\n", "\n").replace('\\"', '"'))
+    return next((found for each in dict.fromkeys(texts) if (found := find(context, each))), None)
+
+
+def program_of(context, found, names):
+    """The text of a program: what the prompt gives, what other blocks supply, what the entry point needs."""
+    if found.body:
+        own, wanted = found.own, set().union(*[piece.uses for piece in found.own])
+    else:
+        own, wanted = kept(found.own, context.root, {context.root, *names})
+    others = "".join(f"{p.source}\n" for p in supplied(found.pool, wanted, context.names | all_bound(own)))
+    if found.body:
+        program = found.body + others
+    else:
+        program = context.above + others + "".join(f"{piece.source}\n" for piece in own)
+    futures = dict.fromkeys(FUTURE.findall(program))  # they come first or not at all
+    return "".join([*futures, FUTURE.sub("", program)]) if futures else program
+
+
+def complete(prompt, completion, entry_point, tests=""):
+    """The program that `completion` stands for: with all that `prompt` gives it, and with what `tests` call
+    besides the entry point. What holds no program becomes one that fails: the prompt and the completion as
+    they are."""
+    context = context_of(prompt, entry_point)
+    found = look_for(completion, context)
+    if found is None:
+        return (context.above if context.head is None else context.head) + reply(completion)
+    return program_of(context, found, global_names(tests))
+
+
+def extract_code(text, entry_point=""):
+    """The program in an output, or the body of the function `entry_point`; "" when there is none. Without a
+    name it is what the output defines last."""
+    defined = re.findall(r"^(?:async def|def|class) (\w+)", reply(text), re.M)
+    entry_point = entry_point or next(reversed(defined), "_")
+    context = Context(entry_point, "", f"def {entry_point}():\n", 1, "    ")
+    found = look_for(text, context)
+    return program_of(context, found, ()).removeprefix(context.head) if found else ""
+
+
+def grading_item(prompt, completion, tests, entry_point):
+    """The arguments of `benchmark.grading.grade` for a completion: all verdicts on programs are formed from
+    these.
+
+    prompt: text, or the messages of a chat. What it defines is given to the tests as it stands there.
+    """
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(str(turn["content"]) for turn in prompt if turn.get("role") != "assistant")
+    tests = tests if isinstance(tests, str) else "\n".join(tests)
+    context = context_of(prompt, entry_point)
+    return {
+        "program": complete(prompt, completion, entry_point, tests),
+        "tests": tests,
+        "entry_point": entry_point,
+        "helpers": context.above if context.names else "",
+    }
+
+
+def tests_of(row):
+    """(tests, entry point) of a row in the form of HumanEval or LeetCodeDataset (`test`), of MBPP
+    (`test_list`), or with `tests`; ("", "") when it has none."""
+    if row.get("test_list"):
+        setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+        tests = "\n".join([*filter(None, setup), *row["test_list"]])
+        defined = re.findall(r"^(?:def|class)[ \t]+(\w+)", row.get("code") or "", re.M)
+        called = re.findall(r"\b([A-Za-z_]\w*)\s*\(", row["test_list"][0])
+        called = [name for name in called if name in defined] if defined else called
+        return tests, row.get("entry_point") or next(iter(called), "")
+    tests = row.get("tests") or row.get("test") or ""
+    tests = tests if isinstance(tests, str) else "\n".join(tests)
+    return tests, row.get("entry_point") or ("Solution" if re.search(r"\bSolution\(", tests) else "")

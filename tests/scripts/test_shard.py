@@ -1,0 +1,257 @@
+"""--shard: the same numbers as DDP and as one process, no rank that waits for another while it samples, a
+share of the memory. Two launches of shard_driver.py, with two and three processes, looked at from all sides."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import shard_driver
+import torch
+from conftest import read_metrics, tiny_settings, write_jsonl
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import pfppo_single as pf
+import sft_single as sft
+
+REWARDS = """
+def first_rank(prompts, responses, rows):  # of update 1 prompts of one rank only are kept
+    return [1.0 if row["n"] % 2 else -1.0 for row in rows]
+
+def nothing(prompts, responses, rows):
+    return [-1.0] * len(rows)
+"""
+ANSWERS = ("a", "bb ccc", "123 + 4", "q", "hello wo", "abc", "de", "f g h i j k")
+
+
+def settings_of_runs(world: Path, folder: Path) -> dict[str, dict]:
+    """Name -> script and settings without `shard`."""
+    prompts = [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()]
+    rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, ANSWERS)]
+    labels = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": r["response"] + "x"} for r in rows]
+    for name, data in (("rows", rows), ("one_row", rows[:1]), ("labels", labels), ("one_label", labels[:1])):
+        write_jsonl(folder / f"{name}.jsonl", data)
+    write_jsonl(folder / "one_prompt.jsonl", [{"prompt": "held out", "n": 0}])
+    # batches of 7 and of 1: ranks with unequal numbers of micro-batches, then one with no row
+    common = dict(batch_size=7, micro_batch_size=1, lr=1e-4, log_every=1, checkpoint_every=1, eval_every=2)
+    tuning = dict(common, model=str(world / "llama"), epochs=2, train_data=str(folder / "rows.jsonl"))
+    tuning |= dict(eval_data=str(folder / "one_row.jsonl"))
+    reward = dict(common, model=str(world / "gpt2"), epochs=2, train_data=str(folder / "labels.jsonl"))
+    reward |= dict(eval_data=str(folder / "one_label.jsonl"), eps=1e-5, normalize_samples=6, kl_samples=6)
+    reward |= dict(response_length=6, normalize_before=True)
+    ppo = tiny_settings(world, folder)
+    ppo |= dict(minibatch_size=8, lr=1e-4, critic_lr=1e-4, eval_prompts=str(folder / "one_prompt.jsonl"))
+    kept = dict(ppo, filter="top", thresholds=(-0.3, 0.3), normalize_reward=False, total_episodes=16)
+    own_reward = dict(ppo, policy=str(world / "llama"), reward="shard_rewards:first_rank", critic_init=None)
+    return {
+        "sft": dict(script="sft", settings=tuning),
+        "rm": dict(script="rm", settings=reward, watch=["same_samples"]),
+        "rm_llama": dict(script="rm", settings={**reward, "model": str(world / "llama"), "bound": "none"}),
+        "ppo": dict(script="pfppo", settings=ppo, watch=["same_samples"]),
+        "ppo_shared": dict(script="pfppo", settings={**own_reward, "critic": "shared"}),
+        "ppo_rank": dict(script="pfppo", settings={**kept, "reward": "shard_rewards:first_rank"}),
+        "ppo_nothing": dict(script="pfppo", settings={**kept, "reward": "shard_rewards:nothing"}),
+    }
+
+
+CHECKPOINTED = ("rm", "ppo")  # also with gradient checkpointing, in the sharded run alone
+RESUMED = {"sft": 3, "rm": 3, "ppo": 2}  # name -> the step in which the run dies
+COMPARED = ("sft", "rm", "rm_llama", "ppo", "ppo_shared", "ppo_rank", "ppo_nothing")
+
+
+def launch(processes: int, runs: list[dict], folder: Path) -> str:
+    """What was printed; the runs are those of the ranks of one launch."""
+    (folder / f"runs_{processes}.json").write_text(json.dumps(runs))
+    # `accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15, without mpirun)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(Path(shard_driver.__file__))]
+    command += [str(folder / f"runs_{processes}.json"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def launched(world, tmp_path_factory):
+    """Folder with all runs, what every rank saw (by number of processes), what was printed."""
+    folder = tmp_path_factory.mktemp("shard")
+    (folder / "shard_rewards.py").write_text(REWARDS)
+    cases, runs = settings_of_runs(world, folder), []
+    for name, case in cases.items():
+        for shard in (False, True):
+            extra = {"gradient_checkpointing": True} if shard and name in CHECKPOINTED else {}
+            settings = {**case["settings"], "shard": shard, **extra}
+            runs.append({**case, "name": f"{name}_{'shard' if shard else 'ddp'}", "settings": settings})
+        if name in RESUMED:
+            runs.append({**runs[-1], "name": f"{name}_resumed", "dies_at": RESUMED[name]})
+    half = {**cases["ppo"]["settings"], "shard": True, "lr": 5e-7, "eps": 1e-8, "noptepochs": 1}
+    half |= {"total_episodes": 16, "eval_prompts": None}
+    runs.append(dict(name="half", script="pfppo", settings=half, precision="bf16"))
+    one_unit = {**cases["sft"]["settings"], "model": str(world / "gpt2"), "shard": True, "epochs": 1}
+    runs.append(dict(name="one_unit", script="sft", settings=one_unit, watch=["one_unit"]))
+    printed = launch(2, runs, folder)
+
+    three = {**cases["ppo"]["settings"], "batch_size": 3, "minibatch_size": 6, "total_episodes": 12}
+    three |= {"normalize_reward": False, "eval_prompts": None}
+    runs = [dict(name="other", script="sft", settings={**cases["sft"]["settings"], "shard": True})]
+    runs[0]["output"] = "sft_shard"
+    for shard in (False, True):
+        kind = "shard" if shard else "ddp"
+        settings = {**three, "shard": shard}
+        runs.append(dict(name=f"ppo3_{kind}", script="pfppo", settings=settings))
+        settings = {**cases["sft"]["settings"], "shard": shard, "epochs": 1}
+        settings |= {"model": None, "model_config": str(world / "llama")}  # from scratch
+        runs.append(dict(name=f"sft3_{kind}", script="sft", settings=settings))
+    launch(3, runs, folder)
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    for name in ("sft", "rm", "ppo"):
+        shard_driver.run(folder, f"{name}_one", **cases[name])
+    patch.undo()
+    seen = {n: [json.loads((folder / f"seen_{n}_{r}.json").read_text()) for r in range(n)] for n in (2, 3)}
+    return {"folder": folder, "seen": seen, "printed": printed}
+
+
+def assert_same(one: Path, other: Path, tolerance: float) -> None:
+    """Metrics (but for seconds) and all saved weights are equal, up to `tolerance`."""
+    ours, theirs = read_metrics(one), read_metrics(other)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for line, same in zip(ours, theirs):
+        for tag in line:
+            if not tag.startswith("seconds/"):
+                assert same[tag] == pytest.approx(line[tag], abs=tolerance, rel=tolerance), (
+                    tag,
+                    line["step"],
+                )
+    folders = sorted(path.relative_to(one) for path in one.glob("*/model.safetensors"))
+    assert folders and folders == sorted(
+        path.relative_to(other) for path in other.glob("*/model.safetensors")
+    )
+    for path in folders:
+        ours, theirs = load_file(one / path), load_file(other / path)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name].dtype == theirs[name].dtype
+            assert (ours[name] - theirs[name]).abs().max() <= tolerance, (path, name)
+
+
+@pytest.mark.parametrize("name", [*COMPARED, "sft3", "ppo3"])
+def test_sharded_runs_are_those_of_ddp(launched, name):
+    assert_same(launched["folder"] / f"{name}_ddp", launched["folder"] / f"{name}_shard", 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+def test_sharded_runs_are_those_of_one_process(launched, name):
+    assert_same(launched["folder"] / f"{name}_one", launched["folder"] / f"{name}_shard", 1e-5)
+
+
+def test_cases_are_those_that_are_meant(launched):
+    kept = {name: read_metrics(launched["folder"] / f"ppo_{name}_shard") for name in ("rank", "nothing")}
+    assert kept["nothing"][-1]["filter/kept"] == 0 and "objective/kl" not in kept["nothing"][-1]
+    assert 0 < kept["rank"][-1]["filter/kept"] < 16
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_runs_are_bit_identical(launched, name):
+    assert_same(launched["folder"] / f"{name}_shard", launched["folder"] / f"{name}_resumed", 0)
+
+
+def test_another_number_of_processes_is_refused(launched):
+    assert "num_processes (2 there, 3 here)" in launched["seen"][3][0]["other"]["error"]
+
+
+def test_nothing_waits_for_other_ranks_in_gathered_phases(launched):
+    # and what was gathered was gathered on entry: some collectives for every sharded model, none for DDP
+    for seen in launched["seen"].values():
+        for rank in seen:
+            for name, run in rank.items():
+                assert run["inside"] == [], name
+                assert run["error"] or any(run["gathers"]) == (not name.endswith("_ddp")), name
+
+
+def test_ranks_stop_sampling_at_different_lengths(launched):
+    # in the runs whose generators are a rank's own; a rank that waited would be ended by the driver's timeout
+    for name in ("rm_llama_shard", "ppo_rank_shard"):
+        lengths = [rank[name]["lengths"] for rank in launched["seen"][2]]
+        assert len(lengths[0]) == len(lengths[1]) > 1
+    assert lengths[0] != lengths[1]
+
+
+def test_one_rank_reads_the_weights(launched):
+    # the others build models on the meta device; heads of one row, which no file has, may be real
+    for seen in launched["seen"].values():
+        for rank, runs in enumerate(seen):
+            for name, run in runs.items():
+                large = [meta for meta, (_, size) in zip(run["meta"], run["bytes"]) if size > 10000]
+                assert run["error"] or large
+                assert set(large) <= {rank > 0 and not name.endswith("_ddp")}, name
+
+
+def test_every_rank_holds_its_share(launched):
+    for world, seen in launched["seen"].items():
+        for rank in seen:
+            for name, run in rank.items():
+                for local, everything in run["bytes"]:
+                    share = 1 if name.endswith("_ddp") else 1 / world
+                    if everything > 10000:  # heads of one row stay on one rank
+                        assert local / everything == pytest.approx(share, abs=0.03), name
+        assert sum(len(run["bytes"]) for run in seen[0].values()) > 6
+
+
+def test_bfloat16_starts_where_it_sampled_and_moves_float32_weights(launched, world):
+    line = read_metrics(launched["folder"] / "half")[-1]
+    assert line["ppo/policy/first_ratio"] == line["ppo/policy/first_ratio_max"] == 1
+    assert line["objective/kl"] == 0
+    before = load_file(world / "gpt2" / "model.safetensors")
+    after = load_file(launched["folder"] / "half" / "policy" / "model.safetensors")
+    moved = [(after[name] != before[name]).float().flatten() for name in before if "wpe" not in name]
+    assert {x.dtype for x in after.values()} == {torch.float32} and torch.cat(moved).mean() > 0.9
+
+
+def test_saved_folders_load_in_plain_transformers(launched):
+    folder = launched["folder"]
+    for name, auto in (("sft", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)):
+        configs = [
+            json.loads((folder / f"{name}_{k}/model/config.json").read_text()) for k in ("ddp", "shard")
+        ]
+        numbers = ("reward_gain", "reward_bias", "score_bias")
+        for config in configs:
+            config.update({key: round(config[key], 4) for key in numbers if key in config})
+        assert configs[0] == configs[1]
+        _, info = auto.from_pretrained(folder / f"{name}_shard/model", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_an_architecture_without_blocks_is_one_unit(launched):
+    assert "GPT2LMHeadModel names no blocks" in launched["printed"]
+    assert launched["seen"][2][0]["one_unit"]["gathers"][0] == 1
+
+
+def test_one_process_is_refused(make_args):
+    with pytest.raises(SystemExit, match="--shard needs more than one process"):
+        pf.main(make_args(shard=True))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_launchers_that_shard_are_refused(monkeypatch, kind):
+    fake = SimpleNamespace(
+        distributed_type=SimpleNamespace(value=kind), num_processes=2, mixed_precision="no"
+    )
+    monkeypatch.setattr(sft, "Accelerator", lambda **_: fake)
+    with pytest.raises(SystemExit, match=f"^{kind} does not work here; .*--shard"):
+        sft.start_accelerator()
+
+
+def test_fp16_is_refused(monkeypatch):
+    kind = SimpleNamespace(value="MULTI_GPU")
+    fake = SimpleNamespace(distributed_type=kind, num_processes=2, mixed_precision="fp16")
+    monkeypatch.setattr(sft, "Accelerator", lambda **_: fake)
+    assert sft.start_accelerator() is fake
+    with pytest.raises(SystemExit, match="--shard .*bf16 or no"):
+        sft.start_accelerator(shard=True)
