@@ -1286,7 +1286,9 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 def plain_text(content) -> str | None:
     """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
     picture)."""
-    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         return "".join(part["text"] for part in content)
     return content if isinstance(content, str) else None
 
