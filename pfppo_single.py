@@ -43,13 +43,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DynamicCache, GenerationConfig
-from transformers import logging as transformers_logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 # Shapes: B prompts per update, N responses per prompt, K rows kept by the filter, Q query length, R response
 # length, V vocabulary. A rollout is a dict of tensors whose first axis is the response.
@@ -220,13 +219,14 @@ def main(args: Args) -> None:
     config = load_config(args.policy, "policy")
     tokenizer = load_pretrained(AutoTokenizer, args.policy, "policy")
     stop_id = stop_token_id(tokenizer, args.stop_token)
-    rows, eval_rows = read_prompts("prompts", args, tokenizer), read_prompts("eval_prompts", args, tokenizer)
+    rows = read_prompts("prompts", args, tokenizer, accelerator.print)
+    eval_rows = read_prompts("eval_prompts", args, tokenizer, accelerator.print)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
     queries = [row["query_ids"] for row in rows + eval_rows]
     check_rows(config, queries, "policy", args.response_length)
-    for field in ("reward", "critic_init"):
-        if getattr(args, field) and ":" not in getattr(args, field):
-            check_reward_model(getattr(args, field), field, tokenizer, queries, args.response_length)
+    for field, path in (("reward", args.reward), ("critic_init", args.critic_init)):
+        if path and (field == "critic_init" or ":" not in path):
+            check_reward_model(path, field, tokenizer, queries, args.response_length)
     reward = load_function(args.reward, "reward") if ":" in args.reward else None
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
     monitor = load_function(args.monitor, "monitor") if args.monitor else None
@@ -695,8 +695,14 @@ def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]
     advice = "give a sequence classification model with one label and a layer `score`, or module:function"
     refuse((not isinstance(head, nn.Linear), f"{where}: a {name} is no reward model; {advice}"))
     check_rows(config, queries, field, new_tokens)
-    differ = load_pretrained(AutoTokenizer, path, field).get_vocab().items() ^ tokenizer.get_vocab().items()
-    refuse((len(differ) > 0, f"{where}: its tokenizer differs from --policy's, in {min(differ, default='')}"))
+    own = load_pretrained(AutoTokenizer, path, field).get_vocab()
+    differ = [t for t, i in tokenizer.get_vocab().items() if own.get(t) != i and t != tokenizer.pad_token]
+    refuse(
+        (
+            differ != [],
+            f"{where}: its tokenizer differs from --policy's, in {len(differ)} such as {differ[:1]}",
+        )
+    )
 
 
 class PolicyAndCritic(nn.Module):
@@ -943,7 +949,7 @@ def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle:
     return order[first : first + count]
 
 
-def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
+def read_prompts(field: str, args: Args, tokenizer, say=print) -> list[dict]:
     """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
     measured would be the short prompts alone."""
     path = getattr(args, field)
@@ -955,7 +961,7 @@ def read_prompts(field: str, args: Args, tokenizer) -> list[dict]:
     message = f"--{field}: {left_out} queries are empty or longer than --query_length"
     if len(encoded) < len(rows):
         refuse((field == "eval_prompts", f"{message}; raise it or --long_queries keep_start"))
-        print(f"{message} and left out")
+        say(f"{message} and left out")
     return encoded
 
 
@@ -1062,7 +1068,7 @@ def start_accelerator() -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     torch.backends.cuda.enable_cudnn_sdp(
         False
@@ -1091,7 +1097,7 @@ def load_pretrained(auto_class, path: str, field: str):
 
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(AutoConfig, path, field)
+    config = load_pretrained(transformers.AutoConfig, path, field)
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
     for name, value in config.to_dict().items():
@@ -1103,7 +1109,9 @@ def load_config(path: str, field: str):
 def load_causal_lm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "model"), dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, config=load_config(path, "model"), dtype=dtype
+    )
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1114,7 +1122,7 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
@@ -1173,23 +1181,26 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         refuse(
             (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
         )
-        before, answer = answer[:-1], answer[-1].get("content")
-        answer = "".join(part["text"] for part in answer) if isinstance(answer, list) else answer
+        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
     prompt = before or row.get(prompt_field)
     refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
     return prompt, answer
 
 
+def plain_text(content) -> str | None:
+    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
+    picture)."""
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
 def plain_messages(messages: list[dict]) -> list[dict]:
-    """Chat messages whose content is one text, also where it was a list of text parts."""
-    plain = []
-    for message in messages:
-        content = message.get("content")
-        content = "".join(part["text"] for part in content) if isinstance(content, list) else content
-        if not isinstance(content, str) and "tool_calls" not in message:
-            raise ValueError("a message has no text as its content")
-        plain.append({**message, "content": content})
+    """Chat messages with plain texts. ValueError for one without, unless it calls a tool."""
+    plain = [{**message, "content": plain_text(message.get("content"))} for message in messages]
+    if any(message["content"] is None and "tool_calls" not in message for message in plain):
+        raise ValueError("a message has no text as its content")
     return plain
 
 
@@ -1307,7 +1318,9 @@ def open_run(accelerator: Accelerator, args) -> Path:
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = folder.is_dir() and any(folder.iterdir()) and not file.is_file()
+    foreign = (
+        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
+    )
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),

@@ -37,14 +37,15 @@ def read_rows(path: Path, limit: int | None = None) -> list[dict]:
     return rows[:limit]
 
 
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Rows in one write, on disk before anything else happens."""
+    with path.open("ab", buffering=0) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        os.fsync(file.fileno())
+
+
 def append_row(path: Path, row: dict) -> None:
-    """One row in one write, on disk before anything else happens."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(row) + "\n").encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    append_rows(path, [row])
 
 
 def finished_rows(path: Path) -> list[dict]:

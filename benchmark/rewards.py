@@ -53,14 +53,18 @@ def oracle(prompts, responses, rows, source=""):
 
 
 @functools.lru_cache(maxsize=2)
-def reward_model(folder, device):
-    """(model, tokenizer) of a folder written by rm_single.py, loaded once per process."""
+def reward_model(folder, device=""):
+    """(model, tokenizer) of a sequence classification model with one label (rm_single.py writes one), loaded
+    once per process."""
     import torch
+    from transformers import AutoTokenizer
 
-    from rm_single import RewardModel, load_tokenizer
+    import pfppo_single as pfppo
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return RewardModel.from_pretrained(folder).to(device).eval(), load_tokenizer(folder, "[PAD]")
+    tokenizer = pfppo.load_pretrained(AutoTokenizer, folder, "reward")
+    pfppo.check_reward_model(folder, "reward", tokenizer, [[0]], new_tokens=0)
+    return pfppo.load_reward_model(folder).to(device).eval(), tokenizer
 
 
 def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
@@ -71,19 +75,24 @@ def orm(prompts, responses, rows=None, source="", batch_size=64, device=""):
     """
     import torch
 
-    from rm_single import encode_prompt, encode_response, pad_batch, reward_model_scores
+    import rm_single as rm
 
     if not source:
         raise ValueError(
             "orm needs the reward model's folder behind @, as in benchmark.rewards:orm@output/rm/model"
         )
     model, tokenizer = reward_model(str(source), device)
-    device = next(model.parameters()).device
-    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    replies = [encode_response(tokenizer, response, tokenizer.eos_token_id) for response in responses]
+    device, labels = next(model.parameters()).device, []
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        ids = rm.encode_response(tokenizer, response, tokenizer.eos_token_id)
+        labels.append({"query": rm.encode_prompt(tokenizer, prompt), "samples": [ids], "best": 0, "row": i})
+    scores = torch.zeros(len(labels))
     with torch.no_grad():
-        batch = pad_batch(queries, replies, tokenizer.pad_token_id, device)
-        return reward_model_scores(model, batch, batch_size).tolist()
+        for part in rm.micro_batches(labels, batch_size):
+            score = rm.label_rewards(model, part, device)[0].squeeze(1)
+            score = score.tanh() if model.bound == "tanh" else score
+            scores[[label["row"] for label in part]] = score.cpu()
+    return scores.tolist()
 
 
 def combine(learned, right):

@@ -1,8 +1,11 @@
 """A tiny offline world for the tests: a character tokenizer, seeded two-layer models, prompts; all in
 temporary folders."""
 
+import functools
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     GenerationConfig,
@@ -35,16 +39,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(bos: bool = False, pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
-    """One token per character. `pad` may be "<eos>" (pad = eos) or None; with `bos`, plain text starts with
-    <s>."""
-    tokens = [
-        "<unk>",
-        *CHARACTERS,
-        "<s>",
-        "<eos>",
-        "<pad>",
-    ]  # pad is not id 0: id 0 is what padded columns are fed as
+def make_tokenizer(bos: bool = False, pad: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per character. `pad` may be None, as in many real tokenizers, "<pad>" or "<eos>"; with `bos`,
+    plain text starts with <s>."""
+    tokens = ["<unk>", *CHARACTERS, "<s>", "<eos>", "<pad>"]  # id 0, fed to padded columns, is no padding
     ids = {token: i for i, token in enumerate(tokens)}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -133,20 +131,7 @@ def world(tmp_path_factory):
     for name, bound in (("reward", "none"), ("reward_tanh", "tanh")):
         rm.as_classifier(reward_model(bound=bound)).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
-    words = [
-        "add",
-        "one two",
-        "x=1",
-        "sum of",
-        "max",
-        "min 9",
-        "abc def g",
-        "rev",
-        "sort me",
-        "len",
-        "odd one",
-        "even",
-    ]
+    words = "add,one two,x=1,sum of,max,min 9,abc def g,rev,sort me,len,odd one,even".split(",")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": w, "n": i} for i, w in enumerate(words)])
     write_jsonl(folder / "eval.jsonl", [{"prompt": f"held {'q' * (i % 4)}{i}", "n": i} for i in range(11)])
     return folder
@@ -183,6 +168,41 @@ def tiny_settings(world: Path, output_dir: Path) -> dict:
     )
 
 
+SFT_ROWS = [
+    {"prompt": "copy " + "ab3 x"[: 1 + i % 5], "response": "=" + "xy1" * (i % 4) + "z" * (i % 3), "number": i}
+    for i in range(19)
+]
+HELD_OUT_ROWS = [{"prompt": f"held {'q' * (i % 4)}{i}", "response": "ok" * (1 + i % 3)} for i in range(11)]
+PAIRS = [
+    {"prompt": "say " + "abcde"[: 1 + i % 5], "chosen": "x" * (1 + i % 4), "rejected": "y" * (1 + i % 3)}
+    for i in range(19)
+]
+HELD_OUT_PAIRS = [
+    {"prompt": f"held {i}", "chosen": "x" * (1 + i % 2), "rejected": "y" * (1 + i % 3)} for i in range(11)
+]
+
+
+def sft_settings(world: Path, output_dir: Path, **changes) -> dict:
+    """Settings of an SFT of 6 steps of 8, 8 and 3 rows, twice, in under a second."""
+    folder = output_dir.parent
+    settings = dict(output_dir=str(output_dir), model=str(world / "gpt2"))
+    settings["train_data"] = str(write_jsonl(folder / "sft.jsonl", SFT_ROWS))
+    settings["eval_data"] = str(write_jsonl(folder / "held_out.jsonl", HELD_OUT_ROWS))
+    settings |= dict(epochs=2, batch_size=8, micro_batch_size=3, forward_batch_size=4, lr=1e-3, log_every=1)
+    return settings | dict(query_length=32, response_length=24) | changes
+
+
+def rm_settings(world: Path, output_dir: Path, **changes) -> dict:
+    """Settings of a reward model of 6 steps of 8, 8 and 3 labels, twice, in about a second."""
+    folder = output_dir.parent
+    settings = dict(output_dir=str(output_dir), model=str(world / "gpt2"))
+    settings["train_data"] = str(write_jsonl(folder / "pairs.jsonl", PAIRS))
+    settings["eval_data"] = str(write_jsonl(folder / "held_out_pairs.jsonl", HELD_OUT_PAIRS))
+    settings |= dict(epochs=2, batch_size=8, micro_batch_size=3, forward_batch_size=64, lr=1e-3, log_every=1)
+    settings |= dict(normalize_before=True, normalize_samples=32)
+    return settings | dict(query_length=16, response_length=8) | changes
+
+
 @pytest.fixture
 def make_args(world, tmp_path):
     """make_args(**changes) -> Args of a tiny run in a folder of its own."""
@@ -215,6 +235,46 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def timeless(metrics: list[dict]) -> list[dict]:
+    """Metrics without the wall-clock times."""
+    return [{tag: x for tag, x in line.items() if not tag.startswith("seconds/")} for line in metrics]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights in a saved folder or checkpoint, by name."""
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Spies:
+    """Wraps functions for one run and keeps what went in and came out."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.patch, self.calls = patch, {}
+
+    def on(self, owner, name, record) -> list:
+        """record(result, *args, **kwargs) is appended to calls[name], or calls["Class.name"] for a method."""
+        key = f"{owner.__name__}.{name}" if isinstance(owner, type) else name
+        original, calls = getattr(owner, name), self.calls.setdefault(key, [])
+
+        @functools.wraps(original)  # the scripts look at signatures
+        def spy(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls.append(record(result, *args, **kwargs))
+            return result
+
+        self.patch.setattr(owner, name, spy)
+        return calls
+
+
+@pytest.fixture
+def spies(monkeypatch):
+    return Spies(monkeypatch)
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """module(name, source) -> writes an importable module, for `--reward name:function`; forgotten after the
@@ -230,29 +290,55 @@ def module(tmp_path, monkeypatch):
 
 
 def make_rollout(
-    query_lengths: list[int],
-    response_lengths: list[int],
-    response_width: int = 8,
-    pad_id: int = VOCAB_SIZE - 1,
-    seed: int = 0,
-    vocab_size: int = EOS,
+    query_lengths: list[int], response_lengths: list[int], response_width: int = 8, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """A rollout of random tokens (never EOS or pad) as pfppo_single lays it out: queries padded left,
-    responses right."""
+    """A rollout of random tokens (never EOS) as pfppo_single lays it out: queries padded left, responses
+    right."""
     generator = torch.Generator().manual_seed(seed)
 
     def rows(lengths):
-        return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+        return [torch.randint(EOS, (n,), generator=generator).tolist() for n in lengths]
 
     queries, query_mask = pf.pad_left(rows(query_lengths), "cpu")
-    responses = torch.full((len(response_lengths), response_width), pad_id)
+    responses = torch.zeros(len(response_lengths), response_width, dtype=torch.long)
     response_mask = torch.arange(response_width) < torch.tensor(response_lengths).unsqueeze(1)
     for i, row in enumerate(rows(response_lengths)):
         responses[i, : len(row)] = torch.tensor(row)
-    return {
-        "queries": queries,
-        "query_mask": query_mask,
-        "responses": responses,
-        "response_mask": response_mask,
-        "score_mask": response_mask,
-    }
+    rollout = {"queries": queries, "query_mask": query_mask, "responses": responses}
+    return rollout | {"response_mask": response_mask, "score_mask": response_mask}
+
+
+class Forks:
+    """A parent process that has imported everything and forks one child per request (fork_server.py)."""
+
+    def __init__(self):
+        server = Path(__file__).with_name("scripts") / "fork_server.py"
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen([sys.executable, str(server)], env=environment, **pipes)
+
+    def __call__(
+        self, module, function, *arguments, folder, processes=1, kill_at=None, kill_after=None, path=()
+    ) -> dict:
+        """module.function(*arguments) in `processes` new processes -> {codes, seconds, results, operations,
+        printed}, all but seconds and operations per rank. SIGKILL in place of file operation kill_at of rank 0 in `folder`,
+        or after kill_after seconds; `path` comes first in sys.path. What fails without being killed raises."""
+        request = dict(module=module, function=function, arguments=arguments, folder=str(folder))
+        request |= dict(processes=processes, kill_at=kill_at, kill_after=kill_after)
+        request["path"] = [*map(str, path), *sys.path]
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        answer = json.loads(self.server.stdout.readline())
+        logs = [Path(f"{folder}.log_{rank}") for rank in range(processes)]
+        answer["printed"] = [log.read_text() for log in logs]
+        [log.unlink() for log in logs]
+        killed = -signal.SIGKILL in answer["codes"] and (kill_at, kill_after) != (None, None)
+        assert killed or not any(answer["codes"]) or function == "run_command", answer["printed"]
+        return answer
+
+
+@pytest.fixture(scope="session")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.server.kill()
+    forks.server.wait()

@@ -90,7 +90,7 @@ class Args:
     """of sampling; greedy decoding does not use it"""
     # best of n
     reward_model: str = ""
-    """folder of `rm_single.py`: adds best-of-1 and best-of-n, n being num_samples, the response of highest
+    """sequence classification model with one label, as `rm_single.py` writes it: adds best-of-1 and best-of-n, n being num_samples, the response of highest
     reward per problem"""
     # grading
     wall_seconds: float = WALL_SECONDS
@@ -389,85 +389,62 @@ def read_samples(path, problems, num_samples, allow_missing):
 
 def generate(args, problems, kept, keep):
     """Fills `kept` ({(task id, sample): completion}) with what is missing, batch by batch, calling keep(task
-    id, sample, completion) for each."""
+    id, sample, completion) for each. Prompts, padding, positions and sampling are those of pfppo_single.py; a
+    completion ends at any stop token that the model's folder or its tokenizer names."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
+
+    import pfppo_single as pfppo
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        model = (
-            AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-            .to(device)
-            .eval()
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {args.model}: cannot be read ({str(error).splitlines()[0]})") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    eos = (
-        model.generation_config.eos_token_id if args.prompt_style == "chat" else None
-    )  # chat models end their turn with a token of their own
-    # Complete, so that nothing is inherited from the checkpoint's generation_config.json.
-    config = GenerationConfig(
-        do_sample=args.temperature > 0,
-        temperature=args.temperature or 1.0,
-        top_k=0,
-        top_p=1.0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=args.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=eos or tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    model.generation_config = config
-    wanted = [(problem, sample) for problem in problems for sample in range(args.num_samples)]
-    if args.prompt_style == "chat" and not tokenizer.chat_template:
+        tokenizer = pfppo.load_pretrained(AutoTokenizer, args.model, "model")
+        config = pfppo.load_config(args.model, "model")
+        if args.prompt_style == "chat" and not tokenizer.chat_template:
+            raise InputError(f"--model {args.model}: no chat template there; use --prompt_style completion")
+        prompts = [prompt_of(problem, args.prompt_style) for problem in problems]
+        queries = [pfppo.encode_prompt(tokenizer, prompt) for prompt in prompts]
+        pfppo.check_rows(config, queries, "model", args.max_new_tokens)
+        model = pfppo.load_causal_lm(args.model, getattr(torch, args.dtype)).to(device).eval()
+    except SystemExit as error:
         raise InputError(
-            f"--model {args.model}: its tokenizer has no chat template; use --prompt_style completion"
-        )
-
-    def text_of(problem):
-        if args.prompt_style == "chat":
-            turns = [{"role": "user", "content": problem.instruction}]
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return problem.prompt.rstrip(" ") if problem.prompt.rstrip(" ").endswith("\n") else problem.prompt
-
-    for start in range(
-        0, len(wanted), args.batch_size
-    ):  # a batch is always the same problems, so a continued run generates the same
+            f"{error}; or lower --max_new_tokens" if "positions" in str(error) else str(error)
+        ) from None
+    try:
+        named = GenerationConfig.from_pretrained(args.model).eos_token_id
+    except OSError:
+        named = config.eos_token_id
+    stops = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    stops = [stop for stop in stops if stop is not None] or [-1]
+    wanted = [(i, sample) for i in range(len(problems)) for sample in range(args.num_samples)]
+    for start in range(0, len(wanted), args.batch_size):
+        # a batch is always the same problems, so a continued run generates the same
         batch = wanted[start : start + args.batch_size]
-        if all((problem.task_id, sample) in kept for problem, sample in batch):
+        if all((problems[i].task_id, sample) in kept for i, sample in batch):
             continue
-        torch.manual_seed(args.seed * 1_000_003 + start)
-        inputs = tokenizer(
-            [text_of(problem) for problem, _ in batch],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=args.prompt_style != "chat",
-        )
-        inputs = {
-            name: inputs[name].to(device) for name in ("input_ids", "attention_mask")
-        }  # generate derives positions from the mask
-        with torch.no_grad():
-            output = model.generate(**inputs, generation_config=config)
-        texts = tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        for (problem, sample), text in zip(batch, texts):
-            keep(problem.task_id, sample, text)
-        if args.progress:
-            print(
-                f"\rgenerating {min(start + args.batch_size, len(wanted))}/{len(wanted)}",
-                end="",
-                file=sys.stderr,
-                flush=True,
+        ids, mask = pfppo.pad_left([queries[i] for i, _ in batch], device)
+        generator = pfppo.random_generator(device, args.seed, start)
+        length, temperature = args.max_new_tokens, args.temperature
+        responses = pfppo.generate(model, ids, mask, 1, length, temperature, stops[-1], generator=generator)
+        for (i, sample), response in zip(batch, responses.tolist()):
+            end = min((response.index(stop) for stop in stops if stop in response), default=length)
+            text = tokenizer.decode(
+                response[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
+            keep(problems[i].task_id, sample, text)
+        if args.progress:
+            done = f"\rgenerating {min(start + args.batch_size, len(wanted))}/{len(wanted)}"
+            print(done, end="", file=sys.stderr, flush=True)
     if args.progress:
         print(file=sys.stderr)
+
+
+def prompt_of(problem, style):
+    """What the model is asked: an instruction in its chat template, or the bare prompt (a trailing space would
+    be a token that continuations seldom follow)."""
+    if style == "chat":
+        return [{"role": "user", "content": problem.instruction}]
+    return problem.prompt.rstrip(" ") if problem.prompt.rstrip(" ").endswith("\n") else problem.prompt
 
 
 # ---------------------------------------------------------------- grading
@@ -674,11 +651,8 @@ def check(args):
         raise InputError(
             "--num_samples above 1 needs --temperature above 0: greedy completions are all the same"
         )
-    if args.reward_model and not (Path(args.reward_model) / "reward_head.safetensors").is_file():
-        raise InputError(
-            f"--reward_model {args.reward_model}: no reward_head.safetensors there; give a folder of "
-            "rm_single.py"
-        )
+    if args.reward_model and not Path(args.reward_model).exists() and Path(args.reward_model).is_absolute():
+        raise InputError(f"--reward_model {args.reward_model}: no such folder")
     if args.model and Path(args.model).is_dir() and not (Path(args.model) / "config.json").is_file():
         raise InputError(
             f"--model {args.model}: no config.json there; give a folder that save_pretrained wrote, or a hub "

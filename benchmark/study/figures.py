@@ -1,8 +1,11 @@
 """Pictures and tables of the benchmark. Pure drawing: data in, one PNG or markdown text out."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
+import matplotlib.lines
+import matplotlib.patches
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
@@ -50,15 +53,29 @@ LABELS = {
 BANDS = ("ppo_m", "br", "random")  # the arms whose intervals are drawn: more of them cover each other
 
 
-def legend_below(figure, axes) -> None:
-    """One legend for all panels, where it covers no line."""
+REST = "#444444"  # of legend entries that say what a style means, whatever the colour
+
+
+def legend_below(figure, axes, **styles) -> None:
+    """One legend for all panels, where it covers no line. `styles`: line, dotted, band, bar, circle -> what it means
+    in every colour."""
     handles, names = axes.get_legend_handles_labels()
+    line, shapes = partial(matplotlib.lines.Line2D, [], [], color=REST), {}
+    shapes["line"], shapes["dotted"], shapes["bar"] = (
+        line(),
+        line(linestyle=":"),
+        line(linestyle="", marker="|"),
+    )
+    shapes["circle"] = line(linestyle="", marker="o", markerfacecolor="none")
+    shapes["band"] = matplotlib.patches.Patch(color=REST, alpha=0.15, linewidth=0)
+    handles += [shapes[style] for style in styles]
+    names += styles.values()
     figure.legend(
         handles,
         names,
         loc="upper center",
         bbox_to_anchor=(0.5, 0.01),
-        ncol=min(8, max(1, len(names))),
+        ncol=-(-len(names) // -(-len(names) // 5)),  # rows of equal length, at most five
         fontsize=8,
     )
 
@@ -74,44 +91,67 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-def reliability(repeats: list[dict], path: Path, title: str = "") -> Path:
-    """Figure 1: one line a repeat, mean actual score of each reward group against its mean reward.
-    `repeats`: dicts with lists `reward` and `actual`, one entry a group."""
-    figure, axes = plt.subplots(figsize=(5, 3.8))
-    for repeat in repeats:
-        axes.plot(repeat["reward"], repeat["actual"], marker="o", markersize=3, linewidth=1, alpha=0.7)
-    axes.set(
-        xlabel="reward R (group mean)",
-        ylabel="actual score s (share that passes)",
-        title=title or "Reliability of the reward model",
-    )
+def reliability_curve(axes, repeats: list[dict], colour: str = "#1f77b4") -> None:
+    """Figure 1 on one pair of axes: group means over the repeats, and how far single repeats lie around them.
+    `repeats`: dicts with lists `reward`, `actual` and `count`, one entry a group."""
+    reward, actual = (np.array([repeat[name] for repeat in repeats]) for name in ("reward", "actual"))
+    mean, spread = actual.mean(0), actual.std(0, ddof=1) if len(repeats) > 1 else 0 * actual[0]
+    size = np.mean([sum(repeat["count"]) for repeat in repeats])
+    x, repeated = reward.mean(0), f"{len(repeats)} repeats of {size:.0f} responses"
+    axes.plot(x, mean, color=colour, marker="o", markersize=4, label=f"mean of {repeated}")
+    band = "a single repeat: ± its standard deviation"
+    axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0, label=band)
+    axes.axhline(actual.mean(), color="#7f7f7f", linestyle="--", linewidth=1, label="all responses")
+    axes.set(xlabel="reward R of a group of responses", ylim=(0, 1))
     axes.grid(alpha=0.3)
+
+
+def reliability(repeats: list[dict], path: Path, title: str = "") -> Path:
+    """Figure 1: share of responses that pass in groups of equal count by reward, one curve with its band."""
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    reliability_curve(axes, repeats)
+    axes.set(ylabel="actual score s, share that passes", title=title or "Does a higher reward mean better?")
+    axes.legend(fontsize=8, loc="upper left")
     return save(figure, path)
 
 
 def training_curves(
-    curves: dict[str, dict[str, list[tuple[float, float]]]],
-    path: Path,
-    levels: dict[str, float] | None = None,
+    curves: dict[str, dict[str, list[tuple[float, float]]]], path: Path, problems: int = 0
 ) -> Path:
     """Figure 2. `curves`: method -> {"sampled": [(update, reward on π_θ's samples)], "kept": [(update, reward
-    on μ_θ's)], "pass1": [(update, greedy pass@1)]}; `levels`: name -> horizontal line in the right panel."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for method, lines in curves.items():
+    on μ_θ's)], "pass1": [(update, greedy pass@1)]}; `problems`: how many pass@1 is a share of, for its
+    standard errors."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    evaluated = sorted({update for lines in curves.values() for update, _ in lines["pass1"]})
+    gap = 0.012 * (max(evaluated, default=1) or 1)  # error bars of the methods side by side
+    for i, (method, lines) in enumerate(curves.items()):
         colour = COLOURS.get(method)
         left.plot(*zip(*lines["sampled"]), color=colour, label=label(method))
-        left.plot(*zip(*lines["kept"]), color=colour, linestyle=":", linewidth=1)
-        right.plot(*zip(*lines["pass1"]), color=colour, marker="o", markersize=3, label=label(method))
-    for name, value in (levels or {}).items():
-        right.axhline(
-            value, color=COLOURS.get(name, "#7f7f7f"), linestyle="--", linewidth=1, label=label(name)
+        left.plot(*zip(*lines["kept"]), color=colour, linestyle=":", linewidth=1.5)
+        x, y = (np.array(values, dtype=float) for values in zip(*lines["pass1"]))
+        error = np.sqrt(y * (1 - y) / problems) if problems else None
+        shift = gap * (i - (len(curves) - 1) / 2)
+        right.errorbar(
+            x + shift,
+            y,
+            error,
+            color=colour,
+            marker="o",
+            markersize=3,
+            capsize=2,
+            linewidth=1.5,
+            label=label(method),
         )
-    left.set(xlabel="update", ylabel="reward", title="Reward: policy's samples (line), kept samples (dotted)")
+    left.set(xlabel="update", ylabel="mean reward R of the update's samples", title="Reward")
     right.set(xlabel="update", ylabel="greedy pass@1, validation problems", title="Problems solved")
+    left.set_xticks([1, *(update for update in evaluated if update > 1)])  # update 0 has no samples
+    right.set_xticks(evaluated)
     for axes in (left, right):
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.set_xlim(-2 * gap, max(evaluated, default=1) + 2 * gap)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    styles = dict(line="left: all samples of the policy", dotted="left: the samples trained on")
+    bars = {"bar": f"right: ± standard error, {problems} problems"} if problems else {}
+    legend_below(figure, left, **styles, **bars)
     return save(figure, path)
 
 
@@ -119,12 +159,11 @@ def reliability_panels(worlds: dict[str, list[dict]], path: Path) -> Path:
     """Figure 3: Figure 1 once per title."""
     figure, panels = plt.subplots(1, len(worlds), figsize=(4 * len(worlds), 3.6), sharey=True, squeeze=False)
     for axes, (title, repeats) in zip(panels[0], worlds.items()):
-        for repeat in repeats:
-            axes.plot(repeat["reward"], repeat["actual"], marker="o", markersize=3, linewidth=1, alpha=0.7)
-        axes.set(xlabel="reward R (group mean)", title=title)
+        reliability_curve(axes, repeats)
+        axes.set(title=title)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=5))
-        axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("share that passes")
+    legend_below(figure, panels[0][0])
     return save(figure, path)
 
 
@@ -174,16 +213,23 @@ def study_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
             band(reward, curves, "update", "kept_score", colour, linestyle=":", linewidth=1)
         band(greedy, curves, "update", "greedy_pass1", colour, levels["greedy_pass1"], label=label(method))
         band(sampled, curves, "update", "sampled_pass1", colour, levels["sampled_pass1"], label=label(method))
-    reward.set(ylabel="reward", title="Reward: policy's samples (line), kept samples (dotted)")
+    reward.set(ylabel="reward", title="Reward")
     greedy.set(title="Greedy pass@1, validation problems")
     sampled.set(title="Sampled pass@1, validation problems")
+    updates = sorted({update for curves in runs.values() for curve in curves for update in curve["update"]})
     for axes in (reward, greedy, sampled):
         axes.set_xlabel("update")
         axes.set_xticks(
-            sorted({update for curves in runs.values() for curve in curves for update in curve["update"]})
-        )
+            updates[1:] if axes is reward else updates
+        )  # rewards are means since the point before
         axes.grid(alpha=0.3)
-    legend_below(figure, greedy)
+    legend_below(
+        figure,
+        greedy,
+        line="mean over runs (reward: all samples of the policy)",
+        dotted="reward of the samples trained on",
+        band="95% interval of a difference between arms",
+    )
     return save(figure, path)
 
 
@@ -214,7 +260,7 @@ def budget_curves(runs: dict[str, list[dict[str, list]]], path: Path) -> Path:
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("sampled pass@1, validation problems")
-    legend_below(figure, panels[0])
+    legend_below(figure, panels[0], line="mean over runs", band="95% interval of a difference between arms")
     return save(figure, path)
 
 
@@ -256,7 +302,7 @@ def over_optimisation(panels: dict[str, dict[str, list[dict[str, list]]]], path:
         axes.set(title=title, xlabel="KL to π_SFT, nats", ylabel="sampled pass@1" if i % columns == 0 else "")
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
-    legend_below(figure, grid[0][0])
+    legend_below(figure, grid[0][0], line="sampled pass@1", dotted="reward (right axis)")
     return save(figure, path)
 
 
@@ -279,24 +325,31 @@ def alarm_curves(runs: dict[str, list[tuple[dict, dict]]], path: Path) -> Path:
     right.set(xlabel="update", ylabel="sampled pass@1, validation problems")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    legend_below(figure, right)
+    legend_below(figure, right, line="one run", circle="where the alarm rings")
     return save(figure, path)
 
 
 def r2_bars(
-    table: dict[str, dict[str, float]], path: Path, title: str = "R² of each filter on SFT samples"
+    table: dict[str, dict[str, float]],
+    path: Path,
+    title: str = "R² of each filter on samples of the SFT policy",
 ) -> Path:
-    """Bars with 95% intervals. `table`: filter -> {"r2", "low", "high"}."""
+    """A point and a 95% interval a filter, and how no filter fares. `table`: filter -> {"r2", "low", "high"}."""
     names = list(table)
-    r2 = np.array([table[n]["r2"] for n in names])
-    error = np.abs(
-        np.array([[table[n]["r2"] - table[n]["low"], table[n]["high"] - table[n]["r2"]] for n in names]).T
+    r2, low, high = (np.array([table[n][key] for n in names]) for key in ("r2", "low", "high"))
+    figure, axes = plt.subplots(figsize=(7, 3.8))
+    x = np.arange(len(names))
+    axes.vlines(
+        x, low, high, color="#4c78a8", linewidth=5, alpha=0.35, label="95% interval, bootstrap over prompts"
     )
-    figure, axes = plt.subplots(figsize=(7, 3.5))
-    axes.bar(range(len(names)), r2, yerr=error, capsize=3, color="#4c78a8")
-    axes.set_xticks(range(len(names)), [label(n) for n in names], rotation=30, ha="right", fontsize=8)
-    axes.set(ylabel="R²", ylim=(0, 1), title=title)
+    axes.plot(x, r2, "o", color="#1f3b63", label="R²")
+    if "none" in table:
+        axes.axhline(table["none"]["r2"], color="#7f7f7f", linestyle="--", linewidth=1, label="no filter")
+    axes.set_xticks(x, [label(n) for n in names], rotation=30, ha="right", fontsize=8)
+    rows = table[names[0]].get("rows")
+    axes.set(ylabel=f"R², {rows} rows of each" if rows else "R²", ylim=(0, 1), title=title)
     axes.grid(alpha=0.3, axis="y")
+    legend_below(figure, axes)
     return save(figure, path)
 
 

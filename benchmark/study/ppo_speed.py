@@ -58,7 +58,7 @@ def our_seconds(world: Path, name: str, updates: int) -> list[float]:
             output_dir=out,
             total_episodes=updates * settings["batch_size"] * settings["num_responses"],
         )
-        pipeline.launch("pfppo_single.py", settings, Path(folder) / "log.txt", quiet=True)
+        pipeline.launch("pfppo_single.py", settings, Path(folder) / "log.txt")
         return [row["seconds/update"] for row in records.read_rows(out / "metrics.jsonl") if row["step"] > 0]
 
 

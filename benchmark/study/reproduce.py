@@ -46,7 +46,7 @@ import tyro
 import pfppo_single as pfppo
 import rm_single  # noqa: F401  imported before the fork
 import sft_single  # noqa: F401
-from benchmark import pipeline, records
+from benchmark import pipeline, r2, records
 from benchmark.study import tables
 
 # Of what is measured on finished runs (2: r2_filters at equal rows, groups of N = 5; 3: pass@1 of the alarm's
@@ -369,15 +369,13 @@ def module_of(script: str):
     return importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
 
 
-def run_here(script: str, settings: dict, log: Path, threads: int = 1, quiet: bool = True) -> float:
+def run_here(script: str, settings: dict, log: Path, say=None) -> float:
     """In place of pipeline.launch: run the script's main in this process, as `accelerate launch --cpu
     --num_processes 1` would."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.with_suffix(".sh").write_text(pipeline.command_line(script, settings) + "\n")
     module, argv, start = module_of(script), pipeline.flags(settings), time.time()
-    module.main(
-        module.parse_args(argv) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=argv)
-    )
+    module.main(pfppo.parse_args(module.Args, argv))
     return time.time() - start
 
 
@@ -386,7 +384,7 @@ def count_rows() -> dict[str, int]:
     (Table 6). The part of a run is known from the key of the random generator it asks for: 3 rollout of an
     update, 1 and 9 measuring and evaluation."""
     rows, now = defaultdict(int), {"part": 0}
-    random_generator, score = pfppo.random_generator, pfppo.RewardModel.score
+    random_generator, score = pfppo.random_generator, pfppo.reward_model_scores
     forward, logprobs = pfppo.PolicyAndCritic.forward, pfppo.response_logprobs_and_values
 
     def counted_generator(device, *key):
@@ -395,9 +393,9 @@ def count_rows() -> dict[str, int]:
             rows["updates"] += key[1] == 3
         return random_generator(device, *key)
 
-    def counted_score(self, ids, mask, bounded=True):
-        rows["reward_forward"] += len(ids) * (now["part"] == 3)
-        return score(self, ids, mask, bounded)
+    def counted_score(model, rollout, size):
+        rows["reward_forward"] += len(rollout["responses"]) * (now["part"] == 3)
+        return score(model, rollout, size)
 
     def counted_forward(self, ids, mask, response_length):
         name = "policy_forward_backward" if torch.is_grad_enabled() else "policy_forward"
@@ -409,7 +407,7 @@ def count_rows() -> dict[str, int]:
             rows["reference_forward"] += len(rollout["responses"]) * (now["part"] == 3)
         return logprobs(model, rollout, temperature, size)
 
-    pfppo.random_generator, pfppo.RewardModel.score = counted_generator, counted_score
+    pfppo.random_generator, pfppo.reward_model_scores = counted_generator, counted_score
     pfppo.PolicyAndCritic.forward, pfppo.response_logprobs_and_values = counted_forward, counted_logprobs
     return rows
 
@@ -451,12 +449,6 @@ def curve(metrics: list[dict]) -> dict[str, list]:
             out[name].append(round(value, 5) if isinstance(value, float) else value)
         since = []
     return dict(out)
-
-
-def best_update(metrics: list[dict]) -> int:
-    """Update of policy_best: the first with the highest greedy pass@1 on validation problems."""
-    found = [(row["eval/greedy_pass1"], -row["step"]) for row in metrics if "eval/greedy_pass1" in row]
-    return -max(found)[1]
 
 
 def fingerprint(value) -> str:
@@ -566,6 +558,7 @@ def borrow_worlds(place: Workplace) -> None:
             "preferences_valid.jsonl",
             "rm",
             "rm.sh",
+            "r2.json",
         ):
             if (source / name).exists() and not (folder / name).exists():
                 (folder / name).symlink_to(source / name)
@@ -620,13 +613,8 @@ def simplex(n: int, steps: int, largest: float) -> list[list[float]]:
 
 def weights_r2(samples: dict[str, np.ndarray], weights: list[float], draws: int, seed: int) -> float:
     """R² of μ_θ for weights over the ranks that keep two rows a prompt: mean over draws."""
-    scores, ids = torch.from_numpy(samples["reward"]).float(), torch.from_numpy(samples["prompt_ids"])
-    generator = pfppo.random_generator("cpu", seed, 5)
-    picks = [
-        pfppo.filter_responses(scores, ids, "own", weights, 2, "exact", generator).numpy()
-        for _ in range(draws)
-    ]
-    return float(np.mean([pfppo.reward_r2(samples["reward"][z], samples["actual"][z]) for z in picks]))
+    keep = r2.make_filter(len(weights), filter="none", rank_weights=tuple(weights), num_kept=2)
+    return r2.filter_r2(samples, keep, seed, draws)
 
 
 def choose_weights(folder: Path, seed: int, prompts: int = 1200) -> None:
@@ -663,21 +651,6 @@ def measure(policy: Path, unit: Unit, place: Workplace) -> dict[str, float]:
     return pipeline.result(policy, folder / "sft/model", folder / unit.rm / "model", test, unit.seed)
 
 
-def function_samples(
-    policy_dir: Path, reward: str, rows: list[dict], n: int, seed: int
-) -> dict[str, np.ndarray]:
-    """pipeline.scored_samples for a `module:function` reward."""
-    policy, tokenizer = pipeline.load(policy_dir)
-    rollout = pipeline.sample(policy, tokenizer, rows, n, 1.0, seed)
-    texts, repeated = pipeline.decode(tokenizer, rollout), [row for row in rows for _ in range(n)]
-    scores = pfppo.load_function(reward, "reward")([row["prompt"] for row in repeated], texts, repeated)
-    return {
-        "prompt_ids": rollout["prompt_ids"].numpy(),
-        "reward": np.array(scores),
-        "actual": pipeline.actual_scores(rows, texts),
-    }
-
-
 def pair_accuracy(reward: str, pairs: list[dict]) -> float:
     """Share of held-out pairs that a `module:function` reward orders rightly; a tie counts one half."""
     score, prompts = pfppo.load_function(reward, "reward"), [pair["prompt"] for pair in pairs]
@@ -699,28 +672,27 @@ def needed_version(unit: Unit, study: str) -> int:
     return 3 if unit.variant == "alarm" else 2 if has_r2(unit, study) else 1
 
 
+def sampled_r2(policy: Path, reward: Path | str, rows: list[dict], seed: int) -> dict[str, dict]:
+    """R² of the filters of Table 1, N = 5, on 10 responses to each row."""
+    samples = pipeline.scored_samples(policy, reward, rows, 10, seed)
+    return r2.r2_of_filters(samples, r2.named_filters(5, TABLE1_FILTERS), seed, 5)
+
+
 def measure_r2(unit: Unit, place: Workplace) -> dict[str, dict]:
     """r2_filters: policy -> filter -> R² on 10 responses to each validation problem. A method's policies are
     its first kept one ("middle") and its last, an SFT unit has "sft"."""
     folder, changes = place.world(unit.world), dict(unit.changes)
     valid = records.read_rows(folder / "world/valid.jsonl")
     if unit.method == "sft" and "reward" in changes:
-        samples = function_samples(
-            folder / "sft/model", changes["reward"].replace("{world}", str(folder)), valid, 10, unit.world
-        )
-        return {"sft": pipeline.r2_of_filters(samples, TABLE1_FILTERS, unit.world)}
+        reward = changes["reward"].replace("{world}", str(folder))
+        return {"sft": sampled_r2(folder / "sft/model", reward, valid, unit.world)}
     if unit.method == "sft":
-        return {
-            "sft": pipeline.r2_table(
-                folder / "sft/model", folder / "rm/model", valid, folder / "r2_filters.json", unit.world
-            )
-        }
+        return {"sft": pipeline.r2_of_sft(folder, unit.world)["filters"]}
     out, table = Path(place.run(unit)[1]["output_dir"]), {}
     middle = sorted(out.glob("policy_[0-9]*"), key=lambda path: int(path.name.rpartition("_")[2]))
     for name, policy in (("middle", middle[0] if middle else None), ("final", out / "policy")):
         if policy is not None:
-            samples = pipeline.scored_samples(policy, folder / unit.rm / "model", valid, 10, unit.seed)
-            table[name] = pipeline.r2_of_filters(samples, TABLE1_FILTERS, unit.seed)
+            table[name] = sampled_r2(policy, folder / unit.rm / "model", valid, unit.seed)
     return table
 
 
@@ -728,25 +700,16 @@ def run_sft(unit: Unit, place: Workplace) -> dict:
     """The SFT row, with what is known about its world: pairs, reward model, reliability, R² of every filter
     before any RL."""
     folder, changes = place.world(unit.world), dict(unit.changes)
+    line = {**measure(folder / "sft/model", unit, place), "r2_filters": measure_r2(unit, place)}
     if "reward" in changes:
-        accuracy = pair_accuracy(
-            changes["reward"].replace("{world}", str(folder)),
-            records.read_rows(folder / "preferences_valid.jsonl"),
-        )
+        reward = changes["reward"].replace("{world}", str(folder))
+        line["rm_accuracy"] = pair_accuracy(reward, records.read_rows(folder / "preferences_valid.jsonl"))
     else:
-        accuracy = [
-            row["test/accuracy"]
-            for row in records.read_rows(folder / "rm/metrics.jsonl")
-            if "test/accuracy" in row
-        ][-1]
-    return {
-        **measure(folder / "sft/model", unit, place),
-        "r2_filters": measure_r2(unit, place),
-        "rm_accuracy": accuracy,
-        "preferences": json.loads((folder / "preferences.json").read_text()),
-        "reliability": json.loads((folder / unit.rm / "reliability.json").read_text()),
-        "command": (folder / "sft.sh").read_text().strip(),
-    }
+        metrics = records.read_rows(folder / "rm/metrics.jsonl")
+        line["rm_accuracy"] = [row["test/accuracy"] for row in metrics if "test/accuracy" in row][-1]
+        line["reliability"] = pipeline.r2_of_sft(folder, unit.world)["reliability"]
+    line["preferences"] = json.loads((folder / "preferences.json").read_text())
+    return {**line, "command": (folder / "sft.sh").read_text().strip()}
 
 
 def alarm_update(updates: list[int], r2: list[float], fraction: float = 0.5, window: int = 2) -> int | None:
@@ -782,20 +745,20 @@ def probe_alarm(unit: Unit, place: Workplace, out: Path) -> dict:
     policies = {0: folder / "sft/model"} | {
         int(path.name.rpartition("_")[2]): path for path in out.glob("policy_[0-9]*")
     }
-    updates, r2, pass1 = sorted(policies), [], []
+    updates, probe_r2, pass1 = sorted(policies), [], []
     for update in updates:
         samples = pipeline.scored_samples(
             policies[update], folder / unit.rm / "model", rows, 5, 1000 * unit.seed + update
         )
-        r2.append(pfppo.reward_r2(samples["reward"], samples["actual"], ALARM_GROUPS))
+        probe_r2.append(r2.reward_r2(samples["reward"], samples["actual"], ALARM_GROUPS))
         pass1.append(float(samples["actual"].mean()))
-    stop, (ended, kept) = alarm_update(updates, r2), patience_updates(updates, pass1)
+    stop, (ended, kept) = alarm_update(updates, probe_r2), patience_updates(updates, pass1)
     results = {
         update: measure(policies[update], unit, place) for update in {stop, kept} if update is not None
     }
     return {
         "updates": updates,
-        "probe_r2": [None if np.isnan(v) else round(v, 4) for v in r2],
+        "probe_r2": [None if np.isnan(v) else round(v, 4) for v in probe_r2],
         "probe_pass1": pass1,
         "update": stop,
         "executions_per_probe": 5 * len(rows),
@@ -822,9 +785,11 @@ def run_method(unit: Unit, place: Workplace) -> dict:
     last = measure(out / "policy", unit, place)
     best = {
         **(
-            last if best_update(metrics) == metrics[-1]["step"] else measure(out / "policy_best", unit, place)
+            last
+            if pipeline.best_update(metrics) == metrics[-1]["step"]
+            else measure(out / "policy_best", unit, place)
         ),
-        "update": best_update(metrics),
+        "update": pipeline.best_update(metrics),
     }
     line = {**last, "best": best, "curve": curve(metrics), "updates": metrics[-1]["step"]}
     line.update(

@@ -1,10 +1,12 @@
 """Rewards, GAE, whitening, losses, averages, the KL controller, learning rates and Adam, against numbers
 worked by hand."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import causal_lm, make_rollout, reward_model
 
 import pfppo_single as pf
@@ -18,44 +20,30 @@ def bools(rows):
 
 # ---------------------------------------------------------------- Eq. 4 and GAE
 
-# One response of three tokens: score 1, β = 0.1, log π_θ - log π_SFT = (0.2, -0.1, 0.3), V = (0.5, 0.4, 0.3),
-# γ = 1. rewards   -0.1·0.2 = -0.02      -0.1·(-0.1) = 0.01     -0.1·0.3 + 1 = 0.97 δ_t       -0.02 + 0.4 -
-# 0.5     0.01 + 0.3 - 0.4       0.97 + 0 - 0.3        (the value behind the last token is 0) = -0.12
-# = -0.09                = 0.67 λ = 1     -0.12 + 0.58 = 0.46   -0.09 + 0.67 = 0.58    0.67 λ = 0.95  -0.12 +
-# 0.95·0.5465   -0.09 + 0.95·0.67      0.67 = 0.399175            = 0.5465
-LOGPROBS = torch.tensor([[-1.0, -1.3, -0.2]])
-REF_LOGPROBS = LOGPROBS - torch.tensor([[0.2, -0.1, 0.3]])
+# One response of three tokens: score 1, β = 0.1, kl = log π_θ - log π_SFT = (0.2, -0.1, 0.3), γ = 1,
+# V = (0.5, 0.4, 0.3), and 0 behind the last token:
+#   rewards   -0.1·0.2 = -0.02      -0.1·(-0.1) = 0.01     -0.1·0.3 + 1 = 0.97
+#   δ_t       -0.02 + 0.4 - 0.5     0.01 + 0.3 - 0.4       0.97 + 0 - 0.3
+#             = -0.12               = -0.09                = 0.67
+#   λ = 1     -0.12 + 0.58 = 0.46   -0.09 + 0.67 = 0.58    0.67
+#   λ = 0.95  -0.12 + 0.95·0.5465   -0.09 + 0.95·0.67      0.67
+#             = 0.399175            = 0.5465
+KL = torch.tensor([[0.2, -0.1, 0.3]])
 VALUES = torch.tensor([[0.5, 0.4, 0.3]])
 ADVANTAGES = {1.0: [0.46, 0.58, 0.67], 0.95: [0.399175, 0.5465, 0.67]}
-
-
-def hand_example(padding, fill, lam):
-    """Rewards, advantages and returns of the example with `padding` masked columns behind it that hold
-    `fill`."""
-    mask = torch.cat([torch.ones(1, 3), torch.zeros(1, padding)], 1).bool()
-    logprobs, ref_logprobs, values = (
-        torch.cat([x, torch.full((1, padding), fill)], 1) for x in (LOGPROBS, REF_LOGPROBS, VALUES)
-    )
-    ref_logprobs[:, 3:] *= 0.5
-    rewards, non_score_reward, kl = pf.cumulative_rewards(
-        torch.tensor([1.0]), logprobs, ref_logprobs, mask, 0.1
-    )
-    dirty = torch.where(
-        mask, rewards, fill
-    )  # what a masked slot of the rewards holds must not matter to gae either
-    return rewards, non_score_reward, kl, *pf.gae(dirty, values, mask, 1.0, lam)
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.95])
 @pytest.mark.parametrize("padding, fill", [(0, 0.0), (4, 0.0), (4, 1e6), (1, NAN)])
 def test_score_is_paid_at_the_last_token(padding, fill, lam):
-    # PITFALLS GAE-1, GAE-2: same numbers padded and unpadded, whatever the padding holds
-    rewards, non_score_reward, kl, advantages, returns = hand_example(padding, fill, lam)
-    expected = torch.tensor([[-0.02, 0.01, 0.97], [-0.02, 0.01, -0.03], [0.2, -0.1, 0.3], ADVANTAGES[lam]])
-    expected = torch.cat([expected, expected[3:] + VALUES])
-    found = torch.cat([rewards, non_score_reward, kl, advantages, returns])
-    torch.testing.assert_close(found[:, :3], expected, atol=1e-6, rtol=0)
-    assert torch.equal(found[:, 3:], torch.zeros(5, padding))
+    # PITFALLS GAE-1, GAE-2: same numbers padded and unpadded, whatever padded slots of rewards and values hold
+    mask = bools([[1, 1, 1] + [0] * padding])
+    kl, values = (F.pad(x, (0, padding), value=y) for x, y in ((KL, 0.0), (VALUES, fill)))
+    rewards, non_score_reward = pf.cumulative_rewards(torch.tensor([1.0]), kl, mask, 0.1)
+    found = [rewards, non_score_reward, *pf.gae(torch.where(mask, rewards, fill), values, mask, 1.0, lam)]
+    expected = torch.tensor([[-0.02, 0.01, 0.97], [-0.02, 0.01, -0.03], ADVANTAGES[lam]])
+    expected = F.pad(torch.cat([expected, expected[2:] + VALUES]), (0, padding))
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-6, rtol=0)
 
 
 def test_discount_enters_gae():
@@ -69,9 +57,7 @@ def test_discount_enters_gae():
 def test_rows_of_any_length_are_paid_once():
     # PITFALLS GAE-1: full rows, short rows, and nothing for a row without a token
     mask = bools([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
-    rewards, _, _ = pf.cumulative_rewards(
-        torch.tensor([5.0, 6.0, 7.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 0.1
-    )
+    rewards, _ = pf.cumulative_rewards(torch.tensor([5.0, 6.0, 7.0]), torch.zeros(3, 3), mask, 0.1)
     assert rewards.tolist() == [[0, 0, 5], [6, 0, 0], [0, 0, 0]]
 
 
@@ -102,7 +88,7 @@ def test_kl_reward_pulls_towards_the_reference(kl_coef, falls):
         new_logprobs = pf.token_logprobs(theta.expand(256, 2, 5), tokens, mask, 1.0)
         ref_logprobs = pf.token_logprobs(reference.expand(256, 2, 5), tokens, mask, 1.0)
         logprobs = new_logprobs.detach()
-        rewards, _, _ = pf.cumulative_rewards(torch.zeros(256), logprobs, ref_logprobs, mask, kl_coef)
+        rewards, _ = pf.cumulative_rewards(torch.zeros(256), logprobs - ref_logprobs, mask, kl_coef)
         advantages, _ = pf.gae(rewards, torch.zeros(256, 2), mask, 1.0, 1.0)
         losses, _, _ = pf.policy_loss(new_logprobs, logprobs, pf.whiten(advantages, mask), mask, 0.2)
         optimizer.zero_grad()
@@ -178,35 +164,34 @@ def test_masked_slots_enter_no_loss_and_no_gradient(fill):
         dirty[0], dirty[1].detach() - 0.1, dirty[2].detach(), mask, 0.2
     )
     vf_losses, vf_clipped = pf.value_loss(dirty[3], dirty[1].detach(), dirty[2].detach() + 1, mask, 0.2)
-    assert [x[0, 1].item() for x in (pg_losses, pg_clipped, ratio, vf_losses, vf_clipped)] == [
-        0,
-        False,
-        1,
-        0,
-        False,
-    ]
+    found = [x[0, 1].item() for x in (pg_losses, pg_clipped, ratio, vf_losses, vf_clipped)]
+    assert found == [0, False, 1, 0, False]
     (pg_losses.sum() + vf_losses.sum()).backward()
     for gradient in (dirty[0].grad, dirty[3].grad):
         assert gradient[0, 0] != 0 and gradient[0, 1] == 0
 
 
-def test_token_mean_and_sequence_mean_by_hand():
-    # PITFALLS AVG-2: losses 4 | 1 1 1: token mean 7/4, sequence mean (4 + 1)/2
+def test_the_loss_is_a_mean_over_tokens():
+    # PITFALLS AVG-2: losses 4 | 1 1 1: 7/4, and not the mean over responses (4 + 1)/2
     losses, mask = torch.tensor([[4.0, 9.0, 9.0], [1.0, 1.0, 1.0]]), bools([[1, 0, 0], [1, 1, 1]])
-    assert (losses * pf.loss_weights(mask, "token")).sum().item() == pytest.approx(1.75)
-    assert (losses * pf.loss_weights(mask, "sequence")).sum().item() == pytest.approx(2.5)
+    assert (losses * pf.loss_weights(mask)).sum().item() == pytest.approx(1.75)
 
 
-def ready(model, query_lengths, response_lengths, average, seed=0):
+SETTINGS = pf.Args(
+    policy="", reward="", prompts="", temperature=0.9, cliprange=0.2, cliprange_value=0.1, vf_coef=0.5
+)
+
+
+def ready(model, query_lengths, response_lengths):
     """A rollout with everything that minibatch_loss reads; log-probabilities and values are a little off the
     model's own."""
-    rollout = make_rollout(query_lengths, response_lengths, seed=seed)
+    rollout = make_rollout(query_lengths, response_lengths)
     mask = rollout["response_mask"]
     rollout["logprobs"], rollout["values"] = pf.response_logprobs_and_values(model, rollout, 0.9, 4)
-    noise = 0.3 * torch.randn(4, *mask.shape, generator=torch.Generator().manual_seed(seed)) * mask
+    noise = 0.3 * torch.randn(4, *mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     rollout["logprobs"], rollout["values"] = rollout["logprobs"] + noise[0], rollout["values"] + noise[1]
     rollout["advantages"], rollout["returns"] = noise[2] * 3, noise[3] * 3
-    rollout["loss_weights"] = pf.loss_weights(mask, average)
+    rollout["loss_weights"] = pf.loss_weights(mask)
     return rollout
 
 
@@ -226,18 +211,16 @@ def test_logged_kl_of_an_update_is_finite_where_the_ratio_underflows():
         "loss_weights": ones,
         **dict.fromkeys(("logprobs", "advantages", "values", "returns"), zeros),
     }
-    _, stats = pf.minibatch_loss(
-        lambda *_: (torch.tensor([[[0.0, 200.0]]]), zeros), batch, 1.0, 0.2, 0.2, 0.1
-    )
-    assert batch["ratio"].item() == 0 and stats[pf.STATS.index("ppo/policy/approxkl")].item() == 20000
+    logits = torch.tensor([[[0.0, 200.0]]])
+    args = dataclasses.replace(SETTINGS, temperature=1.0)
+    _, stats, ratio = pf.minibatch_loss(lambda *_: (logits, zeros), batch, args)
+    assert ratio.item() == 0 and stats[pf.STATS.index("ppo/policy/approxkl")].item() == 20000
 
 
-@pytest.mark.parametrize("average", ["token", "sequence"])
-def test_minibatch_loss_and_stats_equal_the_naive_formulas(model, average):
-    # PITFALLS AVG-2: one setting for policy, value and entropy terms; LP-8 within the whole loss
-    rollout = ready(model, [2, 5, 3], [8, 1, 4], average)
-    loss, stats = pf.minibatch_loss(model, pf.trim(rollout, torch.arange(3)), 0.9, 0.2, 0.1, 0.5)
-    per_row = []
+def test_minibatch_loss_and_stats_equal_the_naive_formulas(model):
+    # PITFALLS AVG-2: every term is a mean over the same tokens; LP-8 within the whole loss
+    rollout, expected = ready(model, [2, 5, 3], [8, 1, 4]), []
+    loss, stats, ratios = pf.minibatch_loss(model, pf.trim(rollout, torch.arange(3)), SETTINGS)
     for i in range(3):
         query = rollout["queries"][i][rollout["query_mask"][i]]
         n = int(rollout["response_mask"][i].sum())
@@ -253,91 +236,67 @@ def test_minibatch_loss_and_stats_equal_the_naive_formulas(model, average):
         pg1, pg2 = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
         vf1 = (vpred - returns) ** 2
         vf2 = (torch.max(torch.min(vpred, values + 0.1), values - 0.1) - returns) ** 2
-        per_row.append(
-            torch.stack(
-                [
-                    torch.max(pg1, pg2),
-                    torch.max(vf1, vf2) / 2,
-                    -(logp.exp() * logp).sum(-1),
-                    log_ratio**2 / 2,
-                    (pg2 > pg1).float(),
-                    ratio,
-                    (vf2 > vf1).float(),
-                    vpred,
-                    vf1,
-                ]
-            )
-        )
-    if average == "token":
-        expected = torch.cat(per_row, 1).mean(1)
-    else:
-        expected = torch.stack([row.mean(1) for row in per_row]).mean(0)
-    names = [
-        "loss/policy",
-        "loss/value",
-        "policy/entropy",
-        "policy/approxkl",
-        "policy/clipfrac",
-        "policy/ratio",
-        "val/clipfrac",
-        "val/vpred",
-        "val/error",
-    ]
-    for name, value in zip(names, expected):
-        assert stats[pf.STATS.index(f"ppo/{name}")].item() == pytest.approx(value.item(), abs=2e-5), name
-    assert 0 < expected[4] < 1 and 0 < expected[6] < 1, "nothing is clipped: the example tests too little"
-    assert loss.item() == pytest.approx((expected[0] + 0.5 * expected[1]).item(), abs=2e-5)
+        per_token = {
+            "ppo/loss/policy": torch.max(pg1, pg2),
+            "ppo/loss/value": torch.max(vf1, vf2) / 2,
+            "ppo/policy/entropy": -(logp.exp() * logp).sum(-1),
+            "ppo/policy/approxkl": log_ratio**2 / 2,
+            "ppo/policy/clipfrac": (pg2 > pg1).float(),
+            "ppo/policy/ratio": ratio,
+            "ppo/val/clipfrac": (vf2 > vf1).float(),
+            "ppo/val/vpred": vpred,
+            "ppo/val/error": vf1,
+        }
+        expected.append(per_token)
+    means = {name: torch.cat([row[name] for row in expected]).mean().item() for name in expected[0]}
+    means["ppo/loss/total"] = means["ppo/loss/policy"] + 0.5 * means["ppo/loss/value"]
+    assert dict(zip(pf.STATS, stats.tolist())) == pytest.approx(means, abs=2e-5)
+    assert 0 < means["ppo/policy/clipfrac"] < 1 and 0 < means["ppo/val/clipfrac"] < 1, "too little is clipped"
+    assert loss.item() == pytest.approx(means["ppo/loss/total"], abs=2e-5)
+    assert ratios.max().item() == pytest.approx(max(row["ppo/policy/ratio"].max().item() for row in expected))
 
 
-@pytest.mark.parametrize("average", ["token", "sequence"])
-def test_gradient_does_not_depend_on_the_micro_batch_size(model, average):
+def test_gradient_does_not_depend_on_the_micro_batch_size(model):
     # PITFALLS AVG-1: unequal lengths, 1 x 8, 3 + 3 + 2 and 8 x 1
-    rollout, gradients = ready(model, [2, 5, 3, 1, 7, 4, 2, 6], [8, 1, 4, 6, 2, 8, 3, 5], average), []
+    rollout, gradients = ready(model, [2, 5, 3, 1, 7, 4, 2, 6], [8, 1, 4, 6, 2, 8, 3, 5]), []
     for size in (8, 3, 1):
         model.zero_grad()
         for part in pf.micro_batches(rollout, torch.arange(8), size):
             assert len(part) <= size
-            pf.minibatch_loss(model, pf.trim(rollout, part), 0.9, 0.2, 0.2, 0.1)[0].backward()
+            pf.minibatch_loss(model, pf.trim(rollout, part), SETTINGS)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
 
 def test_loss_weights_of_two_ranks_average_to_those_of_one():
-    # PITFALLS AVG-1: DDP takes the mean of the ranks' gradients; rank 0 has 5 tokens of 2 responses, rank 1
-    # has 1 of 1
+    # PITFALLS AVG-1: DDP takes the mean of the ranks' gradients; rank 0 has 5 tokens, rank 1 has 1
     mask = bools([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
-    for average, denominator in (("token", 6.0), ("sequence", 3.0)):
-        whole = pf.loss_weights(mask, average)
-        for rows in (slice(0, 2), slice(2, 3)):
-            part = pf.loss_weights(
-                mask[rows], average, all_sum=lambda x: torch.tensor(denominator), num_processes=2
-            )
-            torch.testing.assert_close(part / 2, whole[rows])
+    for rows in (slice(0, 2), slice(2, 3)):
+        part = pf.loss_weights(mask[rows], all_sum=lambda x: torch.tensor(6.0), num_processes=2)
+        torch.testing.assert_close(part / 2, pf.loss_weights(mask)[rows])
 
 
-@pytest.mark.parametrize("average", ["token", "sequence"])
-def test_empty_responses_add_finite_zeros(model, average):
+def test_empty_responses_add_finite_zeros(model):
     # PITFALLS AVG-5: an empty row changes nothing beside others, and a micro-batch of empty rows has loss and
     # gradient 0
-    rollout = ready(model, [2, 5, 3], [4, 0, 2], average)
+    rollout = ready(model, [2, 5, 3], [4, 0, 2])
     full = {name: x[[0, 2]] for name, x in rollout.items()}
-    full["loss_weights"] = pf.loss_weights(full["response_mask"], average)
-    losses = [
-        pf.minibatch_loss(model, pf.trim(r, torch.arange(len(r["responses"]))), 0.9, 0.2, 0.2, 0.1)
-        for r in (rollout, full)
-    ]
-    torch.testing.assert_close(losses[0][1], losses[1][1], atol=1e-6, rtol=0)
+    _, with_empty, _ = pf.minibatch_loss(model, pf.trim(rollout, torch.arange(3)), SETTINGS)
+    _, without, _ = pf.minibatch_loss(model, pf.trim(full, torch.arange(2)), SETTINGS)
+    torch.testing.assert_close(with_empty, without, atol=1e-6, rtol=0)
     model.zero_grad()
-    loss, stats = pf.minibatch_loss(model, pf.trim(rollout, torch.tensor([1])), 0.9, 0.2, 0.2, 0.1)
+    loss, stats, ratio = pf.minibatch_loss(model, pf.trim(rollout, torch.tensor([1])), SETTINGS)
     loss.backward()
-    assert loss == 0 and torch.equal(stats, torch.zeros(len(pf.STATS)))
+    assert loss == 0 and torch.equal(stats, torch.zeros(len(pf.STATS))) and (ratio == 1).all()
     assert all((p.grad == 0).all() for p in model.parameters())
-    nothing = torch.zeros(2, 3, dtype=torch.bool)
-    assert (pf.loss_weights(nothing, average) == 0).all() and (
-        pf.whiten(torch.full((2, 3), NAN), nothing) == 0
-    ).all()
-    assert all((x == 0).all() for x in pf.gae(torch.ones(2, 3), torch.ones(2, 3), nothing, 1.0, 0.95))
+
+
+def test_formulas_are_zero_where_all_is_masked():
+    # PITFALLS AVG-5
+    nothing, nans = torch.zeros(2, 3, dtype=torch.bool), torch.full((2, 3), NAN)
+    found = [pf.loss_weights(nothing), pf.whiten(nans, nothing), *pf.gae(nans, nans, nothing, 1.0, 0.95)]
+    assert all((x == 0).all() for x in found)
 
 
 def test_entropy_of_uniform_and_certain_distributions():
@@ -355,13 +314,10 @@ def test_entropy_of_many_rows_is_that_of_each_row():
 # ---------------------------------------------------------------- KL controller, learning rate, Adam
 
 
-def test_kl_controller_by_hand():
+@pytest.mark.parametrize("kl, factor", [(6.6, 1 + 0.1 * 0.0512), (60.0, 1.01024), (0.0, 0.98976)])
+def test_kl_controller_by_hand(kl, factor):
     # PITFALLS GAE-5: error clipped to ±0.2, times 512 episodes / horizon 10000
-    assert pf.next_kl_coef(0.15, kl=6.6, target=6.0, horizon=10000, episodes=512) == pytest.approx(
-        0.15 * (1 + 0.1 * 0.0512)
-    )
-    assert pf.next_kl_coef(0.15, kl=60.0, target=6.0, horizon=10000, episodes=512) == pytest.approx(0.151536)
-    assert pf.next_kl_coef(0.15, kl=0.0, target=6.0, horizon=10000, episodes=512) == pytest.approx(0.148464)
+    assert pf.next_kl_coef(0.15, kl, 6.0, 512 / 10000) == pytest.approx(0.15 * factor)
 
 
 @pytest.mark.parametrize(

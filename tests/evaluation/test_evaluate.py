@@ -379,7 +379,7 @@ def test_bad_files_are_named(world, change, message):
         ({"model": "x"}, "exactly one"),
         ({"samples": ""}, "exactly one"),
         ({"num_samples": 0}, "num_samples 0"),
-        ({"reward_model": "/nowhere"}, "no reward_head"),
+        ({"reward_model": "/nowhere"}, "no such folder"),
         ({"samples": "", "model": "/tmp"}, "no config.json"),
         ({"samples": "", "model": "x", "num_samples": 2}, "temperature"),
     ],
@@ -596,7 +596,7 @@ def test_the_tests_helpers_cannot_be_forged(tmp_path):  # HumanEval/32 /38 /50
 def tiny(tmp_path_factory):
     """(policy folder, reward model folder): random GPT-2 over characters, with hostile generation
     defaults."""
-    from rm_single import RewardModel
+    from rm_single import RewardModel, as_classifier
 
     torch.manual_seed(0)
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
@@ -624,7 +624,7 @@ def tiny(tmp_path_factory):
         do_sample=True, temperature=0.01, top_k=1, repetition_penalty=9.0, max_new_tokens=1, eos_token_id=5
     )
     model.save_pretrained(policy)
-    RewardModel(GPT2Model(config), bound="tanh").save_pretrained(reward)
+    as_classifier(RewardModel(GPT2Model(config), bound="tanh")).save_pretrained(reward)
     for folder in (policy, reward):
         tokenizer.save_pretrained(folder)
     return str(policy), str(reward)

@@ -1,6 +1,7 @@
 """What must agree across files: pitfalls and tests, README and code, launch scripts and bash."""
 
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
+from conftest import model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -56,116 +57,127 @@ def test_the_page_has_every_pitfall_of_the_longer_list():
     assert listed(PITFALLS) == listed(LONGER_LIST)
 
 
-# ---------------------------------------------------------------- README
+# ---------------------------------------------------------------- README and pages
 
 
 @pytest.fixture(scope="module")
 def readme() -> str:
-    if not README.is_file():
-        pytest.skip("README.md is not written yet")
     return README.read_text("utf-8")
 
 
-def table_under(readme: str, *first_row: str) -> list[list[str]]:
-    """Cells of the table whose header starts with these cells."""
-    lines = readme.splitlines()
-    start = next(
-        (
-            i
-            for i, line in enumerate(lines)
-            if [c.strip() for c in line.strip("|").split("|")][: len(first_row)] == list(first_row)
-        ),
-        None,
-    )
-    assert start is not None, f"README.md has no table with the columns {first_row}"
-    rows = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def test_readme_lists_the_metrics_that_a_run_logs(readme, run, world, module):
-    # both ways: each logged tag is explained, each explained tag is logged
-    module(
-        "readme_scores",
-        "def s(prompts, responses, rows):\n    return [1.0] * len(responses)\ndef m(responses):\n    return "
-        "{'x': 0.5}\n",
-    )
-    metrics, _ = run(
-        eval_prompts=world / "eval.jsonl",
-        actual_score="readme_scores:s",
-        monitor="readme_scores:m",
-        total_episodes=16,
-    )
+def table(text: str, *header: str) -> list[list[str]]:
+    """Rows of the table whose header starts with these cells."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if tuple(cells(line)[: len(header)]) == header]
+    assert len(starts) == 1, f"{len(starts)} tables with the columns {header}"
+    body = lines[starts[0] + 2 :]
+    end = next((i for i, line in enumerate(body) if not line.startswith("|")), len(body))
+    return [cells(line) for line in body[:end]]
+
+
+def test_the_page_of_metrics_lists_what_a_run_logs(readme, run, world, module):
+    # both ways: each logged tag is explained, each explained tag is logged; README's ten are among them
+    source = "def s(prompts, responses, rows):\n    return [1.0] * len(responses)\ndef m(responses):\n    return {'x': 0.5}\n"
+    module("page_scores", source)
+    functions = dict(actual_score="page_scores:s", monitor="page_scores:m")
+    metrics, _ = run(eval_prompts=world / "eval.jsonl", total_episodes=16, **functions)
     logged = {re.sub("monitor/.*", "monitor/*", tag) for line in metrics for tag in line} - {"step"}
-    listed = {
-        tag for row in table_under(readme, "tag") for tag in re.findall(r"`([a-z]+/[a-z0-9_/*]+)`", row[0])
-    }
-    other_scripts = "".join((ROOT / f"{name}.py").read_text("utf-8") for name in SCRIPTS[:2])
-    assert logged - listed == set()
-    assert {tag for tag in listed - logged if f'"{tag}"' not in other_scripts} == set()
+    pages = [(ROOT / "benchmark/pages/metrics.md").read_text("utf-8"), readme]
+    all_tags, ten = (
+        {tag for row in table(page, "tag") for tag in re.findall(r"`([a-z]+/[a-z0-9_/*]+)`", row[0])}
+        for page in pages
+    )
+    assert all_tags == logged and ten < all_tags
 
 
-def test_readme_line_counts_are_those_of_the_files(readme):
-    for name, lines, *_ in table_under(readme, "file", "lines"):
-        script = re.search(r"\w+_single\.py", name)
-        if script and "@" in lines:
-            pytest.skip("README.md still has placeholders")
-        if script:
-            assert int(lines) == len((ROOT / script.group()).read_text("utf-8").splitlines()), script.group()
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_page_of_metrics_names_the_tags_of_sft_and_reward_model(name):
+    page = (ROOT / "benchmark/pages/metrics.md").read_text("utf-8")
+    tags = re.findall(r'"((?:train|test|seconds)/[a-z_]+)"', (ROOT / f"{name}.py").read_text("utf-8"))
+    assert [tag for tag in tags if f"`{tag}`" not in page] == []
 
 
-def test_readme_tables_of_the_study_are_those_that_were_made(readme):
-    folder, section = re.search(r"<!-- study: (\S+) -->\n(.*?)<!-- end of study -->", readme, re.S).groups()
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_readme_line_counts_are_those_of_the_files(readme, name):
+    # the reader's part is all above the banner
+    rows = {row[0]: row[1:3] for row in table(readme, "file", "reader's part", "whole")}
+    text = (ROOT / f"{name}.py").read_text("utf-8")
+    reader, banner, _ = text.partition("# " + "-" * 108 + "\n# Plumbing")
+    assert banner and rows[f"[`{name}.py`]({name}.py)"] == [str(reader.count("\n")), str(text.count("\n"))]
+
+
+def test_the_tables_of_the_study_are_those_that_were_made():
+    page = (ROOT / "benchmark/study/README.md").read_text("utf-8")
+    folder, section = re.search(r"<!-- study: (\S+) -->\n(.*?)<!-- end of study -->", page, re.S).groups()
     rows = [line for line in section.splitlines() if line.startswith("|")]
     made = (ROOT / folder / "tables.md").read_text("utf-8").splitlines()
     assert rows and set(rows) <= set(made)
 
 
-def test_readme_links_and_pictures_exist(readme):
-    links = re.findall(r"\]\(([^)#]+)\)", readme)
-    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+@pytest.mark.parametrize(
+    "page", [README, *sorted((ROOT / "benchmark/pages").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_and_pictures_exist(page):
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text("utf-8"))
+    assert [x for x in links if not x.startswith("http") and not (page.parent / x).exists()] == []
 
 
-def test_readme_equations_name_functions_that_exist(readme):
-    for equation, code, scripts in table_under(readme, "paper", "in code", "script"):
-        modules = [importlib.import_module(f"{name.strip()}_single") for name in scripts.split(",")]
-        for name in re.findall(r"`([A-Za-z_][\w.]*)`", code):
-            owner, _, attribute = name.partition(".")
-            assert any(
-                hasattr(getattr(m, owner, None), attribute) if attribute else hasattr(m, owner)
-                for m in modules
-            ), f"{equation}: {name}"
+def test_equations_name_functions_that_exist(readme):
+    # in a script by its short name, or in a file
+    for equation, code, places in table(readme, "paper", "in code", "script"):
+        names = [place.strip() for place in places.split(",")]
+        names = [x[:-3].replace("/", ".") if x.endswith(".py") else f"{x}_single" for x in names]
+        modules = [importlib.import_module(name) for name in names]
+        for name in re.findall(r"`([A-Za-z_]\w*)`", code):
+            assert any(hasattr(module, name) for module in modules), f"{equation}: {name}"
 
 
-def readme_commands(readme: str) -> list[str]:
+def commands(page: str) -> list[str]:
     """Command lines of the fenced blocks, continued lines joined."""
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", readme, re.M | re.S)
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", page, re.M | re.S)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&") if line and not line.startswith("#")]
+    return [part.strip() for line in lines for part in re.split("&&|;", line) if line and line[0] != "#"]
 
 
 def test_readme_commands_parse(readme):
-    # every flag of a command of the three scripts exists and takes its value; every module and file that is
-    # run exists
-    checked = 0
-    for command in readme_commands(readme):
-        words = shlex.split(command, comments=True)
-        script = next((word for word in words if re.fullmatch(r"(.*/)?\w+_single\.py", word)), None)
+    # every flag of a command of the three scripts exists and takes its value; every module that is run exists
+    scripts, modules = set(), set()
+    for command in commands(readme):
+        words = shlex.split(command, comments=True) if command.count('"') % 2 == 0 else []
+        script = next((word for word in words if re.fullmatch(r"\w+_single\.py", word)), None)
         if script:
-            module, flags = importlib.import_module(Path(script).stem), words[words.index(script) + 1 :]
-            module.parse_args(flags) if hasattr(module, "parse_args") else tyro.cli(module.Args, args=flags)
-            checked += 1
+            module = importlib.import_module(Path(script).stem)
+            flags = words[words.index(script) + 1 :]
+            module.check_ranges(module.parse_args(module.Args, flags, getattr(module, "PRESETS", None)))
+            scripts.add(script)
         elif "-m" in words and words[words.index("-m") + 1].startswith("benchmark"):
-            place = ROOT / words[words.index("-m") + 1].replace(".", "/")
-            assert place.with_name(place.name + ".py").is_file() or (place / "__main__.py").is_file(), command
-            checked += 1
-        for word in words:
-            if re.fullmatch(r"(benchmark|tests)/[\w/]+\.(py|sh)", word):
-                assert (ROOT / word).is_file(), command
-    assert checked >= 3
+            modules.add(words[words.index("-m") + 1])
+    modules |= set(re.findall(r"python -m (benchmark[\w.]*)", readme))
+    assert scripts == {f"{name}.py" for name in SCRIPTS} and modules
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+def test_readmes_lines_of_data_are_rows_of_all_stages(readme, tmp_path, tokenizer):
+    # the row it shows is taken by SFT, by the reward model and as a prompt, as its commands name the columns
+    row = next(line for line in commands(readme) if line.startswith("{"))
+    (tmp_path / "train.jsonl").write_text(row.lower() + "\n")
+    path, modules = (
+        str(tmp_path / "train.jsonl"),
+        [importlib.import_module(f"{name}_single") for name in ("sft", "rm", "pfppo")],
+    )
+    sft, rm, pf = modules
+    args = sft.Args(model="m", train_data=path, response_field="chosen")
+    assert sft.encode_examples(tokenizer, args, "train_data", 42)[1] == 0
+    config = model_config("gpt2")
+    labels, left_out = rm.read_labels(
+        "train_data", rm.Args(model="m", train_data=path), tokenizer, config, 42
+    )
+    assert len(labels) == 1 and left_out == 0
+    assert len(pf.read_prompts("prompts", pf.Args(policy="p", reward="r", prompts=path), tokenizer)) == 1
 
 
 # ---------------------------------------------------------------- launch scripts

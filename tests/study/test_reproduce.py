@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from benchmark import pipeline, records
@@ -212,29 +211,6 @@ def test_sft_stands_for_every_seed_of_its_world():
     }
 
 
-def samples(prompts=400, n=10, seed=1):
-    rng = np.random.default_rng(seed)
-    reward = rng.uniform(-1, 1, prompts * n)
-    actual = (rng.uniform(size=prompts * n) < 0.5 + 0.4 * reward).astype(
-        float
-    )  # s is linear in R: every filter's R² would be 1
-    return {"prompt_ids": np.repeat(np.arange(prompts), n), "reward": reward, "actual": actual}
-
-
-def test_filters_are_compared_at_the_same_number_of_rows():
-    table = pipeline.r2_of_filters(samples(), ("none", "random", "bon"), seed=1, n=5)
-    assert {entry["rows"] for entry in table.values()} == {800}  # BoN: one row of each of 400 * 10 / 5 groups
-    assert table["none"]["all_rows"] > table["none"]["r2"]  # 4000 rows have less noisy group means than 800
-    assert table["none"]["r2"] == pytest.approx(table["random"]["r2"], abs=0.03)  # the same distribution
-
-
-def test_regrouped_samples_keep_neighbours_together():
-    found = pipeline.regroup({"prompt_ids": np.array([7, 7, 7, 7, 8, 8, 8, 8]), "reward": np.arange(8)}, 2)
-    assert found["prompt_ids"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    with pytest.raises(ValueError, match="groups of 3"):
-        pipeline.regroup(found, 3)
-
-
 def test_spread_of_repeats_beside_what_counting_gives():
     repeats = [
         {"actual": [0.0, 0.0, 0.4, 1.0, 1.0], "count": [25] * 5},
@@ -422,7 +398,7 @@ def test_curve_sums_kept_rows_and_averages_scores_since_the_last_evaluation():
 
 def test_best_checkpoint_is_the_first_of_equals():
     assert (
-        reproduce.best_update(
+        pipeline.best_update(
             [{"step": s, "eval/greedy_pass1": p} for s, p in ((0, 0.4), (5, 0.6), (10, 0.6))]
         )
         == 5
