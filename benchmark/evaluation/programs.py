@@ -55,10 +55,13 @@ MARK = re.compile(
     r"|</?(?:code|python|answer|solution|response|output|final_answer|pre)(?:\s[^<>\n]*)?>"
 )
 MISTAKE = re.compile(
-    r"\b(?:mistakes?|wrong|incorrect|buggy|broken|draft|first (?:attempt|try)|(?:doesn.t|not) work)\b", re.I
+    r"\b(?:mistakes?|wrong|incorrect|buggy|broken|draft|first (?:attempt|try)|(?:doesn.t|not) work|pitfall"
+    r"|not (?:the |a )?(?:correct|right)|(?:don.t|do not) (?:do|write)"
+    r"|what not to do|avoid (?:this|writing))\b",
+    re.I,
 )
 CORRECTION = re.compile(
-    r"\bcorrection\b|\b(?:fixed|corrected|correct|revised|final|right) "
+    r"\bcorrection\b|(?<!not )(?<!not the )(?<!not a )\b(?:fixed|corrected|correct|revised|final|right) "
     r"(?:version|code|solution|program|function|way|one)\b",
     re.I,
 )

@@ -144,10 +144,18 @@ TOTAL_TESTS = """def check(candidate):
 """
 
 
+INCREMENT = '"""\nAdd one.\nassert f(1) == 2\n"""\n'  # in the form of MBPP
+INCREMENT_TESTS = "assert f(1) == 2\nassert f(5) == 6\n"
+
+
 def test_single_programs():
-    cases = [{**case, "kind": i, "task_id": ""} for i, case in enumerate(lines_of(DATA / "programs.jsonl"))]
-    problem = evaluate.Problem("", TOTAL, "", TOTAL_TESTS, "total")
-    assert wrong(cases, judge(cases, {"": problem})) == {}
+    problems = {
+        "total": evaluate.Problem("", TOTAL, "", TOTAL_TESTS, "total"),
+        "f": evaluate.Problem("", INCREMENT, "", INCREMENT_TESTS, "f"),
+    }
+    lines = enumerate(lines_of(DATA / "programs.jsonl"), 1)
+    cases = [{**case, "kind": f"line {i}", "task_id": case["problem"]} for i, case in lines]
+    assert len(cases) > 100 and wrong(cases, judge(cases, problems)) == {}
 
 
 @pytest.mark.parametrize(
