@@ -532,7 +532,7 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
             else:
                 data = load_dataset(name, split=split or "train")
             rows = data.to_list()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # loaders raise what they like
         row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
     refuse((not isinstance(rows, list) or not rows, f"{where}: no rows; write one object per line"))
@@ -562,7 +562,9 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 def plain_text(content) -> str | None:
     """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
     picture)."""
-    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         return "".join(part["text"] for part in content)
     return content if isinstance(content, str) else None
 
@@ -612,8 +614,11 @@ def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[
     if isinstance(prompt, str):
         accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
         return
-    chat = [*prompt, {"role": "assistant", "content": "@"}]
-    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    try:  # what is only shown stops no run
+        chat = [*plain_messages(prompt), {"role": "assistant", "content": "@"}]
+        closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    except Exception:
+        return
     if closing and closing != tokenizer.decode([max(stop_id, 0)]):
         accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
 

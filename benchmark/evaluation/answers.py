@@ -112,7 +112,7 @@ QUESTION = re.compile(
     r"|(?:下一题|题目|问题|例题?|练习题?|问)[ ]?\d*[ ]?[:：.、])",
     re.M,
 )
-ANSWERED = re.compile(r"####|\\boxed|\banswer\b|答|=[^=\n]*\d|\d[^\n]*\s*\Z", re.I)
+ANSWERED = re.compile(r"####|\\boxed|\banswer\b|答|=[^=\n]*\d|\d[^\n]*\s*(?:```\s*)?\Z", re.I)
 STATED = re.compile(r"(?:####\s*|answer is:?\s*|答案(?:是|为|[:：])\s*)\S*\d[^\n]{0,40}\n\s*\n", re.I)
 TAGGED = re.compile(r"<(answer|final_answer)>(.*?)(?:</\1>|\Z)", re.S)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")

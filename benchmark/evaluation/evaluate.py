@@ -90,8 +90,8 @@ class Args:
     """of sampling; greedy decoding does not use it"""
     # best of n
     reward_model: str = ""
-    """sequence classification model with one label, as `rm_single.py` writes it: adds best-of-1 and best-of-n, n being num_samples, the response of highest
-    reward per problem"""
+    """sequence classification model with one label, as `rm_single.py` writes it: adds best-of-1 and
+    best-of-n, n being num_samples, the response of highest reward per problem"""
     # grading
     wall_seconds: float = WALL_SECONDS
     """wall time for a whole program with all its tests"""
@@ -440,8 +440,8 @@ def generate(args, problems, kept, keep):
 
 
 def prompt_of(problem, style):
-    """What the model is asked: an instruction in its chat template, or the bare prompt (a trailing space would
-    be a token that continuations seldom follow)."""
+    """What the model is asked: an instruction in its chat template, or the bare prompt (a trailing space
+    would be a token that continuations seldom follow)."""
     if style == "chat":
         return [{"role": "user", "content": problem.instruction}]
     return problem.prompt.rstrip(" ") if problem.prompt.rstrip(" ").endswith("\n") else problem.prompt

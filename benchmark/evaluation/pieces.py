@@ -79,16 +79,16 @@ def can_start(line):
         return False
 
 
-def longest(head, lines):
-    """(tree, n): the first n lines, as many as compile behind `head`. The cut is at a line without
-    indentation. (None, 0) when none do."""
-    above, end = head.count("\n"), len(lines)
+def longest(head, lines, written=None):
+    """(tree, n): the first n lines, as many as compile behind `head`. The cut is at a line that is `written`
+    without indentation. (None, 0) when none do."""
+    above, end, written = head.count("\n"), len(lines), written or lines
     for _ in range(TRIES):
         tree, fault = parsed(head + "\n".join(lines[:end]))
         if tree:
             return tree, end
         end = min(fault - above, end) - 1
-        while end > 0 and (not lines[end].strip() or lines[end][0].isspace()):
+        while end > 0 and (not written[end].strip() or written[end][0].isspace()):
             end -= 1
         if end <= 0:
             break

@@ -55,10 +55,13 @@ MARK = re.compile(
     r"|</?(?:code|python|answer|solution|response|output|final_answer|pre)(?:\s[^<>\n]*)?>"
 )
 MISTAKE = re.compile(
-    r"\b(?:mistakes?|wrong|incorrect|buggy|broken|draft|first (?:attempt|try)|(?:doesn.t|not) work)\b", re.I
+    r"\b(?:mistakes?|wrong|incorrect|buggy|broken|draft|first (?:attempt|try)|(?:doesn.t|not) work|pitfall"
+    r"|not (?:the |a )?(?:correct|right)|(?:don.t|do not) (?:do|write)"
+    r"|what not to do|avoid (?:this|writing))\b",
+    re.I,
 )
 CORRECTION = re.compile(
-    r"\bcorrection\b|\b(?:fixed|corrected|correct|revised|final|right) "
+    r"\bcorrection\b|(?<!not )(?<!not the )(?<!not a )\b(?:fixed|corrected|correct|revised|final|right) "
     r"(?:version|code|solution|program|function|way|one)\b",
     re.I,
 )
@@ -93,14 +96,13 @@ def context_of(prompt, entry_point):
     """The context that a prompt gives: it is code, has code in a fence, or ends in code."""
     root = next(iter(re.findall(r"[A-Za-z_]\w*", entry_point)), entry_point)
     prompt = prompt.replace("\r\n", "\n")
-    lines = prompt.split("\n")
-    fenced = [block.text for block in reversed(blocks_of(prompt)) if block.fenced]
-    starts = [i for i, line in enumerate(lines) if re.match(r"(?:async |def |class |from |import |@)", line)]
-    texts = [prompt, *fenced, *["\n".join(lines[i:]) for i in starts[:TRIES]]]
-    found = [context for context in (read_prompt(text, root) for text in texts) if context]
-    best = next(
-        (context for context in found if context.head is not None), next(iter(found), Context(root, ""))
-    )
+    best = None
+    for code in codes_of(prompt):
+        found = read_prompt(code, root)
+        best = found if found and (best is None or found.head is not None) else best
+        if best and best.head is not None:
+            break
+    best = best or Context(root, "")
     if root != "Solution":
         return best
     given = leetcode.prelude(prompt)
@@ -111,6 +113,15 @@ def context_of(prompt, entry_point):
         first_line=best.first_line + given.count("\n"),
         above_method=best.above_method + given.count("\n"),
     )
+
+
+def codes_of(prompt):
+    """What may be code in a prompt: all of it, what stands in its fences, its end."""
+    yield prompt
+    yield from (block.text for block in reversed(blocks_of(prompt)) if block.fenced)
+    lines = prompt.split("\n")
+    starts = [i for i, line in enumerate(lines) if re.match(r"(?:async |def |class |from |import |@)", line)]
+    yield from ("\n".join(lines[i:]) for i in starts[:TRIES])
 
 
 def read_prompt(code, root):
@@ -224,8 +235,8 @@ class Found:
 CORRECTED, MISTAKEN, STUB = -1, 1, 2
 
 
-def continuation(context, lines):
-    """The prompt continued by `lines`, as far as they do continue it."""
+def continuation(context, lines, written=None):
+    """The prompt continued by `lines`, as far as they do continue it. `written`: the lines as they were."""
     if context.head is None or not any(line.strip() for line in lines):
         return None
     head, tail = context.head, context.head.rpartition("\n")[2]
@@ -237,7 +248,7 @@ def continuation(context, lines):
             return None
     elif lines[0].startswith(context.indent) or not lines[0].strip():
         head += "\n"
-    tree, end = longest(head, lines)
+    tree, end = longest(head, lines, written)
     if tree is None or end < len(lines) and INNER.match(lines[end]):
         return None
     source = head + "\n".join(lines[:end])
@@ -332,7 +343,7 @@ def body_without_indentation(context, blocks):
         if context.method and re.search(rf"^\s*def {context.method}\(", block.text, re.M):
             head = context.head.split("\n")[: context.above_method]  # the method without its class
             level = dataclasses.replace(context, head="\n".join([*head, ""]), indent="    ")
-        bodies = [continuation(level, lines) for lines in indented_again(block.text, level.indent)]
+        bodies = [continuation(level, *lines) for lines in indented_again(block.text, level.indent)]
         bodies = [each for each in bodies if each and each.rank == 0 and adds_something(each, level)]
         if bodies:
             found = max(bodies, key=lambda each: len(each.body.rstrip().split("\n")))
@@ -342,20 +353,29 @@ def body_without_indentation(context, blocks):
 
 
 def indented_again(text, indent):
-    """The lines of a body with its indentation: of the first line, or of all; also of a body that follows
-    words."""
+    """(lines with the indentation of a body, lines as written): the first line is indented, or all are; also
+    those of a body that follows words."""
     lines = text.expandtabs(4).split("\n")
-    first = next((i for i, line in enumerate(lines) if line.strip()), 0)
-    for start in [first, *[i for i in indented_starts(lines) if i > first][:1]]:
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    below_words = next((i for i in filled if not is_words(lines[i])), 0)
+    for start in dict.fromkeys([*filled[:1], *list(indented_starts(lines))[:1], below_words]):
         body = lines[start:]
-        yield [indent + body[0].lstrip(), *body[1:]]
+        yield [indent + body[0].lstrip(), *body[1:]], body
         widths = [width(line) for line in body if line.strip()]
         for shift in {len(indent) - min(widths), len(indent) - widths[0]}:
-            yield [" " * shift + line if shift > 0 else line[min(-shift, width(line)) :] for line in body]
+            yield (
+                [" " * shift + line if shift > 0 else line[min(-shift, width(line)) :] for line in body],
+                body,
+            )
 
 
 def width(line):
     return len(line) - len(line.lstrip())
+
+
+def is_words(line):
+    """Whether a line is no code, not even broken code."""
+    return not line[0].isspace() and not can_start(line) and not keyword.iskeyword(line.split()[0])
 
 
 def indented_starts(lines):
@@ -363,10 +383,7 @@ def indented_starts(lines):
     above = ""
     for i, line in enumerate(lines):
         if line.strip():
-            words = (
-                not above[:1].isspace() and not can_start(above) and not keyword.iskeyword(above.split()[0])
-            )
-            if line[0].isspace() and (not above or words):
+            if line[0].isspace() and (not above or is_words(above)):
                 yield i
             above = line
 
@@ -383,15 +400,27 @@ def adds_something(found, context):
 # ---------------------------------------------------------------- what others call
 
 
-def look_for(text, context):
-    """The program in an output, or None. A special token ends an output, unless it is part of the only
-    program; signs that were changed on the way are read as Python's where nothing else compiles."""
+def readings(text):
+    """The ways to read an output, in order: a special token ends it, unless it is part of the only program;
+    signs that were changed on the way are read as Python's where nothing else compiles."""
     cut = reply(text)
-    texts = [cut, reply(text, cut=False), cut.translate(TYPOGRAPHY), html.unescape(cut)]
-    texts.append(re.sub(r"^> ?", "", cut, flags=re.M))
+    yield cut
+    yield reply(text, cut=False)
+    yield cut.translate(TYPOGRAPHY)
+    yield html.unescape(cut)
+    yield re.sub(r"^> ?", "", cut, flags=re.M)
     if "\n" not in cut.strip():
-        texts.append(cut.replace("\\n", "\n").replace('\\"', '"'))
-    return next((found for each in dict.fromkeys(texts) if (found := find(context, each))), None)
+        yield cut.replace("\\n", "\n").replace('\\"', '"')
+
+
+def look_for(text, context):
+    """The program in an output, or None."""
+    seen = set()
+    for reading in readings(text):
+        if reading not in seen and (found := find(context, reading)):
+            return found
+        seen.add(reading)
+    return None
 
 
 def program_of(context, found, names):

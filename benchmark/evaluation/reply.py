@@ -18,7 +18,7 @@ def reply(text, cut=True):
 
     Thinking that never ended is no answer.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").replace("\u00a0", " ")
     ends = list(THOUGHT_ENDS.finditer(text))
     text = text[ends[-1].end() :] if ends else text
     start = THOUGHT_STARTS.search(text)

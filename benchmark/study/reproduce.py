@@ -23,6 +23,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; a unit has one core
 
+import dataclasses
 import fcntl
 import hashlib
 import importlib
@@ -524,7 +525,7 @@ def baseline_settings(folder: Path, method: str, seed: int, updates: int, change
         seed=seed,
         total_episodes=updates * pipeline.PPO["batch_size"] * pipeline.PPO["num_responses"],
     )
-    fields = module_of(script).Args.__dataclass_fields__
+    fields = {field.name for field in dataclasses.fields(module_of(script).Args)}
     return script, {**{name: value for name, value in files.items() if name in fields}, **settings, **changes}
 
 

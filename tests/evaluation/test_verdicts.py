@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import rewards
-from benchmark.evaluation import answers, evaluate, programs, symbolic
+from benchmark.evaluation import answers, evaluate, numbers, programs, symbolic
 from benchmark.evaluation.evaluate import Args
 from benchmark.grading import GradingError, grade, grade_many
 from benchmark.grading import grader as grading
@@ -144,10 +144,18 @@ TOTAL_TESTS = """def check(candidate):
 """
 
 
+INCREMENT = '"""\nAdd one.\nassert f(1) == 2\n"""\n'  # in the form of MBPP
+INCREMENT_TESTS = "assert f(1) == 2\nassert f(5) == 6\n"
+
+
 def test_single_programs():
-    cases = [{**case, "kind": i, "task_id": ""} for i, case in enumerate(lines_of(DATA / "programs.jsonl"))]
-    problem = evaluate.Problem("", TOTAL, "", TOTAL_TESTS, "total")
-    assert wrong(cases, judge(cases, {"": problem})) == {}
+    problems = {
+        "total": evaluate.Problem("", TOTAL, "", TOTAL_TESTS, "total"),
+        "f": evaluate.Problem("", INCREMENT, "", INCREMENT_TESTS, "f"),
+    }
+    lines = enumerate(lines_of(DATA / "programs.jsonl"), 1)
+    cases = [{**case, "kind": f"line {i}", "task_id": case["problem"]} for i, case in lines]
+    assert len(cases) > 100 and wrong(cases, judge(cases, problems)) == {}
 
 
 @pytest.mark.parametrize(
@@ -380,6 +388,32 @@ def test_math_verify_decides_what_is_no_number():
         r"\sqrt{8}", r"3\sqrt{2}"
     )
     assert answers.answers_equal("(x+1)^2", "x^2+2x+1") and not answers.answers_equal("2x", "2")
+
+
+DIFFERING = {  # kinds of the table in ANSWERS.md
+    "separators",
+    "signs",
+    "currency",
+    "percent",
+    "fractions",
+    "mixed numbers",
+    "powers of ten",
+    "words for large numbers",
+    "number words",
+    "ratios",
+    "further",
+}
+
+
+def test_where_math_verify_differs():
+    """On numbers it agrees except in the kinds that ANSWERS.md lists, and there ours is right."""
+    different = set()
+    for case in lines_of(DATA / "answers.jsonl"):
+        answer, gold = answers.extract_answer(case["completion"]), case["gold"]
+        if numbers.read(answer) and numbers.read(gold) and symbolic.equal(answer, gold) != case["passed"]:
+            different.add(case["kind"])
+            assert answers.answers_equal(answer, gold) == case["passed"]
+    assert different == DIFFERING - {"ratios"}  # `3 to 8` is no number before its gold answer is seen
 
 
 def test_answers_from_any_thread():
