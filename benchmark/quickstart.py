@@ -126,7 +126,7 @@ class Progress:
                 f"[stage {1 + list(STAGES).index(self.stage)}/{len(STAGES)}, {gone} gone, about {left} left]"
             )
             if self.terminal:
-                print(f"\r\033[K{text}\n{progress}", end="", flush=True)
+                print(f"\r\033[K{text}\n{progress}", end="\r", flush=True)  # a stray line then hides it
             elif time.time() - self.shown > 20:
                 print(f"{text}\n{progress}", flush=True)
                 self.shown = time.time()
