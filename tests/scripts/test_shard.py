@@ -124,10 +124,10 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
     """Metrics (but for seconds) and all saved weights are equal, up to `tolerance`."""
     ours, theirs = read_metrics(one), read_metrics(other)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
-    for line, same in zip(ours, theirs):
+    for line, other_line in zip(ours, theirs):
         for tag in line:
             if not tag.startswith("seconds/"):
-                assert same[tag] == pytest.approx(line[tag], abs=tolerance, rel=tolerance), (
+                assert other_line[tag] == pytest.approx(line[tag], abs=tolerance, rel=tolerance), (
                     tag,
                     line["step"],
                 )
