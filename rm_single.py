@@ -1060,8 +1060,8 @@ def run(main, args) -> None:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer, in buffers with room for more: a token is written behind the others, which
-    are not copied for it. In autocast's precision: rotary keys come in float32 and would double it."""
+    """Keys and values of one layer, in buffers with room for more: a token is written behind the others, and
+    they are not copied for it. In autocast's precision: rotary keys are float32 and would double it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """keys, values (rows, heads, new columns, head size) -> all keys and values so far."""
