@@ -258,8 +258,8 @@ def main(args: Args) -> None:
     # ------------------------------------------------ Continue a killed run, or measure π_SFT's rewards first
     state = load_checkpoint(accelerator, output_dir, model, optimizer)
     if state is None:
-        check_cache(accelerator, policy, queries)
         check_model(accelerator, policy, queries, args.response_length, "policy")
+        check_cache(accelerator, policy, queries, "policy")
         if isinstance(reward, RewardModel):
             check_model(accelerator, reward, queries, args.response_length, "reward")
         state = {"step": 0, "optimizer_step": 0, "kl_coef": args.kl_coef, "best": -math.inf, "metrics": {}}
@@ -641,12 +641,16 @@ class PolicyAndCritic(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, response_length: int) -> tuple[Tensor, Tensor]:
         """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R), aligned with the R response
         tokens."""
-        shared = isinstance(self.critic, nn.Linear)
-        options = {"use_cache": False, "logits_to_keep": response_length + 1, "output_hidden_states": shared}
-        output = self.policy(**model_inputs(ids, mask), **options)
+        shared, hidden = isinstance(self.critic, nn.Linear), []
+        if shared:  # what the output layer reads; hidden_states[-1] is something else in gemma3n
+            backbone = getattr(self.policy, "model", self.policy.base_model)
+            backbone = getattr(backbone, "decoder", backbone)  # OPT calls this alone
+            hook = backbone.register_forward_hook(lambda *call: hidden.append(call[-1].last_hidden_state))
+        output = self.policy(**model_inputs(ids, mask), use_cache=False, logits_to_keep=response_length + 1)
         if shared:
+            hook.remove()
             with torch.autocast(ids.device.type, enabled=False):  # values in float32, as those of RewardModel
-                values = self.critic(output.hidden_states[-1].float()).squeeze(-1)
+                values = self.critic(hidden[0].float()).squeeze(-1)
         else:
             values = self.critic(ids, mask)
         return output.logits[:, :-1], values[:, -response_length - 1 : -1].float()
@@ -657,7 +661,7 @@ def make_critic(args: Args, policy: nn.Module, empty: bool = False) -> nn.Module
     what a state is worth is close to what the reward model says of the text so far. Else its head starts at
     zero."""
     if args.critic == "shared":
-        critic = head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        critic = head = RewardModel(getattr(policy, "model", policy.base_model)).scalar_head
     elif args.critic_init or ":" not in args.reward:
         return load_reward_model(args.critic_init or args.reward, torch.float32, empty)
     else:
@@ -707,7 +711,8 @@ def generate(
     settings = {cache_name: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(**model_inputs(queries, query_mask), **settings).logits[:, -1]
     logits, mask = logits.repeat_interleave(num_responses, 0), query_mask.repeat_interleave(num_responses, 0)
-    if cache.get_seq_length() != queries.shape[1]:
+    width = queries.shape[1]  # a recurrent layer counts no tokens
+    if max((getattr(x, "get_seq_length", lambda: width)() for x in cache.layers), default=0) != width:
         raise RuntimeError(f"{type(model).__name__} does not fill the cache that it is given")
     if num_responses > 1:
         copies = torch.arange(len(queries), device=queries.device).repeat_interleave(num_responses)
@@ -1192,39 +1197,57 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
     )
 
 
-def column_outputs(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """ids, mask (rows, T) -> a language model's logits (rows, T, V), or a reward model's scores (rows, T)."""
-    causal = isinstance(model, transformers.PreTrainedModel)
-    return (model(**model_inputs(ids, mask), use_cache=False).logits if causal else model(ids, mask)).float()
+def some_rows(rows: list[list[int]]) -> list[list[int]]:
+    """The last 24 ids of eight rows, from the shortest to the longest."""
+    rows = sorted(rows, key=len)
+    return [rows[i][-24:] for i in sorted({(len(rows) - 1) * part // 7 for part in range(8)})]
+
+
+def column_outputs(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """ids, mask (rows, T) -> a language model's logits (rows, T, V), or a reward model's scores (rows, T).
+    Rows without a mask are read as the model itself does it, with its own positions."""
+    if isinstance(model, transformers.PreTrainedModel):
+        inputs = {"input_ids": ids} if mask is None else model_inputs(ids, mask)
+        return model(**inputs, use_cache=False).logits.float()
+    return model(ids, torch.ones_like(ids).bool() if mask is None else mask).float()
+
+
+def within_rounding(accelerator, model: nn.Module, gap: Tensor, scale: Tensor) -> bool:
+    """Whether differences of what a model gives are rounding; scale: the standard deviation of what it gives.
+    In bfloat16 by their mean: single tokens differ by more than a standard deviation there."""
+    half = next(model.parameters()).dtype == torch.bfloat16
+    half = half or (len(units(model)) > 0 and accelerator.mixed_precision == "bf16")
+    return bool(gap.abs().mean() <= 0.1 * scale if half else gap.abs().max() <= 1e-3 * scale)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @torch.no_grad()
 def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens: int, field: str) -> None:
-    """Tries the model on three rows of ids, without autocast: what it gives must be finite, the same in train
+    """Tries the model on some rows of ids, without autocast: what it gives must be finite, the same in train
     mode, for a padded row as for that row alone, and whatever follows, up to new_tokens more. Refuses a model
     that differs: it would be trained on other numbers than it is sampled with."""
-    rows, device = sorted(rows, key=len), accelerator.device
-    ids, mask = pad_left([row[-24:] for row in (rows[0], rows[len(rows) // 2], rows[-1])], device)
+    row, device = max(rows, key=len), accelerator.device
+    ids, mask = pad_left(some_rows(rows), device)
     ids, mask = nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0))  # padding in every row
-    longest = (rows[-1] * (1 + new_tokens))[: len(rows[-1]) + new_tokens]
-    longest, real = torch.tensor([longest], device=device), torch.ones(1, len(longest), device=device).bool()
+    longest = torch.tensor([(row * (1 + new_tokens))[: len(row) + new_tokens]], device=device)
     try:
         with whole(accelerator, model), torch.autocast(device.type, enabled=False):
             model.train()
             trained = column_outputs(model, ids, mask)[mask]
             model.eval()
             padded = column_outputs(model, ids, mask)[mask]
-            alone = [column_outputs(model, x[m][None], m[m][None])[0] for x, m in zip(ids, mask)]
-            start = column_outputs(model, longest[:, :8], real[:, :8])
-            followed = column_outputs(model, longest, real)[:, :8]
+            alone = [column_outputs(model, x[m][None])[0] for x, m in zip(ids, mask)]
+            followed, width = column_outputs(model, longest), longest.shape[1]
+            starts = (min(8, width), max(1, width // 2), max(1, width - 1))
+            more = [column_outputs(model, longest[:, :n]) - followed[:, :n] for n in starts]
     except Exception as error:  # models raise what they like
-        raise SystemExit(f"--{field}: the model fails on your own rows: {error}") from error
-    half = next(model.parameters()).dtype == torch.bfloat16 or accelerator.mixed_precision == "bf16"
-    tolerance = (
-        0.1 if half else 1e-3
-    ) * padded.std().item()  # in half precision single tokens differ by more
-    pairs = ((padded, trained), (padded, torch.cat(alone)), (start, followed))
-    modes, padding, future = (not (x - y).abs().mean() <= tolerance for x, y in pairs)
+        raise SystemExit(f"--{field}: the model fails on your own rows: {first_line(error)}") from error
+    gaps = (padded - trained, padded - torch.cat(alone), torch.cat(more, 1))
+    modes, padding, future = (not within_rounding(accelerator, model, gap, padded.std()) for gap in gaps)
     where = f"--{field}: on your own rows the model"
     refuse(
         (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
@@ -1584,20 +1607,27 @@ def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]
 
 
 @torch.no_grad()
-def check_cache(accelerator, policy: nn.Module, queries: list[list[int]]) -> None:
-    """Refuses a policy that samples other tokens with its cache than it would without."""
-    queries = sorted(queries, key=len)
-    queries = [query[-24:] for query in (queries[0], queries[len(queries) // 2], queries[-1])]
-    ids, mask = pad_left(queries, accelerator.device)
+def check_cache(accelerator, policy: nn.Module, queries: list[list[int]], field: str) -> None:
+    """Refuses a policy whose logits, as `generate` samples from them, are not those without its cache."""
+    (ids, mask), steps = pad_left(some_rows(queries), accelerator.device), []
     policy.eval()
-    with whole(accelerator, policy), torch.autocast(accelerator.device.type, enabled=False):
-        responses = generate(policy, ids, mask, 2, 8, 0.0, -1)
-        ids, mask = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
-        inputs = model_inputs(torch.cat([ids, responses], 1), F.pad(mask, (0, 8), value=True))
-        logits = policy(**inputs, use_cache=False, logits_to_keep=9).logits[:, :-1].float()
-    behind = logits.amax(-1) - logits.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
-    differs = not (behind <= 0.1 * logits.std()).all()  # two tokens may be nearly equal
-    refuse((differs, "--policy: greedy tokens with the cache are not those without; take another model"))
+    hook = policy.register_forward_hook(lambda module, inputs, output: steps.append(output.logits[:, -1:]))
+    try:
+        with whole(accelerator, policy), torch.autocast(accelerator.device.type, enabled=False):
+            responses = generate(policy, ids, mask, 2, 8, 0.0, -1)
+            hook.remove()
+            ids, mask = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+            inputs = model_inputs(torch.cat([ids, responses], 1), F.pad(mask, (0, 8), value=True))
+            logits = policy(**inputs, use_cache=False, logits_to_keep=9).logits[:, :-1].float()
+    except Exception as error:  # models raise what they like
+        raise SystemExit(
+            f"--{field}: the model cannot be sampled with a cache: {first_line(error)}"
+        ) from error
+    finally:
+        hook.remove()
+    steps = torch.cat([steps[0].repeat_interleave(2, 0), *steps[1:]], 1).float()
+    same = logits.shape == steps.shape and within_rounding(accelerator, policy, logits - steps, logits.std())
+    refuse((not same, f"--{field}: logits with the cache are not those without; take another model"))
 
 
 def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:

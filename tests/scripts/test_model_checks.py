@@ -32,14 +32,14 @@ def accelerator():
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_ordinary_models_pass(accelerator, name):
     pf.check_model(accelerator, causal_lm(name, **NO_DROPOUT[name]), ROWS, 8, "policy")
-    pf.check_cache(accelerator, causal_lm(name), ROWS)
+    pf.check_cache(accelerator, causal_lm(name), ROWS, "policy")
     pf.check_model(accelerator, reward_model(name), ROWS, 8, "reward")
 
 
 def test_equally_long_rows_and_rows_of_one_token_pass(accelerator):
     for rows in ([[5]], [[5, 6], [7, 8]], [[5]] * 7):
         pf.check_model(accelerator, causal_lm("gpt2", **NO_DROPOUT["gpt2"]), rows, 0, "policy")
-        pf.check_cache(accelerator, causal_lm("gpt2"), rows)
+        pf.check_cache(accelerator, causal_lm("gpt2"), rows, "policy")
 
 
 class Noisy(LlamaForCausalLM):
@@ -104,6 +104,26 @@ def test_what_fails_is_named(accelerator, model_class, message):
         pf.check_model(accelerator, model, ROWS, 16, "policy")
 
 
+def test_a_model_that_counts_positions_in_its_own_way_is_refused(accelerator):
+    # RoBERTa's first position is 2: fed with 0, 1, ... it is another model
+    from transformers import RobertaConfig
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=43, is_decoder=True, initializer_range=0.3, **sizes)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    with pytest.raises(SystemExit, match="padding reaches its state$"):
+        pf.check_model(accelerator, AutoModelForCausalLM.from_config(config), ROWS, 4, "policy")
+
+
+def test_an_error_of_the_library_is_one_line(accelerator):
+    model = causal_lm("llama", **NO_DROPOUT["llama"])
+    model.forward = lambda **_: torch.zeros(2).view(3)
+    with pytest.raises(SystemExit, match="^--policy: the model fails on your own rows: shape .*$") as refusal:
+        pf.check_model(accelerator, model, ROWS, 4, "policy")
+    assert "\n" not in str(refusal.value)
+
+
 def test_rows_of_the_length_of_a_run_are_tried(accelerator):
     model = Ahead(model_config("llama", **NO_DROPOUT["llama"]))
     pf.check_model(accelerator, model, ROWS, 5, "policy")  # 11 + 5 tokens at most
@@ -155,8 +175,54 @@ class Forgetful(GPT2LMHeadModel):
 def test_a_cache_that_changes_the_tokens_is_refused(accelerator):
     torch.manual_seed(0)
     model = Forgetful(model_config("gpt2", **NO_DROPOUT["gpt2"]))
-    with pytest.raises(SystemExit, match="^--policy: greedy tokens with the cache are not those without"):
-        pf.check_cache(accelerator, model, ROWS)
+    with pytest.raises(SystemExit, match="^--policy: logits with the cache are not those without"):
+        pf.check_cache(accelerator, model, ROWS, "policy")
+
+
+class Drifting(GPT2LMHeadModel):
+    """Gives logits with its cache that are a little off: the likeliest token stays the same."""
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        output = super().forward(*args, past_key_values=past_key_values, **kwargs)
+        output.logits = output.logits * (1 if past_key_values is None else 1.05)
+        return output
+
+
+class Unwilling(GPT2LMHeadModel):
+    """Takes a cache of its own class alone, as some architectures, and says so in two lines."""
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            raise ValueError("not this cache\nbut another one")
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "model_class, message",
+    [
+        (Drifting, "logits with the cache are not those without; take another model"),
+        (Unwilling, "the model cannot be sampled with a cache: not this cache"),
+    ],
+)
+@pytest.mark.parametrize("script", [rm, pf])
+def test_a_cache_that_samples_wrongly_or_not_at_all_is_refused_in_a_line(
+    accelerator, script, model_class, message
+):
+    torch.manual_seed(0)
+    model = model_class(model_config("gpt2", **NO_DROPOUT["gpt2"]))
+    with pytest.raises(SystemExit, match=f"^--model: {message}$"):
+        script.check_cache(accelerator, model, ROWS, "model")
+    assert not model._forward_hooks
+
+
+def test_a_recurrent_model_without_attention_is_sampled(accelerator):
+    from transformers import Mamba2Config
+
+    sizes = dict(hidden_size=16, num_heads=4, head_dim=8, state_size=8, n_groups=1, num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Mamba2Config(vocab_size=43, chunk_size=8, **sizes)).eval()
+    pf.check_model(accelerator, model, ROWS, 4, "policy")
+    pf.check_cache(accelerator, model, ROWS, "policy")
 
 
 def strict(name: str):
@@ -222,7 +288,7 @@ def test_hybrids_with_linear_attention_are_sampled_as_without_a_cache(accelerato
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
     rows = [ROWS[2], ROWS[2][1:] + [9], ROWS[2][:1] + [8, 7, 6, 5]]
-    pf.check_cache(accelerator, model, rows)
+    pf.check_cache(accelerator, model, rows, "policy")
     ids, mask = pf.pad_left(rows, "cpu")
     tokens = pf.generate(model, ids, mask, 2, 8, 0.0, -1)
     stopped = pf.generate(model, ids, mask, 2, 8, 0.0, int(tokens[0, 1]))  # some rows leave early

@@ -260,6 +260,7 @@ def test_labels_of_a_wrong_form_are_refused(tmp_path, row, message):
 REFUSED = [
     (dict(model="none"), "--model none"),
     (dict(model="{}/t5"), "--model .*t5: transformers has no sequence classification"),
+    (dict(model="{}/bert"), "--model .*bert: that form of it has no layer `score`"),
     (dict(train_data="none.jsonl"), "--train_data none.jsonl"),
     (dict(eval_data="none.jsonl"), "--eval_data none.jsonl"),
     (dict(normalize_prompts="none.jsonl"), "--normalize_prompts none.jsonl"),
@@ -274,6 +275,8 @@ REFUSED = [
 def test_bad_settings_are_refused_before_a_model_is_loaded(world, tmp_path, monkeypatch, changes, message):
     # by --dry_run too, and with no folder left behind
     monkeypatch.setattr(rm, "load_causal_lm", None)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5/config.json").write_text('{"model_type": "mamba"}')
     changes = {k: v.replace("{}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
