@@ -84,10 +84,8 @@ RULES = (
     (r"rank", 16),
     (r"max_.*position|n_positions|n_ctx|max_seq_len|context_length|model_max_length|relative_max", 128),
     (r"intermediate|ffn|dim_ff|dff|inner|feed_forward|(mlp|mid)_dim", 32),
-    (
-        r"hidden_(size|dim)|d_model|n_embd|embed_dim|emb_dim|embedding_(size|dim)|width|proj_(size|dim)|d_ssm|adapter_(in|out)",
-        32,
-    ),
+    (r"hidden_(size|dim)|d_model|n_embd|embed_dim|emb_dim|embedding_(size|dim)", 32),
+    (r"width|proj_(size|dim)|d_ssm|adapter_(in|out)", 32),
     (r"^((num|encoder|decoder|num_encoder|num_decoder|num_hidden|n)_)?(layers?|blocks)$|per_stack", 2),
 )
 # Where the rules fail: fields set by hand, of a model type or of a part of one
