@@ -33,6 +33,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -41,7 +42,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -259,8 +259,8 @@ def main(args: Args) -> None:
             metrics |= evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
             metrics |= backbone_kl(accelerator, trained_lm, sft_policy, queries, args, stop_id, done)
         if metrics:
-            left = (time.time() - run_start) / max(1, done - first_step) * (num_steps - done)
-            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
+            left = time_left(run_start, done - first_step, num_steps - done)
+            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_steps}{left}")
         if done == num_steps:
             break
         step_start = time.time()
@@ -562,7 +562,8 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
             argv = flags.split() + argv
     if "--help" in argv or "-h" in argv:
         fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
-        print(inspect.getmodule(args_class).__doc__, fields.partition("class Args:\n")[2].replace('"""', ""))
+        print(inspect.getmodule(args_class).__doc__, "A bool is set by --name and unset by --no-name.\n")
+        print(fields.partition("class Args:\n")[2].replace('"""', ""))
         sys.exit()
     args = tyro.cli(args_class, args=argv, use_underscores=True)
     check_ranges(args)
@@ -579,8 +580,6 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
-    accelerator.asked_to_stop = False
-    signal.signal(signal.SIGTERM, partial(ask_to_stop, accelerator))
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -590,15 +589,25 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     return accelerator
 
 
-def ask_to_stop(accelerator: Accelerator, *_) -> None:
-    """What SIGTERM does: the run ends behind its next checkpoint. A second SIGTERM ends it at once."""
-    accelerator.asked_to_stop = True
+ASKED_TO_STOP = []  # signals that came
+
+
+def end_at_once() -> None:
+    """From now on SIGTERM and Ctrl-C do what they usually do."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ask_to_stop(number: int, *_) -> None:
+    """What the first SIGTERM or Ctrl-C does: the run saves and ends. The second one ends it at once."""
+    ASKED_TO_STOP.append(number)
+    end_at_once()
+    print("this step is finished and saved; ask again to end at once", file=sys.stderr)
 
 
 def stopping(accelerator: Accelerator) -> bool:
     """Whether any rank was asked to stop; to be called by all ranks at the same place."""
-    asked = torch.tensor([float(accelerator.asked_to_stop)], device=accelerator.device)
+    asked = torch.tensor([float(len(ASKED_TO_STOP))], device=accelerator.device)
     return accelerator.reduce(asked).item() > 0
 
 
@@ -681,7 +690,8 @@ def load_pretrained(auto_class, path: str, field: str):
     try:
         loaded = auto_class.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--{field} {path}: {str(error).splitlines()[0]}") from None
+        hub = "" if Path(path).exists() else "no such folder here; as a hub id: "
+        raise SystemExit(f"--{field} {path}: {hub}{first_line(error)}") from None
     empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
     refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
     return loaded
@@ -808,9 +818,12 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         last = answer[-1].get("role")
         refuse((last != "assistant", f"{where}: {answer_field} must end with role assistant, not {last}"))
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
-    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
-    prompt = before or row.get(prompt_field)
-    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
+    refuse(
+        (answer is None, f"{where}: no column {answer_field}; it has {has}"),
+        (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
+        (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
+    )
     return prompt, answer
 
 
@@ -860,8 +873,9 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
 
 def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
     """Prints the first row as the model reads it, and what is odd about it."""
-    for name, ids in (("query", query), ("response", response)):
-        accelerator.print(*[f"first {name}: {tokenizer.decode(ids)!r}"][: len(ids)])
+    accelerator.print(f"first query: {tokenizer.decode(query)!r}")
+    if response:
+        accelerator.print(f"first response: {tokenizer.decode(response)!r}")
     if not tokenizer.chat_template or not prompt:
         return
     if isinstance(prompt, str):
@@ -1003,6 +1017,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
+    accelerator.print(f"going on from {newest}")
     if units(model):
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -1037,11 +1052,14 @@ def open_run(accelerator: Accelerator, args) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        accelerator.lock = (folder / "lock").open("a")  # the system releases it when this process ends
+        accelerator.lock = (folder / "lock").open("a+")  # the system releases it when this process ends
         try:
             fcntl.lockf(accelerator.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SystemExit(f"{where}: another run is writing there; name a new folder") from None
+            other = (folder / "lock").read_text()
+            raise SystemExit(f"{where}: process {other} is writing there; wait for it, or end it") from None
+        accelerator.lock.truncate(0)
+        print(os.getpid(), end="", file=accelerator.lock, flush=True)
         write_text(file, json.dumps(new, indent=1))
     accelerator.wait_for_everyone()
     return folder
@@ -1059,6 +1077,11 @@ def open_metrics(folder: Path, step: int):
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
 
+def time_left(start: float, done: int, to_do: int) -> str:
+    """What the console says of the seconds that are left, nothing before anything is done."""
+    return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
+
+
 def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
     """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
     writer."""
@@ -1072,7 +1095,9 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], show
 
 
 def run(main, args) -> None:
-    """main(args); a full disk ends it with one line."""
+    """main(args) as a command: SIGTERM and Ctrl-C save first, a full disk ends it with one line."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
     try:
         main(args)
     except Exception as error:
@@ -1081,6 +1106,9 @@ def run(main, args) -> None:
         advice = "make room, then the same command goes on"
         refuse((full_disk, f"--output_dir {args.output_dir}: the disk is full; {advice} ({error})"))
         raise
+    finally:
+        ASKED_TO_STOP.clear()
+        end_at_once()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -713,7 +713,7 @@ def test_a_constant_reward_cannot_be_normalised(run, module):
 
 def test_a_reward_of_the_wrong_length_stops_the_run(run, module):
     module("short_reward", "def reward(prompts, responses, rows):\n    return [1.0]\n")
-    with pytest.raises(SystemExit, match="^--reward .*must return a list of 16 numbers"):
+    with pytest.raises(SystemExit, match="^--reward .*must return a list of 16 finite numbers"):
         run(reward="short_reward:reward")
 
 

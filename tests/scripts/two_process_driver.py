@@ -122,7 +122,7 @@ def stopped(settings: dict, rank: int) -> str:
 
     pf.reward_model_scores = interrupted
     try:
-        pf.main(pf.Args(**settings))
+        pf.run(pf.main, pf.Args(**settings))
     except SystemExit as exit:
         return str(exit)
     return "nothing stopped it"
