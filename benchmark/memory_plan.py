@@ -77,7 +77,8 @@ class Live(TorchDispatchMode):
         weights = [x for model in models for x in (*model.parameters(), *model.buffers())]
         weights += [x.grad for x in weights if x.grad is not None]
         self.vocab, self.counted = vocab, {id(x.untyped_storage()) for x in weights}  # those by `state`
-        self.kinds, self.now, self.peak, self.making_cache = {}, Counter(), Counter(), False
+        self.kinds, self.now, self.peak = {}, Counter(), Counter()
+        self.making_cache = self.backward = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output, name = function(*args, **(kwargs or {})), function._opname
@@ -89,6 +90,10 @@ class Live(TorchDispatchMode):
                     self.kinds[key] = (self.kind(name, tensor, args), size)
                     self.now[self.kinds[key][0]] += size
                     weakref.finalize(storage, self.forget, key)
+        if (
+            name == "add" and self.backward and not torch.is_grad_enabled()
+        ):  # autograd sums gradients in place,
+            self.forget(id(args[0].untyped_storage()))  # unless somebody is watching
         if name == "logsumexp":  # it makes the exponentials, unseen
             self.now["logits"] += args[0].nbytes
         if self.now.total() > self.peak.total():
@@ -105,7 +110,7 @@ class Live(TorchDispatchMode):
         return "logits" if self.vocab in tensor.shape else "activations"
 
     def forget(self, key: int) -> None:
-        kind, size = self.kinds.pop(key)
+        kind, size = self.kinds.pop(key, ("activations", 0))
         self.now[kind] -= size
 
 
@@ -138,7 +143,11 @@ def models(plan: Plan) -> dict[str, nn.Module]:
                 made["reward"] = pfppo.RewardModel(lm(plan.reward, frozen).base_model)
     for name, model in made.items():
         model.requires_grad_(name not in ("ref", "reward"))
-        if plan.args.gradient_checkpointing and name not in ("ref", "reward") and hasattr(backbone(model), "config"):
+        if (
+            plan.args.gradient_checkpointing
+            and name not in ("ref", "reward")
+            and hasattr(backbone(model), "config")
+        ):
             pfppo.recompute_activations(backbone(model))
     return made
 
@@ -183,7 +192,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def gathered(plan: Plan, phase: str) -> int:
     """Bytes of weights gathered from the other ranks: whole models where nothing trains. In training what is
-    outside of the blocks (embedding, output) with its gradients, two blocks, gradients of one to be sent."""
+    outside of the blocks (embedding, output), two blocks, gradients of one, and those in float32 to be sent."""
     if not plan.args.shard:
         return 0
     size = 2 if plan.bf16 else 4
@@ -192,7 +201,7 @@ def gathered(plan: Plan, phase: str) -> int:
     trained = split(plan)[0]
     rest = sum(numbers(model) - numbers(*blocks(model)) for model in trained)
     largest = max(numbers(block) for model in trained for block in blocks(model) or [model])
-    return size * (2 * rest + 3 * largest) + 4 * largest
+    return size * (rest + 3 * largest) + 4 * largest
 
 
 def inside(plan: Plan, phase: str) -> list[nn.Module]:
@@ -242,6 +251,7 @@ def simulate(plan: Plan, phase: str, rows: int) -> Counter:
                 temperature = getattr(args, "temperature", 1.0)
                 loss = pfppo.token_logprobs(logits, responses, response_mask, temperature).sum()
             if train:
+                live.backward = True
                 loss.backward()
     return live.peak
 

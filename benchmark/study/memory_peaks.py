@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPT2 = dict(kind="gpt2", n_embd=512, n_layer=8, n_head=8, n_positions=1024, vocab_size=32000)
 LLAMA = dict(kind="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8, vocab_size=32000)
 LLAMA |= dict(num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False)
+TINY = {"gpt2": dict(n_embd=96, n_layer=1), "llama": dict(hidden_size=32, intermediate_size=16)}
 SHORT, LONG = dict(query_length=64, response_length=192), dict(query_length=64, response_length=704)
 CASES = {  # script, model, processes, precision, flags
     "sft_one": ("sft", {**GPT2, "n_embd": 768, "n_layer": 12, "n_head": 12}, 1, "no", SHORT),
@@ -103,16 +104,17 @@ def rank_main(file: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):  # kernels and their libraries come into memory
-        x = torch.ones(256, 256, dtype=dtype, requires_grad=True)
-        (x @ x).softmax(-1).sum().backward()
+    from accelerate.state import AcceleratorState
+
+    module.main(module.Args(**case["tiny"]))  # what is imported and loaded at first use comes into memory
+    AcceleratorState._reset_state()
     peaks, before = watch(module)
     module.main(module.Args(**case["settings"]))
     rank = os.environ.get("RANK", "0")
     Path(f"{file}.{rank}").write_text(json.dumps({k: v - before[0] for k, v in peaks.items()}))
 
 
-def write_inputs(folder: Path, model: dict, script: str, q: int, r: int) -> None:
+def write_inputs(folder: Path, model: dict, num_rows: int, q: int, r: int) -> None:
     """Model, tokenizer, rows of full length (the first one token shorter, so that there is padding)."""
     import torch
     import transformers
@@ -123,18 +125,19 @@ def write_inputs(folder: Path, model: dict, script: str, q: int, r: int) -> None
     sizes = {name: value for name, value in model.items() if name != "kind"}
     config = transformers.AutoConfig.for_model(model["kind"], bos_token_id=1, eos_token_id=1, **sizes)
     torch.manual_seed(0)
+    transformers.logging.disable_progress_bar()
     policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     inner = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>"
+    )
     reward = rm.RewardModel(transformers.AutoModel.from_config(config, dtype=torch.float32))
     for name, saved in (("policy", policy), ("reward", rm.as_classifier(reward))):
         saved.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    rows = []
-    for number in range(32):
-        prompt, answer = "a " * (q - (number % 4 == 0)), "b " * r
-        rows.append({"prompt": prompt, "response": answer, "chosen": answer, "rejected": "a " * r})
+    answers = {"response": "b " * r, "chosen": "b " * r, "rejected": "a " * r}
+    rows = [{"prompt": "a " * (q - (number % 4 == 0)), **answers} for number in range(num_rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -146,35 +149,44 @@ def settings_of(script: str, folder: Path, world: int, flags: dict) -> dict:
         files |= dict(policy=str(folder / "policy"), reward=str(folder / "reward"), prompts=rows)
         files |= dict(batch_size=4 * world, num_responses=2, filter="none", minibatch_size=8 * world)
         files |= dict(total_episodes=16 * world, normalize_reward=False, noptepochs=1, print_samples_every=0)
-        return files | dict(generation_batch_size=8, forward_batch_size=4, micro_batch_size=4, stop_token="none")
+        return files | dict(
+            generation_batch_size=8, forward_batch_size=4, micro_batch_size=4, stop_token="none"
+        )
     files |= dict(model=str(folder / "policy"), train_data=rows, eval_data=rows, epochs=1, stop_token="none")
     if script == "rm":
-        return files | dict(batch_size=4 * world, micro_batch_size=2, forward_batch_size=4, normalize_samples=8)
+        return files | dict(
+            batch_size=4 * world, micro_batch_size=2, forward_batch_size=4, normalize_samples=8
+        )
     return files | dict(batch_size=8 * world, micro_batch_size=4, forward_batch_size=4)
 
 
 def run_case(name: str, folder: Path) -> dict[str, list[int]]:
     """Phase -> [planned, measured] bytes of the rank that needs most."""
-    import transformers
-
+    import pfppo_single as pfppo
     from benchmark import memory_plan
 
     script, model, world, precision, flags = CASES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    write_inputs(folder, model, script, flags["query_length"], flags["response_length"])
-    settings = settings_of(script, folder, world, flags)
+    settings, lengths = {}, (flags["query_length"], flags["response_length"])
+    for part, sizes in (("settings", model), ("tiny", {**model, **TINY[model["kind"]]})):
+        if not (folder / part / "rows.jsonl").is_file():
+            write_inputs(folder / part, sizes, (8 if script == "rm" else 16) * world, *lengths)
+        settings[part] = settings_of(script, folder / part, world, flags)
     file = folder / "case.json"
-    file.write_text(json.dumps({"script": script, "settings": settings}))
+    file.write_text(json.dumps({"script": script, **settings}))
     launcher = [sys.executable]
     if world > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     environment = dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION=precision)
-    environment |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", PYTHONPATH=str(ROOT))
+    environment |= dict(
+        MALLOC_MMAP_THRESHOLD_="500000", MALLOC_TRIM_THRESHOLD_="500000", PYTHONPATH=str(ROOT)
+    )
     command = [*launcher, str(Path(__file__)), "--rank_of", str(file)]
-    subprocess.run(command, check=True, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+    if not Path(f"{file}.0").is_file():  # measured before: only the plan is made again
+        subprocess.run(command, check=True, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     ranks = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(world)]
-    config = transformers.AutoConfig.from_pretrained(folder / "policy")
-    args = importlib.import_module(f"{script}_single").Args(**settings)
+    args = importlib.import_module(f"{script}_single").Args(**settings["settings"])
+    config = pfppo.load_config(str(folder / "settings/policy"), "policy")
     plan = memory_plan.make_plan(script, args, config, world=world, bf16=precision == "bf16", device="cpu")
     found = {}
     for phase, field in memory_plan.PHASES[script].items():
@@ -184,7 +196,9 @@ def run_case(name: str, folder: Path) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", default="output/memory_peaks")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--rank_of", help=argparse.SUPPRESS)
