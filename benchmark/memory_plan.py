@@ -2,170 +2,39 @@
 
   python benchmark/memory_plan.py --policy deepseek-ai/deepseek-coder-6.7b-base --processes 8 --gpu_gb 80 \\
     --shard --frozen_dtype bfloat16 --gradient_checkpointing --query_length 1024 --response_length 1024
-  python benchmark/memory_plan.py --script sft --policy gpt2 --processes 1 --gpu_gb 24
+  python benchmark/memory_plan.py --script sft --policy gpt2 --processes 1 --gpu_gb 24 --mixed_precision no
 
 --policy is a folder, a file config.json or a hub id. Every other flag goes to the script (--script pfppo, rm or
 sft); files of rows need not exist, and a reward model that does not exist yet is as large as the policy.
 
 State is counted: weights, gradients and Adam's moments of what trains take 4 + 4 + 8 bytes a number, frozen
-weights 2 or 4, each over the processes under --shard. What comes and goes is simulated: every phase runs once on
-tensors with a shape but no data, and each tensor is counted while it lives. All rows are as long as
-query_length + response_length allows, so real runs need less.
+weights 2 or 4, divided by the processes under --shard. What comes and goes is simulated (study/simulate.py), for
+rows as long as query_length + response_length allows, so real runs need less. Linux processes needed what
+is planned here within 15% (results/2026-11-26-memory-plan); no GPU was measured.
 """
 
 import argparse
-import dataclasses
 import importlib
-import inspect
 import sys
-import weakref
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import transformers
 from torch import nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import pfppo_single as pfppo
+from benchmark.study.simulate import Plan, backbone, inside, models, numbers, simulate, split
 
-GB = 1e9
 USABLE = 0.9  # the rest: CUDA's context, workspaces of kernels, fragments
-SIZES = ("generation_batch_size", "forward_batch_size", "micro_batch_size")
+GENERATION, FORWARD, MICRO = "generation_batch_size", "forward_batch_size", "micro_batch_size"
 PHASES = {  # phase -> the size that it depends on
-    "sft": {"evaluate": SIZES[1], "train": SIZES[2]},
-    "rm": {"generate": SIZES[1], "score": SIZES[1], "train": SIZES[2]},
-    "pfppo": {"generate": SIZES[0], "score": SIZES[1], "logprobs": SIZES[1], "train": SIZES[2]},
+    "sft": {"evaluate": FORWARD, "train": MICRO},
+    "rm": {"generate": FORWARD, "score": FORWARD, "train": MICRO},
+    "pfppo": {"generate": GENERATION, "score": FORWARD, "logprobs": FORWARD, "train": MICRO},
 }
 COLUMNS = ("weights", "gradients", "adam", "frozen", "copies", "cache", "activations", "logits")
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All that memory depends on. Configurations of models, not their weights."""
-
-    script: str
-    """sft, rm or pfppo"""
-    args: object
-    """Args of that script"""
-    config: object
-    """policy; for sft_single.py and rm_single.py the model"""
-    reward: object = None
-    """reward model of pfppo_single.py; none: a function"""
-    critic: object = None
-    """separate critic of pfppo_single.py; none: one layer on the policy"""
-    world: int = 1
-    """processes"""
-    bf16: bool = False
-    """--mixed_precision bf16"""
-    device: str = "cuda"
-    """where the models are; on a cpu what is read and saved lies there too"""
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors made and still alive while this is on, by kind, now and when they were most."""
-
-    def __init__(self, vocab: int, *models):
-        super().__init__()
-        weights = [x for model in models for x in (*model.parameters(), *model.buffers())]
-        weights += [x.grad for x in weights if x.grad is not None]
-        self.vocab, self.counted = vocab, {id(x.untyped_storage()) for x in weights}  # those by `state`
-        self.kinds, self.now, self.peak = {}, Counter(), Counter()
-        self.making_cache = self.backward = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output, name = function(*args, **(kwargs or {})), function._opname
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                key, size = id(storage), storage.nbytes()
-                if key not in self.counted and key not in self.kinds:
-                    self.kinds[key] = (self.kind(name, tensor, args), size)
-                    self.now[self.kinds[key][0]] += size
-                    weakref.finalize(storage, self.forget, key)
-        if (
-            name == "add" and self.backward and not torch.is_grad_enabled()
-        ):  # autograd sums gradients in place,
-            self.forget(id(args[0].untyped_storage()))  # unless somebody is watching
-        if name == "logsumexp":  # it makes the exponentials, unseen
-            self.now["logits"] += args[0].nbytes
-        if self.now.total() > self.peak.total():
-            self.peak = Counter(self.now)
-        if name == "logsumexp":
-            self.now["logits"] -= args[0].nbytes
-        return output
-
-    def kind(self, name: str, tensor, args) -> str:
-        if self.making_cache or (name == "cat" and tensor.ndim == 4 and tensor.shape[2] > 1):
-            return "cache"
-        if name == "_to_copy" and id(args[0].untyped_storage()) in self.counted:
-            return "copies"  # autocast's, of a weight
-        return "logits" if self.vocab in tensor.shape else "activations"
-
-    def forget(self, key: int) -> None:
-        kind, size = self.kinds.pop(key, ("activations", 0))
-        self.now[kind] -= size
-
-
-FAKE = FakeTensorMode()  # tensors with shape, type and device "cpu", without memory
-
-
-@cache
-def models(plan: Plan) -> dict[str, nn.Module]:
-    """The models of a script as its phases compute with them; `policy`, `critic`, `trained` have gradients."""
-    sharded = torch.bfloat16 if plan.args.shard and plan.bf16 else None  # gathered in this type
-    frozen = sharded or getattr(torch, getattr(plan.args, "frozen_dtype", "float32"))
-    trained = sharded or torch.float32
-
-    def lm(config, dtype):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-    with FAKE:
-        if plan.script == "sft":
-            made = {"policy": lm(plan.config, trained)}
-        elif plan.script == "rm":
-            made = {"trained": pfppo.RewardModel(lm(plan.config, trained).base_model)}
-            made["ref"] = lm(plan.config, frozen)
-        else:
-            hidden = plan.config.get_text_config().hidden_size
-            made = {"policy": lm(plan.config, trained), "critic": nn.Linear(hidden, 1)}
-            if plan.critic is not None:
-                made["critic"] = pfppo.RewardModel(lm(plan.critic, trained).base_model)
-            made["ref"] = lm(plan.config, frozen)
-            if plan.reward is not None:
-                made["reward"] = pfppo.RewardModel(lm(plan.reward, frozen).base_model)
-    for name, model in made.items():
-        model.requires_grad_(name not in ("ref", "reward"))
-        if (
-            plan.args.gradient_checkpointing
-            and name not in ("ref", "reward")
-            and hasattr(backbone(model), "config")
-        ):
-            pfppo.recompute_activations(backbone(model))
-    return made
-
-
-def backbone(model: nn.Module) -> nn.Module:
-    return getattr(model, "lm_backbone", model)
-
-
-def numbers(*modules) -> int:
-    """Weights, those that are tied once."""
-    return sum({x: x.numel() for module in modules for x in module.parameters()}.values())
-
-
-def split(plan: Plan) -> tuple[list, list]:
-    """Models that train, models that are frozen."""
-    made = models(plan)
-    frozen = [model for name, model in made.items() if name in ("ref", "reward")]
-    return [model for name, model in made.items() if name not in ("ref", "reward")], frozen
 
 
 def state(plan: Plan, phase: str) -> Counter:
@@ -204,77 +73,6 @@ def gathered(plan: Plan, phase: str) -> int:
     return size * (rest + 3 * largest) + 4 * largest
 
 
-def inside(plan: Plan, phase: str) -> list[nn.Module]:
-    """The models that a phase computes with."""
-    made = models(plan)
-    names = {"generate": ("ref",) if plan.script == "rm" else ("policy",), "evaluate": ("policy",)}
-    names |= {"score": ("trained", "reward"), "logprobs": ("policy", "critic")}
-    names |= {"train": ("policy", "critic", "trained")}
-    return [made[name] for name in names[phase] if name in made]
-
-
-@cache
-def simulate(plan: Plan, phase: str, rows: int) -> Counter:
-    """Bytes of what a phase makes and lets go, for so many rows, when they are most."""
-    args, used, train = plan.args, inside(plan, phase), phase == "train"
-    q, r = args.query_length, args.response_length
-    rows = 2 * rows if train and plan.script == "rm" else rows  # a label has two responses
-    for parameter in (x for model in used for x in model.parameters()):
-        if train and args.shard:  # gradients leave a block as soon as they are there
-            parameter.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
-        elif train:
-            with FAKE:
-                parameter.grad = torch.zeros_like(parameter)
-    live = Live(plan.config.get_text_config().vocab_size, *used)
-    with FAKE:
-        ids, mask = torch.zeros(rows, q + r, dtype=torch.long), torch.ones(rows, q + r, dtype=torch.bool)
-        responses, response_mask = ids[:, -r:], mask[:, -r:]
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16)
-        with live, autocast, torch.set_grad_enabled(train):
-            [model.train(train) for model in used]
-            if phase == "generate":
-                sample_once(used[0], rows, getattr(args, "num_responses", 1), q, r, live)
-            elif phase == "score" or plan.script == "rm":
-                loss = used[0](ids, mask).sum()
-            elif plan.script == "pfppo" and train:
-                batch = {"query_responses": ids, "mask": mask, "responses": responses}
-                names = ("loss_weights", "logprobs", "values", "advantages", "returns")
-                batch |= {name: torch.zeros(rows, r) for name in names}
-                both = pfppo.PolicyAndCritic(*used)
-                loss = pfppo.minibatch_loss(both, batch | {"response_mask": response_mask}, args)[0]
-            else:
-                if plan.script == "pfppo":
-                    logits, _ = pfppo.PolicyAndCritic(*used)(ids, mask, r)
-                else:
-                    inputs = pfppo.model_inputs(ids, mask)
-                    logits = used[0](**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1]
-                temperature = getattr(args, "temperature", 1.0)
-                loss = pfppo.token_logprobs(logits, responses, response_mask, temperature).sum()
-            if train:
-                live.backward = True
-                loss.backward()
-    return live.peak
-
-
-def sample_once(model, rows: int, n: int, q: int, r: int, live: Live) -> None:
-    """Reads the queries; then, with a cache that is full but for one column, writes the last token."""
-    prompts = max(1, rows // n)
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    ids, mask = torch.zeros(rows, q + r, dtype=torch.long), torch.ones(rows, q + r, dtype=torch.bool)
-    made = pfppo.AutocastCache(config=model.config)
-    settings = {cache_name: made, "use_cache": True, "logits_to_keep": 1}
-    model(**pfppo.model_inputs(ids[:prompts, :q], mask[:prompts, :q]), **settings)
-    live.making_cache = True
-    for layer in made.layers:  # as if read and written up to here
-        shape = (rows, layer.keys.shape[1], q + r - 1, layer.keys.shape[3])
-        layer.keys, layer.values = (torch.zeros(shape, dtype=x.dtype) for x in (layer.keys, layer.values))
-    live.making_cache = False
-    inputs = pfppo.model_inputs(ids, mask)
-    inputs |= {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids")}
-    logits = model(**inputs, **settings).logits[:, -1]
-    torch.multinomial((logits.float() / 1.0).softmax(-1), 1)
-
-
 def phase_memory(plan: Plan, phase: str, rows: int = 0) -> Counter:
     """Bytes on the device of one rank at the worst moment of a phase, by kind (COLUMNS)."""
     found = state(plan, phase)
@@ -297,10 +95,116 @@ def host_memory(plan: Plan, phase: str) -> int:
     return max(4 * numbers(trained[0]), 12 * numbers(*trained) // (plan.world if plan.args.shard else 1))
 
 
-def make_plan(script: str, args, config, reward=None, **settings) -> Plan:
-    """A plan from configurations. A reward model or critic that has no configuration yet is as the policy."""
-    judge = critic = None
+def sizes(plan: Plan) -> dict[str, int]:
+    """The three sizes as the script takes them, at most what a rank has."""
+    args, script = plan.args, plan.script
+    rows = args.batch_size * getattr(args, "num_responses", 1) // plan.world
+    steps = getattr(args, "minibatch_size", args.batch_size) // plan.world
+    found = {FORWARD: min(args.forward_batch_size, rows) if script == "pfppo" else args.forward_batch_size}
     if script == "pfppo":
-        judge = None if ":" in args.reward else reward or config
-        critic = None if args.critic == "shared" else reward or config
+        found[GENERATION] = min(args.generation_batch_size or args.forward_batch_size, rows)
+    return found | {MICRO: max(1, min(args.micro_batch_size, steps))}
+
+
+def largest(plan: Plan, room: float) -> dict[str, int]:
+    """Size -> the most rows for which every phase fits into `room` bytes, from two sizes by a line; 0: none."""
+    found = {}
+    for phase, size in PHASES[plan.script].items():
+        few = plan.args.num_responses if size == GENERATION else 4
+        low, high = (phase_memory(plan, phase, rows).total() for rows in (few, 2 * few))
+        rows = few + int((room - low) / max((high - low) / few, 1.0))
+        found[size] = max(0, min(rows, found.get(size, rows)))
+    return found
+
+
+def advice(plan: Plan, phase: str) -> str:
+    """What to change where a phase does not fit, what costs least first."""
+    args, flags = plan.args, []
+    if plan.script != "sft" and plan.bf16 and args.frozen_dtype == "float32":
+        flags.append("--frozen_dtype bfloat16")
+    if phase == "train" and not args.gradient_checkpointing:
+        flags.append("--gradient_checkpointing")
+    if phase in PHASES[plan.script]:
+        flags.append(f"a lower --{PHASES[plan.script][phase]}")
+    if plan.script == "pfppo" and args.critic == "separate":
+        flags.append("--critic shared")
+    flags.append("more processes" if args.shard else "--shard on more processes")
+    return ", ".join([*flags, "a lower --response_length"])
+
+
+def table(plan: Plan) -> dict[str, tuple[int, Counter]]:
+    """Phase -> rows, bytes by kind."""
+    rows = sizes(plan)
+    phases = {"loading": 0, **{phase: rows[size] for phase, size in PHASES[plan.script].items()}, "save": 0}
+    return {phase: (count, phase_memory(plan, phase, count)) for phase, count in phases.items()}
+
+
+def last_line(plan: Plan, gpu_gb: float) -> str:
+    """The answer in one line."""
+    phase, (_, found) = max(table(plan).items(), key=lambda item: item[1][1].total())
+    need, room = found.total() / 1e9, gpu_gb * USABLE
+    where = f"{need:.1f} GB on each of {plan.world} processes ({phase}), of {gpu_gb:g} ({room:g} usable)"
+    return (
+        f"memory: {where}: it fits" if need <= room else f"memory: {where}: too much; {advice(plan, phase)}"
+    )
+
+
+def report(plan: Plan, gpu_gb: float) -> str:
+    """Table of phases, host memory, largest sizes, last line."""
+    trained, frozen = split(plan)
+    flags = "bf16" if plan.bf16 else "float32"
+    flags += ", --shard" if plan.args.shard else ""
+    counts = f"{numbers(*trained) / 1e9:.2f} billion weights train, {numbers(*frozen) / 1e9:.2f} are frozen"
+    lines = [
+        f"{plan.script}_single.py, {counts}; {plan.world} processes, {flags}; GB (10^9 bytes) a rank",
+        "",
+    ]
+    lines.append("| phase | rows | " + " | ".join(COLUMNS) + " | all |")
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    for phase, (rows, found) in table(plan).items():
+        values = [f"{found[name] / 1e9:.1f}" for name in COLUMNS]
+        lines.append(f"| {phase} | {rows or ''} | {' | '.join(values)} | {found.total() / 1e9:.1f} |")
+    who = "rank 0" if plan.args.shard else "every rank"
+    host = [f"{host_memory(plan, phase) / 1e9:.1f} GB while {phase}" for phase in ("loading", "saving")]
+    fits = [f"--{size} {rows}" for size, rows in largest(plan, gpu_gb * 1e9 * USABLE).items()]
+    lines += ["", f"Beside the device, {who}: {', '.join(host)}. Largest that fit: {' '.join(fits)}"]
+    return "\n".join([*lines, last_line(plan, gpu_gb)])
+
+
+def read_plan(argv: list[str]) -> tuple[Plan, float]:
+    """Command line -> plan, GB of a device."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--policy", required=True, help="folder, config.json or hub id")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--gpu_gb", type=float, default=80.0)
+    parser.add_argument("--script", choices=PHASES, default="pfppo")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
+    own, flags = parser.parse_known_args(argv)
+    module, placeholder = importlib.import_module(f"{own.script}_single"), "as the policy"
+    given = {"pfppo": ("--policy", own.policy, "--reward", placeholder, "--prompts", "-")}
+    given |= dict.fromkeys(("sft", "rm"), ("--model", own.policy, "--train_data", "-"))
+    argv = [*given[own.script], *flags]
+    args = module.parse_args(module.Args, argv, getattr(module, "PRESETS", None))
+    module.check_ranges(args)
+    config = pfppo.load_config(own.policy, "policy")
+    judges = []
+    for path in (getattr(args, "reward", None), getattr(args, "critic_init", None)):
+        known = path not in (None, placeholder) and ":" not in path and Path(path).exists()
+        judges.append(pfppo.load_config(path, "reward") if known else None)
+    settings = dict(world=own.processes, bf16=own.mixed_precision == "bf16")
+    return make_plan(own.script, args, config, *judges, **settings), own.gpu_gb
+
+
+def make_plan(script: str, args, config, reward=None, critic=None, **settings) -> Plan:
+    """A plan from configurations. A reward model that has none yet is as the policy, a critic as the reward
+    model."""
+    if script != "pfppo":
+        return Plan(script, args, config, **settings)
+    judge = None if ":" in args.reward else reward or config
+    critic = None if args.critic == "shared" else critic or judge or config
     return Plan(script, args, config, judge, critic, **settings)
+
+
+if __name__ == "__main__":
+    print(report(*read_plan(sys.argv[1:])))

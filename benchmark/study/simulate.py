@@ -1,0 +1,209 @@
+"""Bytes that a phase of a script makes and lets go: it runs once on tensors with a shape but no data, and every
+tensor is counted while it lives. benchmark/memory_plan.py adds what stays."""
+
+import inspect
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import pfppo_single as pfppo
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All that memory depends on. Configurations of models, not their weights."""
+
+    script: str
+    """sft, rm or pfppo"""
+    args: object
+    """Args of that script"""
+    config: object
+    """policy; for sft_single.py and rm_single.py the model"""
+    reward: object = None
+    """reward model of pfppo_single.py; none: a function"""
+    critic: object = None
+    """separate critic of pfppo_single.py; none: one layer on the policy"""
+    world: int = 1
+    """processes"""
+    bf16: bool = False
+    """--mixed_precision bf16"""
+    device: str = "cuda"
+    """where the models are; on a cpu what is read and saved lies there too"""
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made and still alive while this is on, by kind, now and when they were most."""
+
+    def __init__(self, vocab: int, *models):
+        super().__init__()
+        weights = [x for model in models for x in (*model.parameters(), *model.buffers())]
+        weights += [x.grad for x in weights if x.grad is not None]
+        self.vocab, self.counted = vocab, {id(x.untyped_storage()) for x in weights}  # those by `state`
+        self.kinds, self.now, self.peak = {}, Counter(), Counter()
+        self.making_cache = self.backward = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output, name = function(*args, **(kwargs or {})), function._opname
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                key, size = id(storage), storage.nbytes()
+                if key not in self.counted and key not in self.kinds:
+                    self.kinds[key] = (self.kind(name, tensor, args), size)
+                    self.now[self.kinds[key][0]] += size
+                    weakref.finalize(storage, self.forget, key)
+        if (
+            name == "add" and self.backward and not torch.is_grad_enabled()
+        ):  # autograd sums gradients in place,
+            self.forget(id(args[0].untyped_storage()))  # unless somebody is watching
+        if name == "logsumexp":  # it makes the exponentials, unseen
+            self.now["logits"] += args[0].nbytes
+        if self.now.total() > self.peak.total():
+            self.peak = Counter(self.now)
+        if name == "logsumexp":
+            self.now["logits"] -= args[0].nbytes
+        return output
+
+    def kind(self, name: str, tensor, args) -> str:
+        if self.making_cache or (name == "cat" and tensor.ndim == 4 and tensor.shape[2] > 1):
+            return "cache"
+        if name == "_to_copy" and id(args[0].untyped_storage()) in self.counted:
+            return "copies"  # autocast's, of a weight
+        return "logits" if self.vocab in tensor.shape else "activations"
+
+    def forget(self, key: int) -> None:
+        kind, size = self.kinds.pop(key, ("activations", 0))
+        self.now[kind] -= size
+
+
+FAKE = FakeTensorMode()  # tensors with shape, type and device "cpu", without memory
+
+
+@cache
+def models(plan: Plan) -> dict[str, nn.Module]:
+    """The models of a script as its phases compute with them; `policy`, `critic`, `trained` have gradients."""
+    sharded = torch.bfloat16 if plan.args.shard and plan.bf16 else None  # gathered in this type
+    frozen = sharded or getattr(torch, getattr(plan.args, "frozen_dtype", "float32"))
+    trained = sharded or torch.float32
+
+    def lm(config, dtype):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    with FAKE:
+        if plan.script == "sft":
+            made = {"policy": lm(plan.config, trained)}
+        elif plan.script == "rm":
+            made = {"trained": pfppo.RewardModel(lm(plan.config, trained).base_model)}
+            made["ref"] = lm(plan.config, frozen)
+        else:
+            hidden = plan.config.get_text_config().hidden_size
+            made = {"policy": lm(plan.config, trained), "critic": nn.Linear(hidden, 1)}
+            if plan.critic is not None:
+                made["critic"] = pfppo.RewardModel(lm(plan.critic, trained).base_model)
+            made["ref"] = lm(plan.config, frozen)
+            if plan.reward is not None:
+                made["reward"] = pfppo.RewardModel(lm(plan.reward, frozen).base_model)
+    for name, model in made.items():
+        model.requires_grad_(name not in ("ref", "reward"))
+        if (
+            plan.args.gradient_checkpointing
+            and name not in ("ref", "reward")
+            and hasattr(backbone(model), "config")
+        ):
+            pfppo.recompute_activations(backbone(model))
+    return made
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    return getattr(model, "lm_backbone", model)
+
+
+def numbers(*modules) -> int:
+    """Weights, those that are tied once."""
+    return sum({x: x.numel() for module in modules for x in module.parameters()}.values())
+
+
+def split(plan: Plan) -> tuple[list, list]:
+    """Models that train, models that are frozen."""
+    made = models(plan)
+    frozen = [model for name, model in made.items() if name in ("ref", "reward")]
+    return [model for name, model in made.items() if name not in ("ref", "reward")], frozen
+
+
+def inside(plan: Plan, phase: str) -> list[nn.Module]:
+    """The models that a phase computes with."""
+    made = models(plan)
+    names = {"generate": ("ref",) if plan.script == "rm" else ("policy",), "evaluate": ("policy",)}
+    names |= {"score": ("trained", "reward"), "logprobs": ("policy", "critic")}
+    names |= {"train": ("policy", "critic", "trained")}
+    return [made[name] for name in names[phase] if name in made]
+
+
+@cache
+def simulate(plan: Plan, phase: str, rows: int) -> Counter:
+    """Bytes of what a phase makes and lets go, for so many rows, when they are most."""
+    args, used, train = plan.args, inside(plan, phase), phase == "train"
+    q, r = args.query_length, args.response_length
+    rows = 2 * rows if train and plan.script == "rm" else rows  # a label has two responses
+    for parameter in (x for model in used for x in model.parameters()):
+        if train and args.shard:  # gradients leave a block as soon as they are there
+            parameter.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
+        elif train:
+            with FAKE:
+                parameter.grad = torch.zeros_like(parameter)
+    live = Live(plan.config.get_text_config().vocab_size, *used)
+    with FAKE:
+        ids, mask = torch.zeros(rows, q + r, dtype=torch.long), torch.ones(rows, q + r, dtype=torch.bool)
+        responses, response_mask = ids[:, -r:], mask[:, -r:]
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16)
+        with live, autocast, torch.set_grad_enabled(train):
+            [model.train(train) for model in used]
+            if phase == "generate":
+                sample_once(used[0], rows, getattr(args, "num_responses", 1), q, r, live)
+            elif phase == "score" or plan.script == "rm":
+                loss = used[0](ids, mask).sum()
+            elif plan.script == "pfppo" and train:
+                batch = {"query_responses": ids, "mask": mask, "responses": responses}
+                names = ("loss_weights", "logprobs", "values", "advantages", "returns")
+                batch |= {name: torch.zeros(rows, r) for name in names}
+                both = pfppo.PolicyAndCritic(*used)
+                loss = pfppo.minibatch_loss(both, batch | {"response_mask": response_mask}, args)[0]
+            else:
+                if plan.script == "pfppo":
+                    logits, _ = pfppo.PolicyAndCritic(*used)(ids, mask, r)
+                else:
+                    inputs = pfppo.model_inputs(ids, mask)
+                    logits = used[0](**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1]
+                temperature = getattr(args, "temperature", 1.0)
+                loss = pfppo.token_logprobs(logits, responses, response_mask, temperature).sum()
+            if train:
+                live.backward = True
+                loss.backward()
+    return live.peak
+
+
+def sample_once(model, rows: int, n: int, q: int, r: int, live: Live) -> None:
+    """Reads the queries; then, with a cache that is full but for one column, writes the last token."""
+    prompts = max(1, rows // n)
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    ids, mask = torch.zeros(rows, q + r, dtype=torch.long), torch.ones(rows, q + r, dtype=torch.bool)
+    made = pfppo.AutocastCache(config=model.config)
+    settings = {cache_name: made, "use_cache": True, "logits_to_keep": 1}
+    model(**pfppo.model_inputs(ids[:prompts, :q], mask[:prompts, :q]), **settings)
+    live.making_cache = True
+    for layer in made.layers:  # as if read and written up to here
+        shape = (rows, layer.keys.shape[1], q + r - 1, layer.keys.shape[3])
+        layer.keys, layer.values = (torch.zeros(shape, dtype=x.dtype) for x in (layer.keys, layer.values))
+    live.making_cache = False
+    inputs = pfppo.model_inputs(ids, mask)
+    inputs |= {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids")}
+    logits = model(**inputs, **settings).logits[:, -1]
+    torch.multinomial((logits.float() / 1.0).softmax(-1), 1)
