@@ -22,10 +22,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from torch import nn
 
 import pfppo_single as pfppo
-from benchmark.study.simulate import Plan, backbone, inside, models, numbers, simulate, split
+from benchmark.study.simulate import Plan, backbone, frozen_dtype, inside, models, numbers, simulate, split
 
 USABLE = 0.9  # the rest: CUDA's context, workspaces of kernels, fragments
 GENERATION, FORWARD, MICRO = "generation_batch_size", "forward_batch_size", "micro_batch_size"
@@ -41,7 +42,7 @@ def state(plan: Plan, phase: str) -> Counter:
     """Bytes that stay between the phases."""
     trained, frozen = (numbers(*part) for part in split(plan))
     shards = plan.world if plan.args.shard else 1
-    size = 2 if getattr(plan.args, "frozen_dtype", "") == "bfloat16" else 4
+    size = frozen_dtype(plan).itemsize
     found = Counter(weights=4 * trained // shards, adam=8 * trained // shards, frozen=size * frozen // shards)
     if plan.script == "rm" and not plan.config.tie_word_embeddings:  # its output layer, for train/kl
         found["weights"] += 4 * models(plan)["ref"].get_output_embeddings().weight.numel() // shards
@@ -120,7 +121,7 @@ def largest(plan: Plan, room: float) -> dict[str, int]:
 def advice(plan: Plan, phase: str) -> str:
     """What to change where a phase does not fit, what costs least first."""
     args, flags = plan.args, []
-    if plan.script != "sft" and plan.bf16 and args.frozen_dtype == "float32":
+    if plan.script != "sft" and frozen_dtype(plan) == torch.float32:
         flags.append("--frozen_dtype bfloat16")
     if phase == "train" and not args.gradient_checkpointing:
         flags.append("--gradient_checkpointing")

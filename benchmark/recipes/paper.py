@@ -50,8 +50,8 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "6.7b": Size("deepseek-ai/deepseek-coder-6.7b-base", 8, {**DEEPSEEK, **LARGE}, 20, 8, 4),
-    "1.3b": Size("deepseek-ai/deepseek-coder-1.3b-base", 2, {**DEEPSEEK, **MIDDLE}, 40, 8, 4),
+    "6.7b": Size("deepseek-ai/deepseek-coder-6.7b-base", 8, {**DEEPSEEK, **LARGE}, 10, 8, 4),
+    "1.3b": Size("deepseek-ai/deepseek-coder-1.3b-base", 2, {**DEEPSEEK, **MIDDLE}, 20, 8, 4),
     "small": Size(
         "", 2, {**DEEPSEEK, **SMALL, "vocab_size": 256, "max_position_embeddings": 256}, 640, 128, 32
     ),

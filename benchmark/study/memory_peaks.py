@@ -88,8 +88,8 @@ def watch(module) -> tuple[dict[str, int], list[int]]:
 
     for name, phase in SPANS.items():
         if hasattr(module, name):
-            start = (lambda: (train_ends(), forget_peak())) if name != "sample" else forget_peak
-            wrap(name, start, lambda phase=phase: note(phase))
+            phase = "score" if (module.__name__, name) == ("rm_single", "evaluate") else phase
+            wrap(name, lambda: (train_ends(), forget_peak()), lambda phase=phase: note(phase))
     wrap("open_run", end=lambda: (before.append(memory("VmRSS")), forget_peak()))
     wrap("load_checkpoint", end=lambda: note("loading"))
     wrap("rounds", start=train_begins)

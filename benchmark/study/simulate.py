@@ -48,7 +48,7 @@ class Live(TorchDispatchMode):
         weights += [x.grad for x in weights if x.grad is not None]
         self.vocab, self.counted = vocab, {id(x.untyped_storage()) for x in weights}  # those by `state`
         self.kinds, self.now, self.peak = {}, Counter(), Counter()
-        self.making_cache = self.backward = False
+        self.backward = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output, name = function(*args, **(kwargs or {})), function._opname
@@ -73,7 +73,7 @@ class Live(TorchDispatchMode):
         return output
 
     def kind(self, name: str, tensor, args) -> str:
-        if self.making_cache or (name == "cat" and tensor.ndim == 4 and tensor.shape[2] > 1):
+        if tensor.ndim == 4 and name in ("zeros", "new_empty", "index_select"):
             return "cache"
         if name == "_to_copy" and id(args[0].untyped_storage()) in self.counted:
             return "copies"  # autocast's, of a weight
@@ -91,7 +91,7 @@ FAKE = FakeTensorMode()  # tensors with shape, type and device "cpu", without me
 def models(plan: Plan) -> dict[str, nn.Module]:
     """The models of a script as its phases compute with them; `policy`, `critic`, `trained` have gradients."""
     sharded = torch.bfloat16 if plan.args.shard and plan.bf16 else None  # gathered in this type
-    frozen = sharded or getattr(torch, getattr(plan.args, "frozen_dtype", "float32"))
+    frozen = sharded or frozen_dtype(plan)
     trained = sharded or torch.float32
 
     def lm(config, dtype):
@@ -120,6 +120,12 @@ def models(plan: Plan) -> dict[str, nn.Module]:
         ):
             pfppo.recompute_activations(backbone(model))
     return made
+
+
+def frozen_dtype(plan: Plan) -> torch.dtype:
+    """Of weights that do not train."""
+    name = getattr(plan.args, "frozen_dtype", "float32")
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and plan.bf16) else torch.float32
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -167,7 +173,9 @@ def simulate(plan: Plan, phase: str, rows: int) -> Counter:
         with live, autocast, torch.set_grad_enabled(train):
             [model.train(train) for model in used]
             if phase == "generate":
-                sample_once(used[0], rows, getattr(args, "num_responses", 1), q, r, live)
+                sample_once(
+                    used[0], rows, getattr(args, "num_responses", 1), q, r, args.stop_token != "none", live
+                )
             elif phase == "score" or plan.script == "rm":
                 loss = used[0](ids, mask).sum()
             elif plan.script == "pfppo" and train:
@@ -190,20 +198,39 @@ def simulate(plan: Plan, phase: str, rows: int) -> Counter:
     return live.peak
 
 
-def sample_once(model, rows: int, n: int, q: int, r: int, live: Live) -> None:
-    """Reads the queries; then, with a cache that is full but for one column, writes the last token."""
+def sample_once(model, rows: int, n: int, q: int, r: int, stops: bool, live: Live) -> None:
+    """Reads the queries; then, as if written up to there, the last token but one; where responses can stop, an
+    eighth of the rows leave; the last token."""
     prompts = max(1, rows // n)
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    ids, mask = torch.zeros(rows, q + r, dtype=torch.long), torch.ones(rows, q + r, dtype=torch.bool)
-    made = pfppo.AutocastCache(config=model.config)
-    settings = {cache_name: made, "use_cache": True, "logits_to_keep": 1}
-    model(**pfppo.model_inputs(ids[:prompts, :q], mask[:prompts, :q]), **settings)
-    live.making_cache = True
-    for layer in made.layers:  # as if read and written up to here
-        shape = (rows, layer.keys.shape[1], q + r - 1, layer.keys.shape[3])
-        layer.keys, layer.values = (torch.zeros(shape, dtype=x.dtype) for x in (layer.keys, layer.values))
-    live.making_cache = False
-    inputs = pfppo.model_inputs(ids, mask)
-    inputs |= {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids")}
-    logits = model(**inputs, **settings).logits[:, -1]
-    torch.multinomial((logits.float() / 1.0).softmax(-1), 1)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    made = pfppo.DynamicCache(config=model.config)
+    made.layers = [pfppo.GrowingLayer() if type(x) is pfppo.DynamicLayer else x for x in made.layers]
+    settings = {name: made, "use_cache": True, "logits_to_keep": 1}
+    mask = torch.ones(rows, q + r, dtype=torch.bool)
+    inputs = pfppo.model_inputs(mask.long(), mask)
+    model(**{key: x[:prompts, :q] for key, x in inputs.items()}, **settings)
+    for layer in made.layers:
+        if isinstance(layer, pfppo.GrowingLayer):
+            heads, size, kind = layer.keys.shape[1], layer.keys.shape[3], layer.keys.dtype
+            layer.buffers = [torch.zeros(0)] * 2  # the old ones are gone before the new ones are there
+            layer.keys = layer.values = None
+            layer.buffers = [torch.zeros(rows, heads, columns(q, r, n), size, dtype=kind) for _ in range(2)]
+            layer.keys, layer.values = (x[:, :, : q + r - 2] for x in layer.buffers)
+    for width in (q + r - 1, q + r):
+        step = {key: x[:, width - 1 : width] for key, x in inputs.items()}
+        step["attention_mask"] = inputs["attention_mask"][:, :width]
+        logits = model(**step, **settings).logits[:, -1]
+        torch.multinomial((logits.float() / 1.0).softmax(-1), 1)
+        if stops and width < q + r:
+            kept = torch.arange(rows - rows // 8)
+            made.reorder_cache(kept)
+            inputs = {key: x[: len(kept)] for key, x in inputs.items()}
+
+
+def columns(q: int, r: int, n: int) -> int:
+    """Columns that the cache has room for at the end: it grows by a half whenever it is full, first behind the
+    queries, or behind the first token of their copies."""
+    room = q + q // 2 if n == 1 else q + 1 + (q + 1) // 2
+    while room < q + r:
+        room = room + 1 + (room + 1) // 2
+    return room
