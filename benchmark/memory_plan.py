@@ -96,25 +96,38 @@ def host_memory(plan: Plan, phase: str) -> int:
     return max(4 * numbers(trained[0]), 12 * numbers(*trained) // (plan.world if plan.args.shard else 1))
 
 
+def most_rows(plan: Plan) -> dict[str, int]:
+    """Size -> rows that a rank has for it at all."""
+    args = plan.args
+    if plan.script != "pfppo":
+        return {FORWARD: 4096, MICRO: -(-args.batch_size // plan.world)}
+    rows = args.batch_size * args.num_responses // plan.world
+    return {GENERATION: rows, FORWARD: rows, MICRO: -(-args.minibatch_size // plan.world)}
+
+
 def sizes(plan: Plan) -> dict[str, int]:
-    """The three sizes as the script takes them, at most what a rank has."""
-    args, script = plan.args, plan.script
-    rows = args.batch_size * getattr(args, "num_responses", 1) // plan.world
-    steps = getattr(args, "minibatch_size", args.batch_size) // plan.world
-    found = {FORWARD: min(args.forward_batch_size, rows) if script == "pfppo" else args.forward_batch_size}
-    if script == "pfppo":
-        found[GENERATION] = min(args.generation_batch_size or args.forward_batch_size, rows)
-    return found | {MICRO: max(1, min(args.micro_batch_size, steps))}
+    """The sizes as the script takes them, at most the rows that a rank has."""
+    args, most = plan.args, most_rows(plan)
+    given = {name: getattr(args, name) or args.forward_batch_size for name in most}
+    return {name: min(given[name], most[name]) for name in most}
 
 
 def largest(plan: Plan, room: float) -> dict[str, int]:
-    """Size -> the most rows for which every phase fits into `room` bytes, from two sizes by a line; 0: none."""
-    found = {}
+    """Size -> the most rows, of those that a rank has, with which every phase fits into `room` bytes; found
+    along a line through few and all rows, and once more through few and those found. 0: none."""
+    found = most_rows(plan)
     for phase, size in PHASES[plan.script].items():
-        few = plan.args.num_responses if size == GENERATION else 4
-        low, high = (phase_memory(plan, phase, rows).total() for rows in (few, 2 * few))
-        rows = few + int((room - low) / max((high - low) / few, 1.0))
-        found[size] = max(0, min(rows, found.get(size, rows)))
+        step = plan.args.num_responses if size == GENERATION else 1
+        few = max(step, 4 // step * step)
+        for _ in range(2):
+            rows = found[size]
+            low, high = (phase_memory(plan, phase, count).total() for count in (few, rows))
+            if high > room:
+                slope = max((high - low) / max(rows - few, 1), 1.0)
+                rows = few + int((room - low) / slope)
+            found[size] = max(0, rows // step * step)
+            if found[size] <= few:
+                break
     return found
 
 
