@@ -711,9 +711,11 @@ def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens
     except Exception as error:  # models raise what they like
         raise SystemExit(f"--{field}: the model fails on your own rows: {error}") from error
     half = next(model.parameters()).dtype == torch.bfloat16 or accelerator.mixed_precision == "bf16"
-    tolerance = (0.1 if half and units(model) else 0.03 if half else 1e-3) * padded.std().item()
+    tolerance = (
+        0.1 if half else 1e-3
+    ) * padded.std().item()  # in half precision single tokens differ by more
     pairs = ((padded, trained), (padded, torch.cat(alone)), (start, followed))
-    modes, padding, future = (not (x - y).abs().max() <= tolerance for x, y in pairs)
+    modes, padding, future = (not (x - y).abs().mean() <= tolerance for x, y in pairs)
     where = f"--{field}: on your own rows the model"
     refuse(
         (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
