@@ -157,7 +157,6 @@ def inside(plan: Plan, phase: str) -> list[nn.Module]:
 def simulate(plan: Plan, phase: str, rows: int) -> Counter:
     """Bytes of what a phase makes and lets go, for so many rows, when they are most."""
     args, used, train = plan.args, inside(plan, phase), phase == "train"
-    q, r = args.query_length, args.response_length
     rows = 2 * rows if train and plan.script == "rm" else rows  # a label has two responses
     for parameter in (x for model in used for x in model.parameters()):
         if train and args.shard:  # gradients leave a block as soon as they are there
@@ -166,42 +165,45 @@ def simulate(plan: Plan, phase: str, rows: int) -> Counter:
             with FAKE:
                 parameter.grad = torch.zeros_like(parameter)
     live = Live(plan.config.get_text_config().vocab_size, *used)
-    with FAKE:
-        ids, mask = torch.zeros(rows, q + r, dtype=torch.long), torch.ones(rows, q + r, dtype=torch.bool)
-        responses, response_mask = ids[:, -r:], mask[:, -r:]
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16)
-        with live, autocast, torch.set_grad_enabled(train):
-            [model.train(train) for model in used]
-            if phase == "generate":
-                sample_once(
-                    used[0], rows, getattr(args, "num_responses", 1), q, r, args.stop_token != "none", live
-                )
-            elif phase == "score" or plan.script == "rm":
-                loss = used[0](ids, mask).sum()
-            elif plan.script == "pfppo" and train:
-                batch = {"query_responses": ids, "mask": mask, "responses": responses}
-                names = ("loss_weights", "logprobs", "values", "advantages", "returns")
-                batch |= {name: torch.zeros(rows, r) for name in names}
-                both = pfppo.PolicyAndCritic(*used)
-                loss = pfppo.minibatch_loss(both, batch | {"response_mask": response_mask}, args)[0]
-            else:
-                if plan.script == "pfppo":
-                    logits, _ = pfppo.PolicyAndCritic(*used)(ids, mask, r)
-                else:
-                    inputs = pfppo.model_inputs(ids, mask)
-                    logits = used[0](**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1]
-                temperature = getattr(args, "temperature", 1.0)
-                loss = pfppo.token_logprobs(logits, responses, response_mask, temperature).sum()
-            if train:
-                live.backward = True
-                loss.backward()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16)
+    with FAKE, live, autocast, torch.set_grad_enabled(train):
+        [model.train(train) for model in used]
+        if phase == "generate":
+            sample_once(used[0], rows, plan)
+        else:
+            loss = forward(used, rows, plan, phase)
+        if train:
+            live.backward = True
+            loss.backward()
     return live.peak
 
 
-def sample_once(model, rows: int, n: int, q: int, r: int, stops: bool, live: Live) -> None:
+def forward(used: list, rows: int, plan: Plan, phase: str) -> torch.Tensor:
+    """One forward pass as the script makes it, and its loss; the logits are gone when this returns."""
+    args, r = plan.args, plan.args.response_length
+    ids = torch.zeros(rows, args.query_length + r, dtype=torch.long)
+    mask = torch.ones(ids.shape, dtype=torch.bool)
+    responses, response_mask = ids[:, -r:], mask[:, -r:]
+    if phase == "score" or plan.script == "rm":
+        return used[0](ids, mask).sum()
+    if phase == "train" and plan.script == "pfppo":
+        batch = {"query_responses": ids, "mask": mask, "responses": responses, "response_mask": response_mask}
+        names = ("loss_weights", "logprobs", "values", "advantages", "returns")
+        batch |= {name: torch.zeros(rows, r) for name in names}
+        return pfppo.minibatch_loss(pfppo.PolicyAndCritic(*used), batch, args)[0]
+    if plan.script == "pfppo":
+        logits, _ = pfppo.PolicyAndCritic(*used)(ids, mask, r)
+    else:
+        inputs = pfppo.model_inputs(ids, mask)
+        logits = used[0](**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1]
+    return pfppo.token_logprobs(logits, responses, response_mask, getattr(args, "temperature", 1.0)).sum()
+
+
+def sample_once(model, rows: int, plan: Plan) -> None:
     """Reads the queries; then, as if written up to there, the last token but one; where responses can stop, an
     eighth of the rows leave; the last token."""
-    prompts = max(1, rows // n)
+    args, n = plan.args, getattr(plan.args, "num_responses", 1)
+    q, r, prompts = args.query_length, args.response_length, max(1, rows // n)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     made = pfppo.DynamicCache(config=model.config)
     made.layers = [pfppo.GrowingLayer() if type(x) is pfppo.DynamicLayer else x for x in made.layers]
@@ -221,7 +223,7 @@ def sample_once(model, rows: int, n: int, q: int, r: int, stops: bool, live: Liv
         step["attention_mask"] = inputs["attention_mask"][:, :width]
         logits = model(**step, **settings).logits[:, -1]
         torch.multinomial((logits.float() / 1.0).softmax(-1), 1)
-        if stops and width < q + r:
+        if args.stop_token != "none" and width < q + r:
             kept = torch.arange(rows - rows // 8)
             made.reorder_cache(kept)
             inputs = {key: x[: len(kept)] for key, x in inputs.items()}

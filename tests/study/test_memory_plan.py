@@ -110,14 +110,10 @@ def test_fake_tensors_count_as_real_ones():
     made = dataclasses.replace(made, config=model.config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    ids, mask = torch.zeros(4, 12, dtype=torch.long), torch.ones(4, 12, dtype=torch.bool)
-    mask[0, 0] = False
+    rows = [{"query_ids": [1] * (4 + (i > 0)), "response_ids": [2] * 7} for i in range(4)]  # one is padded
     live = simulate.Live(VOCAB_SIZE, model)
     with live:
-        logits = model.train()(**sft.model_inputs(ids, mask), use_cache=False, logits_to_keep=8).logits[
-            :, :-1
-        ]
-        loss = sft.token_logprobs(logits, ids[:, -7:], mask[:, -7:], 1.0).sum()
+        loss = sft.response_logprobs(model.train(), rows, "cpu").sum()
         live.backward = True
         loss.backward()
     planned = simulate.simulate(made, "train", 4)
