@@ -14,9 +14,15 @@ paper does not give for all stages; 192 x 5 responses per update is nearest to i
 ranks and minibatches of 128 divide. `--small` keeps stages, launcher, --shard, bf16 and architecture, and
 shrinks the model to 0.4 million weights and the data to benchmark.minicode, with higher learning rates.
 
-Planned GB at the worst moment of each phase (results/2026-11-26-memory-plan), of 80:
-PLANNED
-Run: `--small` as a whole. Not run: 6.7B and 1.3B, several GPUs.
+Planned GB of a rank at the worst moment of each phase, of 80 (results/2026-11-26-memory-plan; `--memory`):
+
+              6.7B on 8                      1.3B on 2
+              sample  no gradient  train     sample  no gradient  train
+  SFT         -       34.2         20.6      -       21.3         14.6
+  RM          42.7    26.5         25.6      18.5    12.6         16.0
+  PF-PPO      59.1    52.7         40.1      37.9    26.3         28.9
+
+Run: `--small` as a whole (results/2026-11-26-paper-small). Not run: 6.7B, 1.3B, several GPUs.
 """
 
 import argparse

@@ -39,7 +39,7 @@ class Job:
     epochs: int = 3
     micro: int = 4
     """rows per rank in one forward and backward pass"""
-    generation: int = 20
+    generation: int = 10
     """responses per rank that are generated at a time"""
     query: int = 1024
     response: int = 1024

@@ -42,13 +42,13 @@ class Plan:
 class Live(TorchDispatchMode):
     """Bytes of the tensors made and still alive while this is on, by kind, now and when they were most."""
 
-    def __init__(self, vocab: int, *models):
+    def __init__(self, vocab: int, *models, cpu: bool = False):
         super().__init__()
         weights = [x for model in models for x in (*model.parameters(), *model.buffers())]
         weights += [x.grad for x in weights if x.grad is not None]
         self.vocab, self.counted = vocab, {id(x.untyped_storage()) for x in weights}  # those by `state`
         self.kinds, self.now, self.peak = {}, Counter(), Counter()
-        self.backward = False
+        self.backward, self.cpu = False, cpu
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output, name = function(*args, **(kwargs or {})), function._opname
@@ -60,17 +60,21 @@ class Live(TorchDispatchMode):
                     self.kinds[key] = (self.kind(name, tensor, args), size)
                     self.now[self.kinds[key][0]] += size
                     weakref.finalize(storage, self.forget, key)
-        if (
-            name == "add" and self.backward and not torch.is_grad_enabled()
-        ):  # autograd sums gradients in place,
-            self.forget(id(args[0].untyped_storage()))  # unless somebody is watching
-        if name == "logsumexp":  # it makes the exponentials, unseen
-            self.now["logits"] += args[0].nbytes
-        if self.now.total() > self.peak.total():
-            self.peak = Counter(self.now)
-        if name == "logsumexp":
-            self.now["logits"] -= args[0].nbytes
+        # autograd sums gradients in place, unless somebody is watching
+        if name == "add" and self.backward and not torch.is_grad_enabled():
+            self.forget(id(args[0].untyped_storage()))
+        unseen = self.unseen(name, args)
+        if self.now.total() + unseen.total() > self.peak.total():
+            self.peak = self.now + unseen
         return output
+
+    def unseen(self, name: str, args) -> Counter:
+        """What a kernel makes for itself: logsumexp the exponentials; bmm of bfloat16 on a CPU a copy for every
+        row of a matrix that they share (the output layer of a frozen model)."""
+        if name == "logsumexp":
+            return Counter(logits=args[0].nbytes)
+        shared = name == "bmm" and self.cpu and args[1].stride(0) == 0 and args[1].dtype == torch.bfloat16
+        return Counter(copies=args[1].numel() * args[1].itemsize if shared else 0)
 
     def kind(self, name: str, tensor, args) -> str:
         if tensor.ndim == 4 and name in ("zeros", "new_empty", "index_select"):
@@ -164,7 +168,7 @@ def simulate(plan: Plan, phase: str, rows: int) -> Counter:
         elif train:
             with FAKE:
                 parameter.grad = torch.zeros_like(parameter)
-    live = Live(plan.config.get_text_config().vocab_size, *used)
+    live = Live(plan.config.get_text_config().vocab_size, *used, cpu=plan.device == "cpu")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16)
     with FAKE, live, autocast, torch.set_grad_enabled(train):
         [model.train(train) for model in used]
