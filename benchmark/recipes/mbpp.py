@@ -16,7 +16,7 @@ none of the others.
 Needs:   Linux, mbpp.jsonl of google-research, a folder of `benchmark.recipes.smollm2`. Two hours on one CPU core
          with bfloat16 instructions, 4 GB of memory, 4 GB of disk (checkpoints of finished runs are deleted).
 Run:     python -m benchmark.recipes.mbpp --model output/smollm2 --mbpp mbpp.jsonl --output_dir output/mbpp
-         On a GPU: --launcher "--num_processes 1 --mixed_precision bf16". `--dry_run` prints the commands, `--small`
+         On a GPU: --launcher="--num_processes 1 --mixed_precision bf16". `--dry_run` prints the commands, `--small`
          runs everything on a few problems. The same command goes on after a kill.
 Look at: objective/score rises within ten updates, objective/kl stays under 10, eval/greedy_pass1; then r2.md.
 Found:   benchmark/results/2026-11-26-smollm2.
@@ -71,7 +71,7 @@ class Args:
     """what PPO is paid for: passing the tests, or the reward model's score"""
     seeds: tuple[int, ...] = (1, 2)
     """one run each"""
-    updates: Count = 16
+    updates: Count = 10
     """PPO updates of a run"""
     batch_size: Count = 8
     """prompts per update"""
@@ -80,7 +80,7 @@ class Args:
     test_samples: Count = 2
     """sampled responses to each test problem, beside the greedy one"""
     launcher: str = "--cpu --num_processes 1 --mixed_precision bf16"
-    """flags of `accelerate launch`"""
+    """flags of `accelerate launch`, given as --launcher="--cpu ..\""""
     dry_run: bool = False
     """print the commands, check their flags, run nothing"""
     small: bool = False
@@ -217,7 +217,7 @@ def steps_of(args: Args, folder: Path) -> list[Step]:
         }
         settings |= {**PPO, "normalize_reward": reward == "rm", **METHODS[method], "seed": seed}
         settings |= {"batch_size": args.batch_size, "eval_every": max(1, args.updates // 2)}
-        settings |= {"checkpoint_every": max(1, args.updates // 4)}
+        settings |= {"checkpoint_every": max(1, args.updates // 2)}
         settings |= {"total_episodes": args.batch_size * PPO["num_responses"] * args.updates}
         settings["output_dir"] = folder / name
         steps.append(Step(name, "pfppo_single", settings, folder / name / "policy"))
@@ -261,9 +261,9 @@ def mean_and_error(values) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
 
 
-def collect_results(args: Args, folder: Path) -> dict:
-    """Everything that is known by now, run by run; a run without metrics is left out."""
-    tests = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("test/*.json"))}
+def collect_results(folder: Path, names: list[str]) -> dict:
+    """What is known of the tested runs."""
+    tests = {name: json.loads((folder / f"test/{name}.json").read_text()) for name in names}
     results = {"commit": records.commit(), "hardware": records.hardware(), "runs": {}}
     seconds = {row["step"]: row for row in records.finished_rows(folder / "steps.jsonl")}
     for name, found in tests.items():
@@ -416,28 +416,28 @@ def main(args: Args) -> None:
         )
 
     (folder / "test").mkdir(exist_ok=True)
-    finished = []
+    test_policy(args, tokenizer, args.model, splits["test"], folder / "test/sft.json")
     for step in steps:
         run_steps([step], args.launcher, folder, dry_run=False)
-        if step.module == "pfppo_single" and not args.keep_checkpoints:
-            shutil.rmtree(folder / step.name / "checkpoints", ignore_errors=True)
-            shutil.rmtree(folder / step.name / "policy_best", ignore_errors=True)
-    for name in ["sft", *(name_of(*run) for run in runs_of(args))]:
-        policy = args.model if name == "sft" else str(folder / name / "policy")
-        test_policy(args, tokenizer, policy, splits["test"], folder / f"test/{name}.json")
-        finished += [name] if name != "sft" else []
-        write_results(args, folder, splits["test"], finished)
-        print(f"test problems: {name} done", flush=True)
+        if step.module == "pfppo_single":
+            policy, file = str(step.output), folder / f"test/{step.name}.json"
+            test_policy(args, tokenizer, policy, splits["test"], file)
+            write_results(args, folder, splits["test"])
+            if not args.keep_checkpoints:
+                shutil.rmtree(folder / step.name / "checkpoints", ignore_errors=True)
+                shutil.rmtree(folder / step.name / "policy_best", ignore_errors=True)
+    print((folder / "results.md").read_text())
 
 
-def write_results(args: Args, folder: Path, rows: list[dict], names: list[str]) -> None:
-    """results.json, results.md, samples.md, curves.png of what is finished."""
-    results = collect_results(args, folder)
+def write_results(args: Args, folder: Path, rows: list[dict]) -> None:
+    """results.json, results.md, samples.md, curves.png of every run that has been tested."""
+    names = [name_of(*run) for run in itertools.product(args.seeds, ("tests", "rm"), METHODS)]
+    names = [name for name in names if (folder / f"test/{name}.json").is_file()]
+    results = collect_results(folder, ["sft", *names])
     records.write_json(folder / "results.json", results)
     records.write_text(folder / "results.md", report(results) + "\n")
     records.write_text(folder / "samples.md", sample_page(folder, rows, names))
-    if names:
-        draw_curves(folder, names, folder / "curves.png")
+    draw_curves(folder, names, folder / "curves.png")
 
 
 if __name__ == "__main__":

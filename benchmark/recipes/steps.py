@@ -6,6 +6,7 @@ prints the lines and checks every flag of them. Seconds and memory of each step 
 
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -35,10 +36,15 @@ class Step:
     """sft_single, rm_single, pfppo_single, or a module of benchmark/"""
     settings: dict = field(repr=False)
     output: Path
+    float32: bool = False
+    """runs without mixed precision, whatever the launcher's flags say (the baselines)"""
+
+    def launcher(self, flags: str) -> str:
+        return re.sub(r"--mixed_precision[ =]\w+", "--mixed_precision no", flags) if self.float32 else flags
 
     def line(self, launcher: str) -> str:
         """What a user types."""
-        return f"accelerate launch {launcher} {' '.join(self.target())} {shlex.join(flags(self.settings))}"
+        return f"accelerate launch {self.launcher(launcher)} {' '.join(self.target())} {shlex.join(flags(self.settings))}"
 
     def target(self) -> list[str]:
         return ["-m", self.module] if "." in self.module else [f"{self.module}.py"]
@@ -53,7 +59,13 @@ def run_step(step: Step, launcher: str, folder: Path) -> None:
     """Runs a step in the repository's root; its lines go to the console and to folder/NAME.log. Ends with the
     script's own last line when it fails."""
     log, start = folder / f"{step.name}.log", time.time()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(launcher), *step.target()]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *shlex.split(step.launcher(launcher)),
+        *step.target(),
+    ]
     with log.open("ab", buffering=0) as file:
         process = subprocess.Popen(
             [*command, *flags(step.settings)],
