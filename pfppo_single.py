@@ -21,7 +21,12 @@ Sources: PAPER = arXiv 2409.06957; LMHP = openai/lm-human-preferences@cbfd210. `
 from one of them; `--preset lm_human_preferences` is LMHP's setting on this same code path.
 """
 
+import codecs
+import copy
 import dataclasses
+import fcntl
+import gzip
+import hashlib
 import importlib
 import inspect
 import json
@@ -30,8 +35,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -42,17 +49,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 # Shapes: B prompts per update, N responses per prompt, K rows kept by the filter, Q query length, R response
 # length, V vocabulary. A rollout is a dict of tensors whose first axis is the response.
@@ -91,8 +94,9 @@ class Args:
     """a critic of its own, or one linear head (zero at first) on the policy's last hidden state (LMHP)"""
     critic_init: str | None = None
     """separate critic's start; none: `reward` if that is a model, else the policy with a zero head"""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """weights of reference and reward model; trainable weights are float32, autocast by accelerate"""
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """weights of reference and reward model; auto: bfloat16 under --mixed_precision bf16, where the first KL
+    is then rounding, not 0. Trainable weights are float32, autocast by accelerate"""
     gradient_checkpointing: bool = False
     """recompute activations in the PPO epochs: less memory, a third more time; never during rollouts"""
     shard: bool = False
@@ -195,8 +199,6 @@ class Args:
     """s: `module:function` as in `reward`, for example unit tests; needed for eval/*_pass1"""
     eval_every: Count = 5
     """updates between evaluations (there is one before the first and after the last update)"""
-    monitor: str | None = None
-    """`module:function` of the responses -> dict of shares, logged as monitor/* (cheating, say)"""
     print_samples_every: Whole = 10
     """updates between printed samples; 0: never"""
     checkpoint_every: Count = 10
@@ -222,20 +224,10 @@ def main(args: Args) -> None:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     all_sum = partial(accelerator.reduce, reduction="sum")
     num_kept, weights, num_updates = check_args(args, world)
-    config = load_config(args.policy, "policy")
-    tokenizer = load_pretrained(AutoTokenizer, args.policy, "policy")
-    stop_id = stop_token_id(tokenizer, args.stop_token)
-    rows = read_prompts("prompts", args, tokenizer, accelerator.print)
-    eval_rows = read_prompts("eval_prompts", args, tokenizer, accelerator.print)
-    check_rows(config, [[max(stop_id, 0)]], "stop_token")
+    tokenizer, stop_id, rows, eval_rows = read_inputs(args, accelerator.print)
     queries = [row["query_ids"] for row in rows + eval_rows]
-    check_rows(config, queries, "policy", args.response_length)
-    for field, path in (("reward", args.reward), ("critic_init", args.critic_init)):
-        if path and (field == "critic_init" or ":" not in path):
-            check_reward_model(path, field, tokenizer, queries, args.response_length)
     reward = load_function(args.reward, "reward") if ":" in args.reward else None
     actual_score = load_function(args.actual_score, "actual_score") if args.actual_score else None
-    monitor = load_function(args.monitor, "monitor") if args.monitor else None
     n, temperature, local_b = args.num_responses, args.temperature, args.batch_size // world
     kept_per_update = args.batch_size * num_kept
     num_minibatches = max(1, round(kept_per_update / args.minibatch_size))
@@ -248,20 +240,9 @@ def main(args: Args) -> None:
         return
     output_dir = open_run(accelerator, args)
 
-    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed + 100003 * rank)  # LMHP: a rank-shifted seed
-    frozen_dtype = getattr(torch, args.frozen_dtype)
-    policy = place(accelerator, args.shard, load_causal_lm(args.policy, torch.float32, empty))
-    ref_policy = load_causal_lm(args.policy, frozen_dtype, empty).eval().requires_grad_(False)
-    ref_policy = place(accelerator, args.shard, ref_policy)
-    if reward is None:
-        reward = load_reward_model(args.reward, frozen_dtype, empty).eval().requires_grad_(False)
-        reward = place(accelerator, args.shard, reward)
-    critic = place(accelerator, args.shard, make_critic(args, policy, empty))
-    if args.gradient_checkpointing:
-        recompute_activations(policy)
-        if args.critic == "separate":
-            recompute_activations(critic.lm_backbone)
+    policy, ref_policy, reward_model, critic = load_models(accelerator, args)
+    reward = reward_model or reward
     model = PolicyAndCritic(policy, critic)
     critic_lr = args.critic_lr if args.critic == "separate" else args.lr
     groups = [{"params": policy.parameters()}, {"params": critic.parameters()}]
@@ -271,15 +252,17 @@ def main(args: Args) -> None:
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     policy = bare.policy
     judges = (ref_policy, reward, actual_score)
-    evaluate_at = partial(evaluate, accelerator, policy, judges, eval_rows, tokenizer, stop_id, args)
     keep = partial(filter_responses, name=args.filter, weights=weights, num_kept=num_kept, draw=args.draw)
     keep = partial(keep, thresholds=args.thresholds, pow_k=args.pow_k)
 
     # ------------------------------------------------ Continue a killed run, or measure π_SFT's rewards first
     state = load_checkpoint(accelerator, output_dir, model, optimizer)
-    writer = open_metrics(output_dir, state["step"] if state else -1) if rank == 0 else None
     if state is None:
-        state = {"step": 0, "optimizer_step": 0, "kl_coef": args.kl_coef, "best": -math.inf}
+        check_cache(accelerator, policy, queries)
+        check_model(accelerator, policy, queries, args.response_length, "policy")
+        if isinstance(reward, RewardModel):
+            check_model(accelerator, reward, queries, args.response_length, "reward")
+        state = {"step": 0, "optimizer_step": 0, "kl_coef": args.kl_coef, "best": -math.inf, "metrics": {}}
         state["reward_mean"], state["reward_std"] = 0.0, 1.0
         if args.normalize_reward:  # once: the scale of R_φ must not move under β and the critic
             count = math.ceil(args.normalize_samples / (args.num_responses * world))  # prompts per rank
@@ -294,16 +277,24 @@ def main(args: Args) -> None:
             state["reward_mean"], state["reward_std"] = scores.mean().item(), scores.std().item()
             constant = f"--normalize_reward: standard deviation {scores.std()} on π_SFT samples; turn it off"
             refuse((not state["reward_std"] > 0, f"{constant}, or check --reward"))
-        if eval_rows:
-            results = evaluate_at(0)
-            log_metrics(writer, output_dir, 0, results, SHOWN, f"/{num_updates}")
-            if best_score(results) > state["best"]:
-                state["best"] = best_score(results)
-                save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy_best")
+    writer = open_metrics(output_dir, state["step"]) if rank == 0 else None
     run_start, first_update = time.time(), state["step"]
-    for update in range(first_update + 1, num_updates + 1):
-        clock = [time.time()]
+    for update in range(first_update + 1, num_updates + 2):
+        # ---------------- Evaluate and log what was trained so far. This may fail: a checkpoint comes before
+        clock, done, metrics = [time.time()], update - 1, state["metrics"]
         bare.eval()
+        if eval_rows and (done % args.eval_every == 0 or done == num_updates):
+            metrics |= evaluate(accelerator, policy, judges, eval_rows, tokenizer, stop_id, args, done)
+            metrics["seconds/evaluate"] = time.time() - clock[0]
+            if best_score(metrics) > state["best"]:
+                state["best"] = best_score(metrics)
+                save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy_best")
+        if metrics:
+            left = (time.time() - run_start) / max(1, done - first_update) * (num_updates - done)
+            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_updates}, {left:.0f} s left")
+        if done == num_updates:
+            break
+        clock = [time.time()]
 
         # ---------------- 1. take B prompts
         start = (update - 1) * args.batch_size + rank * local_b
@@ -319,8 +310,12 @@ def main(args: Args) -> None:
         clock.append(time.time())
 
         # ---------------- 3. score them
-        with whole(accelerator, reward):
-            raw_scores = score_rollout(reward, batch_rows, rollout, texts, args)  # (B*N,) R_φ
+        try:
+            with whole(accelerator, reward):
+                raw_scores = score_rollout(reward, batch_rows, rollout, texts, args)  # (B*N,) R_φ
+        except SystemExit:  # a reward function failed and ends all ranks; what was trained is kept
+            save_checkpoint(accelerator, output_dir, done, state, model, optimizer)
+            raise
         scores = (raw_scores - state["reward_mean"]) / state["reward_std"]
         if args.missing_stop_score is not None:  # LMHP: a fixed score where the stop token is missing
             scores = torch.where(rollout["has_stop"], scores, args.missing_stop_score)
@@ -401,51 +396,32 @@ def main(args: Args) -> None:
                 state["optimizer_step"] += not optimizer.step_was_skipped  # under fp16 a step may be
         clock.append(time.time())
 
-        # ---------------- Log, evaluate, save (numbers are over all ranks before anything uses them)
+        # ---------------- Measure and save (numbers are over all ranks before anything uses them)
         metrics = {"ppo/episode": update * args.batch_size * n, "ppo/optimizer_step": state["optimizer_step"]}
         metrics |= {"objective/kl_coef": state["kl_coef"], "ppo/lr": optimizer.param_groups[0]["lr"]}
-        metrics |= {"filter/kept": len(selected), "filter/distinct": len(selected.unique())}
-        means = {"objective/score": all_scores, "objective/shaped_score": all_shaped}
-        means |= {"objective/length": all_lengths, "objective/truncated": ~all_stop}
+        metrics |= sample_metrics(all_scores, all_shaped, all_lengths, all_stop, selected)
         if len(selected):  # thresholds can leave nothing to take a mean of; 0 would pass for a KL of 0
             metrics |= kept_metrics(kept, kl, non_score_reward, all_sum)
-            kept_scores, kept_lengths = all_scores.cpu()[selected], all_lengths.cpu()[selected]
-            means |= {"filter/score": kept_scores, "filter/length": kept_lengths}
-            metrics["filter/score_std"] = kept_scores.std(correction=min(1, len(selected) - 1)).item()
             metrics |= dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
             metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}  # before clipping
             metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()
             metrics["ppo/policy/first_ratio_max"] = first_ratio_max.item()  # both 1: nothing has moved yet
-        metrics |= {tag: values.float().mean().item() for tag, values in means.items()}
-        if monitor is not None:
-            shares = gather_object([monitor(texts)])
-            for name in shares[0]:
-                metrics[f"monitor/{name}"] = float(np.mean([part[name] for part in shares]))
         if args.kl_target:
             mean_kl, fraction = metrics["objective/kl"], args.batch_size * n / args.kl_horizon
             state["kl_coef"] = next_kl_coef(state["kl_coef"], mean_kl, args.kl_target, fraction)
-        if eval_rows and (update % args.eval_every == 0 or update == num_updates):
-            results = evaluate_at(update)
-            metrics |= results
-            if best_score(results) > state["best"]:
-                state["best"] = best_score(results)
-                save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy_best")
-        clock.append(time.time())
-        for part, seconds in zip(("generate", "score", "logprobs", "train", "evaluate"), np.diff(clock)):
+        for part, seconds in zip(("generate", "score", "logprobs", "train"), np.diff(clock)):
             metrics[f"seconds/{part}"] = float(seconds)
-        metrics["seconds/update"] = clock[4] - clock[0]
-        left = (time.time() - run_start) / (update - first_update) * (num_updates - update)
-        log_metrics(writer, output_dir, update, metrics, SHOWN, f"/{num_updates}, {left:.0f} s left")
+        metrics["seconds/update"] = clock[-1] - clock[0]
         if rank == 0 and args.print_samples_every and update % args.print_samples_every == 0:
-            prompt, score = batch_rows[0][args.prompt_field], raw_scores[0].item()
-            line = {"step": update, "prompt": prompt, "response": texts[0], "score": score}
-            with (output_dir / "samples.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{prompt}{texts[0]}\n[score {score:.3f}]", flush=True)
+            show_sample(output_dir, update, batch_rows[0][args.prompt_field], texts[0], raw_scores[0].item())
         if args.save_policy_every and update % args.save_policy_every == 0:
             save_model(accelerator, policy, tokenizer, stop_id, output_dir / f"policy_{update}")
-        if update % args.checkpoint_every == 0 or update == num_updates:
+        state |= {"step": update, "metrics": metrics}
+        stop, last = stopping(accelerator), update == num_updates
+        due = (args.checkpoint_every, args.eval_every if eval_rows else args.checkpoint_every)
+        if stop or last or any(update % every == 0 for every in due):
             save_checkpoint(accelerator, output_dir, update, state, model, optimizer)
+        refuse((stop, f"stopped after update {update}, as asked; the same command goes on"))
     save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy")
     accelerator.print(f"done: {output_dir / 'policy'}")
 
@@ -570,28 +546,6 @@ def adam_epsilon(eps: float, style: str, step: int, beta2: float = 0.999) -> flo
     return eps / math.sqrt(1 - beta2**step) if style == "tensorflow" else eps
 
 
-def kept_metrics(kept: dict[str, Tensor], kl: Tensor, non_score_reward: Tensor, all_sum) -> dict[str, float]:
-    """Means over the kept rows of all ranks (per response), mean and variance over their tokens."""
-    mask, returns, values = kept["response_mask"], kept["returns"], kept["values"]
-    rows = mask.any(1)
-    sums = [rows.sum(), kl.sum(), -kept["logprobs"].sum(), non_score_reward.sum()]
-    sums += [(kept["scores"] * rows).sum(), mask.sum(), returns.sum(), values.sum()]
-    sums += [returns.square().sum(), values.square().sum()]
-    count, kl, entropy, penalty, score, tokens, *moments = all_sum(torch.stack(sums).double()).tolist()
-    metrics = {"objective/kl": kl / count, "objective/entropy": entropy / count}
-    metrics |= {"objective/non_score_reward": penalty / count}
-    metrics |= {"objective/score_total": (score + penalty) / count}
-    for name, first, second in (("ppo/returns", moments[0], moments[2]), ("ppo/val", moments[1], moments[3])):
-        variance = (second - first**2 / tokens) / max(tokens - 1, 1)
-        metrics |= {f"{name}/mean": first / tokens, f"{name}/var": variance}
-    return metrics
-
-
-def best_score(results: dict[str, float]) -> float:
-    """What policy_best is chosen by: greedy pass@1, or the sampled reward where there is no actual_score."""
-    return results.get("eval/greedy_pass1", results.get("eval/sampled_reward", -math.inf))
-
-
 THRESHOLDS = ("top", "top_random", "top_bottom")
 
 
@@ -665,7 +619,9 @@ class RewardModel(nn.Module):
     def __init__(self, lm_backbone: nn.Module, bound: str = "none"):
         super().__init__()
         self.lm_backbone, self.bound = lm_backbone, bound
-        self.scalar_head = nn.Linear(lm_backbone.config.get_text_config().hidden_size, 1)
+        config = lm_backbone.config.get_text_config()
+        width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # opt-350m has the former
+        self.scalar_head = nn.Linear(width, 1)
         self.reward_gain, self.reward_bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -673,51 +629,6 @@ class RewardModel(nn.Module):
         hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
-
-
-def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> RewardModel:
-    """R_φ from a sequence classification model with one label, of rm_single.py or of others (which have gain
-    1, bias 0 and no bound), of a folder or the hub. A head is never made up."""
-    config, auto = load_config(path, "reward"), AutoModelForSequenceClassification
-    bound = getattr(config, "reward_bound", "none")
-    if empty:
-        return RewardModel(load_causal_lm(path, dtype, empty).base_model, bound)
-    classifier, info = auto.from_pretrained(path, config=config, dtype="auto", output_loading_info=True)
-    missing = ", ".join(sorted(info["missing_keys"]))
-    refuse((missing != "", f"--reward {path}: lacks {missing}"))
-    model = RewardModel(classifier.base_model, bound)
-    model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
-    for parameter in model.lm_backbone.parameters():  # the head stays float32
-        parameter.data = parameter.data.to(dtype)
-    model.scalar_head.weight.data.copy_(classifier.score.weight)
-    model.scalar_head.bias.data.fill_(getattr(config, "score_bias", 0.0))
-    model.reward_gain.data.fill_(getattr(config, "reward_gain", 1.0))
-    model.reward_bias.data.fill_(getattr(config, "reward_bias", 0.0))
-    return model
-
-
-def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]], new_tokens: int) -> None:
-    """Refuses, before weights are loaded, what load_reward_model cannot read, and a model with other tokens
-    than the policy's (it is handed the policy's ids) or too few positions."""
-    old, convert = Path(path, "reward_head.safetensors"), "python -m benchmark.recipes.convert_reward_model"
-    refuse((old.is_file(), f"--{field} {path}: an older form; convert it: {convert} {path} {path}_converted"))
-    config, where = load_config(path, field), f"--{field} {path}"
-    name = (config.architectures or ["model without architecture"])[0]
-    head = None
-    if name.endswith("ForSequenceClassification") and config.num_labels == 1:
-        with torch.device("meta"):
-            head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
-    advice = "give a sequence classification model with one label and a layer `score`, or module:function"
-    refuse((not isinstance(head, nn.Linear), f"{where}: a {name} is no reward model; {advice}"))
-    check_rows(config, queries, field, new_tokens)
-    own = load_pretrained(AutoTokenizer, path, field).get_vocab()
-    differ = [t for t, i in tokenizer.get_vocab().items() if own.get(t) != i and t != tokenizer.pad_token]
-    refuse(
-        (
-            differ != [],
-            f"{where}: its tokenizer differs from --policy's, in {len(differ)} such as {differ[:1]}",
-        )
-    )
 
 
 class PolicyAndCritic(nn.Module):
@@ -750,7 +661,8 @@ def make_critic(args: Args, policy: nn.Module, empty: bool = False) -> nn.Module
     elif args.critic_init or ":" not in args.reward:
         return load_reward_model(args.critic_init or args.reward, torch.float32, empty)
     else:
-        critic = RewardModel(load_causal_lm(args.policy, torch.float32, empty).base_model)
+        causal_lm = load_causal_lm(args.policy, torch.float32, empty, "policy")
+        critic = RewardModel(getattr(causal_lm, "model", causal_lm.base_model))
         head = critic.scalar_head
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -806,8 +718,11 @@ def generate(
     settings = {cache_name: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(**model_inputs(queries, query_mask), **settings).logits[:, -1]
     logits, mask = logits.repeat_interleave(num_responses, 0), query_mask.repeat_interleave(num_responses, 0)
+    if cache.get_seq_length() != queries.shape[1]:
+        raise RuntimeError(f"{type(model).__name__} does not fill the cache that it is given")
     if num_responses > 1:
-        cache.batch_repeat_interleave(num_responses)
+        copies = torch.arange(len(queries), device=queries.device).repeat_interleave(num_responses)
+        cache.reorder_cache(copies)
     rows = torch.arange(len(mask), device=queries.device)  # rows still in the batch
     done = torch.zeros_like(rows, dtype=torch.bool)
     responses = torch.zeros(len(mask), length, dtype=torch.long, device=queries.device)
@@ -823,7 +738,7 @@ def generate(
             break
         if done.sum() >= max(1, len(done) // 8):  # dropping copies the cache, so not for every single row
             alive = (~done).nonzero().squeeze(1)
-            cache.batch_select_indices(alive)
+            cache.reorder_cache(alive)
             rows, done, mask, tokens = rows[alive], done[alive], mask[alive], tokens[alive]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = mask.sum(1, keepdim=True) - 1
@@ -849,12 +764,6 @@ def sample_rollout(model, rows, n: int, temperature: float, args: Args, stop_id:
     rollout = {"queries": queries.repeat_interleave(n, 0), "query_mask": query_mask.repeat_interleave(n, 0)}
     rollout |= {"responses": responses, "score_mask": score_mask, "has_stop": has_stop}
     return rollout | {"response_mask": score_mask if args.mask_after_stop else torch.ones_like(score_mask)}
-
-
-def decode_responses(tokenizer, rollout: dict[str, Tensor]) -> list[str]:
-    """Responses as text, up to the stop token; special tokens left out."""
-    ids = [r[m].tolist() for r, m in zip(rollout["responses"], rollout["score_mask"])]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def score_rollout(reward, rows: list[dict], rollout: dict, texts: list[str], args: Args) -> Tensor:
@@ -927,124 +836,6 @@ def reward_model_scores(model: RewardModel, rollout: dict[str, Tensor], size: in
     return scores
 
 
-def evaluate(accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int) -> dict:
-    """Greedy and sampled responses to the evaluation prompts, each counted once whatever the number of ranks.
-    judges: ref_policy, reward, actual_score or None."""
-    ref_policy, reward, actual_score = judges
-    own_rows, values = rows[accelerator.process_index :: accelerator.num_processes], {}
-    local_rows = own_rows or rows[:1]  # a rank without prompts goes along with one that does not count
-    policy.eval()
-    for name, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
-        generator = random_generator(accelerator.device, args.seed, 9, update, accelerator.process_index)
-        with whole(accelerator, policy):
-            rollout = sample_rollout(policy, local_rows, 1, temperature, args, stop_id, generator)
-        texts = decode_responses(tokenizer, rollout)
-        with whole(accelerator, reward):
-            values[f"eval/{name}_reward"] = score_rollout(reward, local_rows, rollout, texts, args).tolist()
-        if actual_score is not None:
-            values[f"eval/{name}_pass1"] = call_function(actual_score, local_rows, texts, args.prompt_field)
-        if name == "sampled":  # KL to π_SFT on samples that no filter has touched
-            size = args.forward_batch_size
-            with whole(accelerator, policy):
-                logprobs, _ = response_logprobs_and_values(policy, rollout, args.temperature, size)
-            with whole(accelerator, ref_policy):
-                ref_logprobs, _ = response_logprobs_and_values(ref_policy, rollout, args.temperature, size)
-            values["eval/kl"] = (logprobs - ref_logprobs).sum(1).tolist()
-        values[f"eval/{name}_length"] = rollout["response_mask"].sum(1).tolist()
-        values[f"eval/{name}_truncated"] = (~rollout["has_stop"]).tolist()
-    parts = gather_object([values if own_rows else {}])
-    return {tag: float(np.mean([x for part in parts for x in part.get(tag, [])])) for tag in parts[0]}
-
-
-def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
-    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without
-    reshuffle all in one order."""
-    passes, order = range(start // num_prompts, (start + count - 1) // num_prompts + 1), []
-    for number in passes:
-        generator = random_generator("cpu", seed, 0, number * reshuffle)
-        order += torch.randperm(num_prompts, generator=generator).tolist()
-    first = start - passes[0] * num_prompts
-    return order[first : first + count]
-
-
-def read_prompts(field: str, args: Args, tokenizer, say=print) -> list[dict]:
-    """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
-    measured would be the short prompts alone."""
-    path = getattr(args, field)
-    if path is None:
-        return []
-    rows, cut = load_rows(path, field, (args.prompt_field,)), args.long_queries == "keep_start"
-    encoded = encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field, cut)
-    left_out = f"{len(rows) - len(encoded)} of {len(rows)}"
-    message = f"--{field}: {left_out} queries are empty or longer than --query_length"
-    if len(encoded) < len(rows):
-        refuse((field == "eval_prompts", f"{message}; raise it or --long_queries keep_start"))
-        say(f"{message} and left out")
-    return encoded
-
-
-def load_function(spec: str, field: str):
-    """`module:function` or `module:function@TEXT` (called with source=TEXT) -> the function."""
-    name, _, source = spec.partition("@")
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        loaded = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SystemExit(f"--{field} {spec}: {error}; give module:function, importable from here") from None
-    return partial(loaded, source=source) if source else loaded
-
-
-def call_function(function, rows: list[dict], texts: list[str], prompt_field: str) -> list[float]:
-    """A `module:function` on responses and the rows they answer, those of a row adjacent -> one float per
-    response."""
-    rows = [row for row in rows for _ in range(len(texts) // len(rows))]
-    values = function([row[prompt_field] for row in rows], texts, rows)
-    values = values.tolist() if hasattr(values, "tolist") else values
-    values = (
-        [v.item() if hasattr(v, "item") else v for v in values]
-        if isinstance(values, list | tuple)
-        else [values]
-    )
-    if len(values) != len(texts) or not all(isinstance(v, int | float) for v in values):
-        got = f"{len(values)} values such as {values[:1]!r:.40}"
-        raise ValueError(
-            f"--reward, --actual_score: one number for each of {len(texts)} responses, not {got}"
-        )
-    return [float(v) for v in values]
-
-
-def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
-    """Refuses settings that do not go together -> rows kept per prompt, weights w, number of updates."""
-    check_ranges(args)
-    n, b, size = args.num_responses, args.batch_size, args.minibatch_size
-    w, name = args.rank_weights, args.filter
-    own, shared, plain = len(w) > 0, args.critic == "shared", name == "none" and len(w) == 0
-    cut, everything = name in THRESHOLDS, plain or name in THRESHOLDS
-    kept = n if everything else args.num_kept or min(n, 1 if name == "bon" else 2)
-    wrong_sum, unused = own and (min(w) < 0 or abs(sum(w) - 1) > 1e-6), args.num_kept not in (0, n)
-    high, updates, warm = args.thresholds[1], args.total_episodes // (b * n), args.critic_warmup_updates > 0
-    refuse(
-        (b % num_processes > 0, f"--batch_size {b} must be a multiple of the {num_processes} processes"),
-        (size % num_processes > 0 and not cut, f"--minibatch_size must be a multiple of {num_processes}"),
-        (b * kept % size > 0 and not cut, f"--minibatch_size {size} must divide the kept rows {b} x {kept}"),
-        (updates < 1, f"--total_episodes {args.total_episodes} is less than one update of {b} x {n}"),
-        (own and len(w) != n, f"--rank_weights needs --num_responses = {n} numbers, best first"),
-        (wrong_sum, f"--rank_weights must be at least 0 with sum 1, not {w}"),
-        (own and name not in ("none", "br", "bw", "random"), "--rank_weights replaces --filter; omit it"),
-        (n == 1 and not plain, "--filter needs --num_responses above 1; PPO-S is --filter none"),
-        (everything and unused, f"--num_kept does nothing with --filter {name}; try random"),
-        (kept > n and args.draw == "exact", f"--num_kept {kept} exceeds --num_responses; --draw sample"),
-        (args.thresholds[0] > high, f"--thresholds {args.thresholds}: the lower one comes first"),
-        (args.kl_target > 0 and not plain, "--kl_target needs --filter none: kept rows would steer it"),
-        (shared and warm, "--critic_warmup_updates needs --critic separate"),
-        (shared and args.critic_init is not None, "--critic_init needs --critic separate"),
-        (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
-    )
-    return kept, list(w) or rank_weight_vector(name, n), updates
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing: the same in all three scripts; a reader of the paper can stop here
 # ------------------------------------------------------------------------------------------------------------
@@ -1079,7 +870,9 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
         fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
         print(inspect.getmodule(args_class).__doc__, fields.partition("class Args:\n")[2].replace('"""', ""))
         sys.exit()
-    return tyro.cli(args_class, args=argv, use_underscores=True)
+    args = tyro.cli(args_class, args=argv, use_underscores=True)
+    check_ranges(args)
+    return args
 
 
 def start_accelerator(shard: bool = False) -> Accelerator:
@@ -1088,11 +881,12 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     stopped."""
     transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # its gradients are NaN where a padded column attends to nothing
+    # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
+    torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    accelerator.asked_to_stop = False
+    signal.signal(signal.SIGTERM, partial(ask_to_stop, accelerator))
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -1102,6 +896,18 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     return accelerator
 
 
+def ask_to_stop(accelerator: Accelerator, *_) -> None:
+    """What SIGTERM does: the run ends behind its next checkpoint. A second SIGTERM ends it at once."""
+    accelerator.asked_to_stop = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def stopping(accelerator: Accelerator) -> bool:
+    """Whether any rank was asked to stop; to be called by all ranks at the same place."""
+    asked = torch.tensor([float(accelerator.asked_to_stop)], device=accelerator.device)
+    return accelerator.reduce(asked).item() > 0
+
+
 def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) -> None:
     """Raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
@@ -1109,15 +915,15 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) 
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
 
 
-def units(*models) -> list[FSDPModule]:
-    """The parts of models that are gathered one by one; none without --shard."""
+def units(*models) -> list[nn.Module]:
+    """The parts of models that FSDP gathers one by one; none without --shard."""
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
-    return [module for module in modules if isinstance(module, FSDPModule)]
+    return [module for module in modules if hasattr(module, "unshard")]
 
 
 def full(tensor):
     """The whole of a sharded tensor, on every rank; anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
@@ -1126,6 +932,9 @@ def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Modul
     together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
     if not shard:
         return together.to(device)[0]
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, as others below
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
     weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
     mesh = init_device_mesh(device.type, (accelerator.num_processes,))
     for model in models:
@@ -1176,31 +985,54 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
 def load_pretrained(auto_class, path: str, field: str):
     """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
     try:
-        return auto_class.from_pretrained(path)
+        loaded = auto_class.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--{field} {path}: {str(error).splitlines()[0]}") from None
+    empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
+    refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
+    return loaded
 
 
 def load_config(path: str, field: str):
-    """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(transformers.AutoConfig, path, field)
+    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
+    mode."""
+    config, noise = load_pretrained(transformers.AutoConfig, path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
     for name, value in config.to_dict().items():
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+        if any(word in name for word in noise) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
+def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 under bf16, else float32."""
+    auto = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
+
+
+def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read."""
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # loaders raise what they like
+        raise SystemExit(f"--{field} {path}: {str(error).strip().splitlines()[0]}") from None
+    missing = ", ".join(sorted(info["missing_keys"]))
+    refuse((missing != "", f"--{field} {path}: its files have no weights for {missing:.200}"))
+    return model
+
+
+def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    config = load_config(path, "model")
+    config, auto = load_config(path, field), transformers.AutoModelForCausalLM
+    name = ", ".join(config.architectures or [])
+    refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
     if empty:  # `place` gives it rank 0's weights
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model = auto.from_config(config, dtype=dtype).eval()
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model = load_weights(auto, path, field, config, dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1215,7 +1047,7 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
         once = dict(model.named_parameters())
-        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
+        names = [name for name, x in weights.items() if name in once or full(x) is x]
         gathered = ((name, full(weights[name])) for name in names)
         weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
@@ -1235,15 +1067,18 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
-    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    """Rows of a .jsonl, .jsonl.gz, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub
+    data set `name:split`; refuses, with file and row, what cannot be read or lacks a column."""
     rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
+    known = kind in ("jsonl", "gz", "json", "csv", "parquet") or not Path(path).is_file()
+    refuse((not known, f"{where}: .{kind} is unknown; give .jsonl, .jsonl.gz, .json, .csv or .parquet"))
     try:
-        if kind == "jsonl":
-            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
-                rows += [json.loads(line)] if line.strip() else []
+        if kind in ("jsonl", "gz"):
+            text = (gzip.open if kind == "gz" else open)(path, "rb").read()
+            for line in text.removeprefix(codecs.BOM_UTF8).split(b"\n"):
+                rows += [json.loads(line.decode())] if line.strip() else []
         elif kind == "json":
-            rows = json.loads(Path(path).read_text("utf-8-sig"))
+            rows = json.loads(Path(path).read_bytes())
         else:
             from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
@@ -1257,7 +1092,8 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
                 data = load_dataset(name, split=split or "train")
             rows = data.to_list()
     except Exception as error:  # loaders raise what they like
-        row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
+        text = isinstance(error, ValueError) and kind in ("jsonl", "gz", "json")
+        row = f", row {len(rows) + 1}: not JSON in UTF-8" if text else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
     refuse((not isinstance(rows, list) or not rows, f"{where}: no rows; write one object per line"))
     for number, row in enumerate(rows, 1):
@@ -1273,9 +1109,8 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
     those before it are the prompt then, if there are any."""
     answer, before = row.get(answer_field), []
     if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
-        refuse(
-            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
-        )
+        last = answer[-1].get("role")
+        refuse((last != "assistant", f"{where}: {answer_field} must end with role assistant, not {last}"))
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
     prompt = before or row.get(prompt_field)
@@ -1286,10 +1121,9 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 def plain_text(content) -> str | None:
     """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
     picture)."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return content if isinstance(content, str) else None
 
 
@@ -1330,9 +1164,8 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
 
 def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
     """Prints the first row as the model reads it, and what is odd about it."""
-    accelerator.print(
-        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
-    )
+    for name, ids in (("query", query), ("response", response)):
+        accelerator.print(*[f"first {name}: {tokenizer.decode(ids)!r}"][: len(ids)])
     if not tokenizer.chat_template or not prompt:
         return
     if isinstance(prompt, str):
@@ -1351,9 +1184,7 @@ def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
     ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
     token_id = int(token) if token.isdigit() else ids.get(token)
-    refuse(
-        (token_id is None, f"--stop_token {token}: the tokenizer has no such token; give another, or `none`")
-    )
+    refuse((token_id is None, f"--stop_token {token}: no such token in the tokenizer; give one, or `none`"))
     return token_id
 
 
@@ -1367,6 +1198,49 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
     refuse(
         (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
         (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
+    )
+
+
+def column_outputs(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """ids, mask (rows, T) -> a language model's logits (rows, T, V), or a reward model's scores (rows, T)."""
+    causal = isinstance(model, transformers.PreTrainedModel)
+    return (model(**model_inputs(ids, mask), use_cache=False).logits if causal else model(ids, mask)).float()
+
+
+@torch.no_grad()
+def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens: int, field: str) -> None:
+    """Tries the model on three rows of ids, without autocast: what it gives must be finite, the same in train
+    mode, for a padded row as for that row alone, and whatever follows, up to new_tokens more. Refuses a model
+    that differs: it would be trained on other numbers than it is sampled with."""
+    rows, device = sorted(rows, key=len), accelerator.device
+    ids, mask = pad_left([row[-24:] for row in (rows[0], rows[len(rows) // 2], rows[-1])], device)
+    ids, mask = nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0))  # padding in every row
+    longest = (rows[-1] * (1 + new_tokens))[: len(rows[-1]) + new_tokens]
+    longest, real = torch.tensor([longest], device=device), torch.ones(1, len(longest), device=device).bool()
+    try:
+        with whole(accelerator, model), torch.autocast(device.type, enabled=False):
+            model.train()
+            trained = column_outputs(model, ids, mask)[mask]
+            model.eval()
+            padded = column_outputs(model, ids, mask)[mask]
+            alone = [column_outputs(model, x[m][None], m[m][None])[0] for x, m in zip(ids, mask)]
+            start = column_outputs(model, longest[:, :8], real[:, :8])
+            followed = column_outputs(model, longest, real)[:, :8]
+    except Exception as error:  # models raise what they like
+        raise SystemExit(f"--{field}: the model fails on your own rows: {error}") from error
+    half = next(model.parameters()).dtype == torch.bfloat16 or accelerator.mixed_precision == "bf16"
+    tolerance = (0.1 if half and units(model) else 0.03 if half else 1e-3) * padded.std().item()
+    pairs = ((padded, trained), (padded, torch.cat(alone)), (start, followed))
+    modes, padding, future = (not (x - y).abs().max() <= tolerance for x, y in pairs)
+    where = f"--{field}: on your own rows the model"
+    refuse(
+        (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
+        (modes, f"{where} differs between train and eval mode; turn off what is random in its configuration"),
+        (padding, f"{where} gives a padded row other numbers than that row alone: padding reaches its state"),
+        (
+            future,
+            f"{where} gives a token other numbers when more follow; lower query_length, response_length",
+        ),
     )
 
 
@@ -1386,11 +1260,16 @@ def write_text(path: Path, text: str) -> None:
 def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
     aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    if final.is_dir():
+        return
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if units(model):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
         dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
     else:
         accelerator.save_state(str(aside))
@@ -1409,6 +1288,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
     if newest is None:
         return None
     if units(model):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
         weights, moments = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -1418,17 +1300,19 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
 
 
 def open_run(accelerator: Accelerator, args) -> Path:
-    """Creates output_dir with args.json; refuses one with a run of other settings than those of memory and
-    speed."""
+    """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
+    run of other data or of other settings than those of memory and speed."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
     free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
+    for name, path in dataclasses.asdict(args).items():
+        if isinstance(path, str) and Path(path).is_file():
+            new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = (
-        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
-    )
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),
@@ -1437,20 +1321,26 @@ def open_run(accelerator: Accelerator, args) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        accelerator.lock = (folder / "lock").open("a")  # the system releases it when this process ends
+        try:
+            fcntl.lockf(accelerator.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"{where}: another run is writing there; name a new folder") from None
         write_text(file, json.dumps(new, indent=1))
     accelerator.wait_for_everyone()
     return folder
 
 
 def open_metrics(folder: Path, step: int):
-    """TensorBoard writer; drops from metrics.jsonl and samples.jsonl what a killed run wrote behind
-    `step`."""
+    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
+    drops from metrics.jsonl and samples.jsonl what will be written once more."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    for path in filter(Path.is_file, (folder / "metrics.jsonl", folder / "samples.jsonl")):
-        lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
+        if path.is_file():
+            lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
+            write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
 
 def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
@@ -1465,5 +1355,287 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], show
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
 
+def run(main, args) -> None:
+    """main(args); a full disk ends it with one line."""
+    try:
+        main(args)
+    except Exception as error:
+        there = next(path for path in Path(args.output_dir, "_").absolute().parents if path.exists())
+        full_disk = "No space left" in str(error) or shutil.disk_usage(there).free < 2**20
+        advice = "make room, then the same command goes on"
+        refuse((full_disk, f"--output_dir {args.output_dir}: the disk is full; {advice} ({error})"))
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing of this script alone: evaluation, files, checks
+# ------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int) -> dict:
+    """Greedy and sampled responses to the evaluation prompts, each counted once whatever the number of ranks.
+    judges: ref_policy, reward, actual_score or None."""
+    ref_policy, reward, actual_score = judges
+    own_rows, values = rows[accelerator.process_index :: accelerator.num_processes], {}
+    local_rows = own_rows or rows[:1]  # a rank without prompts goes along with one that does not count
+    policy.eval()
+    for name, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
+        generator = random_generator(accelerator.device, args.seed, 9, update, accelerator.process_index)
+        with whole(accelerator, policy):
+            rollout = sample_rollout(policy, local_rows, 1, temperature, args, stop_id, generator)
+        texts = decode_responses(tokenizer, rollout)
+        with whole(accelerator, reward):
+            values[f"eval/{name}_reward"] = score_rollout(reward, local_rows, rollout, texts, args).tolist()
+        if actual_score is not None:
+            scores = call_function(actual_score, local_rows, texts, args.prompt_field, "actual_score")
+            values[f"eval/{name}_pass1"] = scores
+        if name == "sampled":  # KL to π_SFT on samples that no filter has touched
+            size = args.forward_batch_size
+            with whole(accelerator, policy):
+                logprobs, _ = response_logprobs_and_values(policy, rollout, args.temperature, size)
+            with whole(accelerator, ref_policy):
+                ref_logprobs, _ = response_logprobs_and_values(ref_policy, rollout, args.temperature, size)
+            values["eval/kl"] = (logprobs - ref_logprobs).sum(1).tolist()
+        values[f"eval/{name}_length"] = rollout["response_mask"].sum(1).tolist()
+        values[f"eval/{name}_truncated"] = (~rollout["has_stop"]).tolist()
+    parts = gather_object([values if own_rows else {}])
+    return {tag: float(np.mean([x for part in parts for x in part.get(tag, [])])) for tag in parts[0]}
+
+
+def decode_responses(tokenizer, rollout: dict[str, Tensor]) -> list[str]:
+    """Responses as text, up to the stop token; special tokens left out."""
+    ids = [r[m].tolist() for r, m in zip(rollout["responses"], rollout["score_mask"])]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
+    """Refuses settings that do not go together -> rows kept per prompt, weights w, number of updates."""
+    n, b, size = args.num_responses, args.batch_size, args.minibatch_size
+    w, name = args.rank_weights, args.filter
+    own, shared, plain = len(w) > 0, args.critic == "shared", name == "none" and len(w) == 0
+    cut, everything = name in THRESHOLDS, plain or name in THRESHOLDS
+    kept = n if everything else args.num_kept or min(n, 1 if name == "bon" else 2)
+    wrong_sum, unused = own and (min(w) < 0 or abs(sum(w) - 1) > 1e-6), args.num_kept not in (0, n)
+    high, updates, warm = args.thresholds[1], args.total_episodes // (b * n), args.critic_warmup_updates > 0
+    refuse(
+        (b % num_processes > 0, f"--batch_size {b} must be a multiple of the {num_processes} processes"),
+        (size % num_processes > 0 and not cut, f"--minibatch_size must be a multiple of {num_processes}"),
+        (b * kept % size > 0 and not cut, f"--minibatch_size {size} must divide the kept rows {b} x {kept}"),
+        (updates < 1, f"--total_episodes {args.total_episodes} is less than one update of {b} x {n}"),
+        (own and len(w) != n, f"--rank_weights needs --num_responses = {n} numbers, best first"),
+        (wrong_sum, f"--rank_weights must be at least 0 with sum 1, not {w}"),
+        (own and name not in ("none", "br", "bw", "random"), "--rank_weights replaces --filter; omit it"),
+        (n == 1 and not plain, "--filter needs --num_responses above 1; PPO-S is --filter none"),
+        (everything and unused, f"--num_kept does nothing with --filter {name}; try random"),
+        (kept > n and args.draw == "exact", f"--num_kept {kept} exceeds --num_responses; --draw sample"),
+        (args.thresholds[0] > high, f"--thresholds {args.thresholds}: the lower one comes first"),
+        (args.kl_target > 0 and not plain, "--kl_target needs --filter none: kept rows would steer it"),
+        (shared and warm, "--critic_warmup_updates needs --critic separate"),
+        (shared and args.critic_init is not None, "--critic_init needs --critic separate"),
+        (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
+    )
+    return kept, list(w) or rank_weight_vector(name, n), updates
+
+
+def load_function(spec: str, field: str):
+    """`module:function` or `module:function@TEXT` (called with source=TEXT) -> the function."""
+    name, _, source = spec.partition("@")
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        loaded = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemExit(f"--{field} {spec}: {error}; give module:function, importable from here") from None
+    return partial(loaded, source=source) if source else loaded
+
+
+def call_function(
+    function, rows: list[dict], texts: list[str], prompt_field: str, field: str = "reward"
+) -> list[float]:
+    """A `module:function` on responses and copies of the rows that they answer, those of a row adjacent -> a
+    float for each response. What fails on one rank ends all of them, together."""
+    rows = [copy.deepcopy(row) for row in rows for _ in range(len(texts) // len(rows))]
+    folder, values, failure = os.getcwd(), [], None
+    try:
+        given = function([row[prompt_field] for row in rows], list(texts), rows)
+        given = given.tolist() if hasattr(given, "tolist") else given
+        given = given if isinstance(given, list | tuple) else [given]
+        values = [x.item() if hasattr(x, "item") else x for x in given]
+        if len(values) != len(texts) or not all(isinstance(x, int | float) for x in values):
+            raise ValueError(f"must return a list of {len(texts)} numbers, not {values!r:.60}")
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        failure = f"--{field} failed, what was trained is kept: {type(error).__name__}: {error}"
+    os.chdir(folder)
+    failures = [text for text in gather_object([failure]) if text]
+    refuse((failures != [], "".join(failures[:1])))
+    return [float(x) for x in values]
+
+
+def read_inputs(args: Args, say=print) -> tuple:
+    """Tokenizer, stop token, rows of `prompts` and `eval_prompts`; refuses what does not fit the models."""
+    config = load_config(args.policy, "policy")
+    tokenizer = load_pretrained(transformers.AutoTokenizer, args.policy, "policy")
+    stop_id = stop_token_id(tokenizer, args.stop_token)
+    rows, eval_rows = (read_prompts(field, args, tokenizer, say) for field in ("prompts", "eval_prompts"))
+    check_rows(config, [[max(stop_id, 0)]], "stop_token")
+    queries = [row["query_ids"] for row in rows + eval_rows]
+    check_rows(config, queries, "policy", args.response_length)
+    for field, path in (("reward", args.reward), ("critic_init", args.critic_init)):
+        if path and (field == "critic_init" or ":" not in path):
+            check_reward_model(path, field, tokenizer, queries, args.response_length)
+    return tokenizer, stop_id, rows, eval_rows
+
+
+def read_prompts(field: str, args: Args, tokenizer, say=print) -> list[dict]:
+    """Rows of `prompts` or `eval_prompts` with query_ids. Of eval_prompts none may be left out: what is
+    measured would be the short prompts alone."""
+    path = getattr(args, field)
+    if path is None:
+        return []
+    rows, cut = load_rows(path, field, (args.prompt_field,)), args.long_queries == "keep_start"
+    encoded = encode_queries(tokenizer, rows, args.prompt_field, args.query_length, field, cut)
+    left_out = f"{len(rows) - len(encoded)} of {len(rows)}"
+    message = f"--{field}: {left_out} queries are empty or longer than --query_length"
+    if len(encoded) < len(rows):
+        refuse((field == "eval_prompts", f"{message}; raise it or --long_queries keep_start"))
+        say(f"{message} and left out")
+    return encoded
+
+
+def load_models(accelerator: Accelerator, args: Args) -> tuple:
+    """Policy, reference, reward model (None where the reward is a function) and critic, on their devices."""
+    place_here, frozen_dtype = (
+        partial(place, accelerator, args.shard),
+        frozen_precision(accelerator, args.frozen_dtype),
+    )
+    empty = (
+        args.shard and not accelerator.is_main_process
+    )  # rank 0 reads the weights and sends them to the others
+    policy = place_here(load_causal_lm(args.policy, torch.float32, empty, "policy"))
+    ref_policy = load_causal_lm(args.policy, frozen_dtype, empty, "policy").eval().requires_grad_(False)
+    ref_policy, reward_model = place_here(ref_policy), None
+    if ":" not in args.reward:
+        reward_model = load_reward_model(args.reward, frozen_dtype, empty).eval().requires_grad_(False)
+        reward_model = place_here(reward_model)
+    critic = place_here(make_critic(args, policy, empty))
+    if args.gradient_checkpointing:
+        recompute_activations(policy)
+        if args.critic == "separate":
+            recompute_activations(critic.lm_backbone)
+    return policy, ref_policy, reward_model, critic
+
+
+def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> RewardModel:
+    """R_φ from a sequence classification model with one label, of rm_single.py or of others (which have gain
+    1, bias 0 and no bound), of a folder or the hub. A head is never made up."""
+    config, auto = load_config(path, "reward"), transformers.AutoModelForSequenceClassification
+    bound = getattr(config, "reward_bound", "none")
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            return RewardModel(auto.from_config(config, dtype=dtype).base_model, bound)
+    classifier = load_weights(auto, path, "reward", config, "auto")
+    model = RewardModel(classifier.base_model, bound)
+    model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
+    for parameter in model.lm_backbone.parameters():  # the head stays float32
+        parameter.data = parameter.data.to(dtype)
+    model.scalar_head.weight.data.copy_(classifier.score.weight)
+    model.scalar_head.bias.data.fill_(getattr(config, "score_bias", 0.0))
+    model.reward_gain.data.fill_(getattr(config, "reward_gain", 1.0))
+    model.reward_bias.data.fill_(getattr(config, "reward_bias", 0.0))
+    return model
+
+
+def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]], new_tokens: int) -> None:
+    """Refuses, before weights are loaded, what load_reward_model cannot read, and a model with other tokens
+    than the policy's (it is handed the policy's ids) or too few positions."""
+    old, convert = Path(path, "reward_head.safetensors"), "python -m benchmark.recipes.convert_reward_model"
+    refuse((old.is_file(), f"--{field} {path}: an older form; convert it: {convert} {path} {path}_converted"))
+    config, where = load_config(path, field), f"--{field} {path}"
+    name = (config.architectures or ["model without architecture"])[0]
+    head = None
+    if name.endswith("ForSequenceClassification") and config.num_labels == 1:
+        with torch.device("meta"):
+            head = getattr(transformers.AutoModelForSequenceClassification.from_config(config), "score", None)
+    advice = "give a sequence classification model with one label and a layer `score`, or module:function"
+    refuse((not isinstance(head, nn.Linear), f"{where}: a {name} is no reward model; {advice}"))
+    check_rows(config, queries, field, new_tokens)
+    own = load_pretrained(transformers.AutoTokenizer, path, field).get_vocab()
+    differ = [t for t, i in tokenizer.get_vocab().items() if own.get(t) != i and t != tokenizer.pad_token]
+    such = f"{len(differ)} tokens such as {differ[:1]}"
+    refuse((differ != [], f"{where}: its tokenizer differs from --policy's, in {such}"))
+
+
+@torch.no_grad()
+def check_cache(accelerator, policy: nn.Module, queries: list[list[int]]) -> None:
+    """Refuses a policy that samples other tokens with its cache than it would without."""
+    queries = sorted(queries, key=len)
+    queries = [query[-24:] for query in (queries[0], queries[len(queries) // 2], queries[-1])]
+    ids, mask = pad_left(queries, accelerator.device)
+    policy.eval()
+    with whole(accelerator, policy), torch.autocast(accelerator.device.type, enabled=False):
+        responses = generate(policy, ids, mask, 2, 8, 0.0, -1)
+        ids, mask = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+        inputs = model_inputs(torch.cat([ids, responses], 1), F.pad(mask, (0, 8), value=True))
+        logits = policy(**inputs, use_cache=False, logits_to_keep=9).logits[:, :-1].float()
+    behind = logits.amax(-1) - logits.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+    differs = not (behind <= 0.1 * logits.std()).all()  # two tokens may be nearly equal
+    refuse((differs, "--policy: greedy tokens with the cache are not those without; take another model"))
+
+
+def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
+    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without
+    reshuffle all in one order."""
+    passes, order = range(start // num_prompts, (start + count - 1) // num_prompts + 1), []
+    for number in passes:
+        generator = random_generator("cpu", seed, 0, number * reshuffle)
+        order += torch.randperm(num_prompts, generator=generator).tolist()
+    first = start - passes[0] * num_prompts
+    return order[first : first + count]
+
+
+def sample_metrics(scores, shaped, lengths, has_stop, selected: Tensor) -> dict[str, float]:
+    """Means over all samples of all ranks (B*N,), and over the rows (K,) that the filter has selected."""
+    means = {"objective/score": scores, "objective/shaped_score": shaped}
+    means |= {"objective/length": lengths, "objective/truncated": ~has_stop}
+    metrics = {"filter/kept": len(selected), "filter/distinct": len(selected.unique())}
+    if len(selected):
+        kept_scores = scores.cpu()[selected]
+        means |= {"filter/score": kept_scores, "filter/length": lengths.cpu()[selected]}
+        metrics["filter/score_std"] = kept_scores.std(correction=min(1, len(selected) - 1)).item()
+    return metrics | {tag: values.float().mean().item() for tag, values in means.items()}
+
+
+def kept_metrics(kept: dict[str, Tensor], kl: Tensor, non_score_reward: Tensor, all_sum) -> dict[str, float]:
+    """Means over the kept rows of all ranks (per response), mean and variance over their tokens."""
+    mask, returns, values = kept["response_mask"], kept["returns"], kept["values"]
+    rows = mask.any(1)
+    sums = [rows.sum(), kl.sum(), -kept["logprobs"].sum(), non_score_reward.sum()]
+    sums += [(kept["scores"] * rows).sum(), mask.sum(), returns.sum(), values.sum()]
+    sums += [returns.square().sum(), values.square().sum()]
+    count, kl, entropy, penalty, score, tokens, *moments = all_sum(torch.stack(sums).double()).tolist()
+    metrics = {"objective/kl": kl / count, "objective/entropy": entropy / count}
+    metrics |= {"objective/non_score_reward": penalty / count}
+    metrics |= {"objective/score_total": (score + penalty) / count}
+    for name, first, second in (("ppo/returns", moments[0], moments[2]), ("ppo/val", moments[1], moments[3])):
+        variance = (second - first**2 / tokens) / max(tokens - 1, 1)
+        metrics |= {f"{name}/mean": first / tokens, f"{name}/var": variance}
+    return metrics
+
+
+def show_sample(folder: Path, step: int, prompt, response: str, score: float) -> None:
+    """One sample on the console and in samples.jsonl."""
+    line = {"step": step, "prompt": prompt, "response": response, "score": score}
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"{prompt}{response}\n[score {score:.3f}]", flush=True)
+
+
+def best_score(results: dict[str, float]) -> float:
+    """What policy_best is chosen by: greedy pass@1, or the sampled reward where there is no actual_score."""
+    return results.get("eval/greedy_pass1", results.get("eval/sampled_reward", -math.inf))
+
+
 if __name__ == "__main__":
-    main(parse_args(Args, presets=PRESETS))
+    run(main, parse_args(Args, presets=PRESETS))

@@ -23,35 +23,37 @@ LMHPD = vwxyzjn/lm-human-preference-details@ccc1953. `DEPARTS` marks a differenc
 `--preset lm_human_preferences` is LMHP's setting on this same code path.
 """
 
+import codecs
 import copy
 import dataclasses
+import fcntl
+import gzip
+import hashlib
 import inspect
 import json
 import logging
 import math
 import re
 import shutil
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 # Shapes: K responses per label, rows = labels x K with the responses of a label adjacent, R response length,
 # T tokens of the longest row of a micro-batch.
@@ -81,8 +83,8 @@ class Args:
     """π_SFT: causal language model, folder or hub id; R_φ starts from it, and it is sampled to normalise"""
     bound: Literal["tanh", "none"] = "tanh"
     """saved with the model: `tanh` lets readers see tanh(score), in [-1, 1]; `none` the score (LMHP)"""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """weights of the frozen π_SFT; trainable weights are always float32, autocast by accelerate"""
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """weights of the frozen π_SFT; auto: bfloat16 under --mixed_precision bf16, else float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     shard: bool = False
@@ -172,12 +174,11 @@ def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
     accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    check_ranges(args)
     refuse((args.batch_size < world, f"--batch_size must be at least the {world} processes"))
     config = load_config(args.model, "model")
     known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     refuse((not known, f"--model {args.model}: transformers has no sequence classification form of it"))
-    tokenizer = load_pretrained(AutoTokenizer, args.model, "model")
+    tokenizer = load_pretrained(transformers.AutoTokenizer, args.model, "model")
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
@@ -219,7 +220,7 @@ def main(args: Args) -> None:
 
     empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
-    sft_policy = load_causal_lm(args.model, getattr(torch, args.frozen_dtype), empty)
+    sft_policy = load_causal_lm(args.model, frozen_precision(accelerator, args.frozen_dtype), empty)
     sft_policy = place(accelerator, args.shard, sft_policy).eval().requires_grad_(False)
     trained_lm = load_causal_lm(args.model, torch.float32, empty)  # R_φ's backbone
     if args.gradient_checkpointing:
@@ -234,16 +235,28 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------ Continue a killed run; 2. or normalise first
     state = load_checkpoint(accelerator, output_dir, model, optimizer)
-    kept_step = min(state["step"], num_steps - 1) if state else -1  # the last evaluation is done again
-    writer = open_metrics(output_dir, kept_step) if rank == 0 else None
+    writer = open_metrics(output_dir, state["step"] if state else 0) if rank == 0 else None
     if state is None:
-        state = {"step": 0, "optimizer_step": 0, "recent": {}}
+        rows = [label["query"] + label["samples"][0] for label in labels]
+        check_model(accelerator, reward_model, rows, 0, "model")
+        state = {"step": 0, "optimizer_step": 0, "recent": {}, "metrics": {}}
         if args.normalize_before:
             metrics = normalize(accelerator, reward_model, sft_policy, queries, args, stop_id, stage=0)
             log_metrics(writer, output_dir, 0, metrics, ("normalize_before/gain",), "")
     run_start, first_step = time.time(), state["step"]
-    for step in range(first_step + 1, num_steps + 1):
+    for step in range(first_step + 1, num_steps + 2):
+        # ---------------- 5. held-out loss and accuracy. This may fail: a checkpoint comes before
+        done, metrics = step - 1, state["metrics"]
+        if done and (done == num_steps or (args.eval_every and done % args.eval_every == 0)):
+            metrics |= evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
+            metrics |= backbone_kl(accelerator, trained_lm, sft_policy, queries, args, stop_id, done)
+        if metrics:
+            left = (time.time() - run_start) / max(1, done - first_step) * (num_steps - done)
+            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
+        if done == num_steps:
+            break
         step_start = time.time()
+
         # ---------------- 3. the next batch of a shuffled pass over the labels; ranks divide it
         epoch, index = divmod(step - 1, steps_per_epoch)
         order = torch.randperm(len(labels), generator=random_generator("cpu", args.seed, 0, epoch))
@@ -274,28 +287,22 @@ def main(args: Args) -> None:
         for tag, value in {**recent, "seconds/step": time.time() - step_start}.items():
             state["recent"].setdefault(tag, []).extend([value] if math.isfinite(value) else [])
 
-        # ---------------- 5. held-out loss and accuracy; log and save
-        metrics, last = {}, step == num_steps
+        # ---------------- Measure and save
+        last, stop, metrics = step == num_steps, stopping(accelerator), {}
         if step % args.log_every == 0 or last:
             metrics = {tag: float(np.mean(values)) for tag, values in state["recent"].items() if values}
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
             metrics["train/gain"] = full(reward_model.reward_gain).item()
             metrics["train/bias"] = full(reward_model.reward_bias).item()
             state["recent"] = {}
-        if args.eval_every and step % args.eval_every == 0 and not last:
-            metrics |= evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
-            metrics |= backbone_kl(accelerator, trained_lm, sft_policy, queries, args, stop_id, step)
-        if metrics and not last:
-            left = (time.time() - run_start) / (step - first_step) * (num_steps - step)
-            log_metrics(writer, output_dir, step, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
-        if step % args.checkpoint_every == 0 or last:
-            state["metrics"] = metrics
+        state |= {"step": step, "metrics": metrics}
+        if (
+            last
+            or stop
+            or any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
+        ):
             save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
-
-    # the last evaluation comes when what was trained is safe: it may run out of memory
-    metrics = state["metrics"] | evaluate(accelerator, reward_model, eval_labels, args.forward_batch_size)
-    metrics |= backbone_kl(accelerator, trained_lm, sft_policy, queries, args, stop_id, num_steps)
-    log_metrics(writer, output_dir, num_steps, metrics, SHOWN, f"/{num_steps}")
+        refuse((stop, f"stopped after step {step}, as asked; the same command goes on"))
 
     # ------------------------------------------------ 6. normalise again, save
     if args.normalize_after:
@@ -306,23 +313,6 @@ def main(args: Args) -> None:
 
 
 SHOWN = ("train/loss", "train/accuracy", "test/accuracy", "train/kl")
-
-
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], size: int) -> dict[str, float]:
-    """Held-out loss and accuracy: every label counts once, whatever the number of ranks; {} without
-    labels."""
-    if not labels:
-        return {}
-    model.eval()
-    local_labels = labels[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    with whole(accelerator, model):
-        for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
-            loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
-            sums += torch.stack(loss_and_accuracy).double() * len(part)
-    loss, accuracy = accelerator.reduce(sums, "sum").tolist()
-    return {"test/loss": loss / len(labels), "test/accuracy": accuracy / len(labels)}
 
 
 @torch.no_grad()
@@ -348,27 +338,6 @@ def normalize(accelerator, reward_model, sft_policy, queries, args: Args, stop_i
             set_gain_and_bias(reward_model, gain, bias)
             results |= {f"{name}/gain": gain, f"{name}/bias": bias}
     return results
-
-
-@torch.no_grad()
-def backbone_kl(accelerator, trained_lm, sft_policy, queries, args: Args, stop_id: int, step: int) -> dict:
-    """train/kl: KL of the trained backbone, as a language model, to π_SFT on its own samples (LMHPD); {} for
-    none."""
-    if not args.kl_samples:
-        return {}
-    trained_lm.eval()
-    samples = sample(accelerator, trained_lm, queries, args.kl_samples, args, stop_id, 2, step)
-    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    with whole(accelerator, trained_lm, sft_policy):
-        trained_lm.tie_weights()
-        for part in micro_batches(samples, args.forward_batch_size):
-            logprobs = response_logprobs(trained_lm, part, args.temperature, accelerator.device)
-            ref_logprobs = response_logprobs(sft_policy, part, args.temperature, accelerator.device)
-            sums += torch.tensor(
-                [(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device
-            )
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    return {"train/kl": total / count}
 
 
 def best_of_k_loss(rewards: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,7 +388,9 @@ class RewardModel(nn.Module):
     def __init__(self, lm_backbone: nn.Module, bound: str = "none"):
         super().__init__()
         self.lm_backbone, self.bound = lm_backbone, bound
-        self.scalar_head = nn.Linear(lm_backbone.config.get_text_config().hidden_size, 1)
+        config = lm_backbone.config.get_text_config()
+        width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # opt-350m has the former
+        self.scalar_head = nn.Linear(width, 1)
         self.reward_gain, self.reward_bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -427,21 +398,6 @@ class RewardModel(nn.Module):
         hidden = self.lm_backbone(**model_inputs(ids, mask), use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reward_gain * self.scalar_head(hidden.float()).squeeze(-1) + self.reward_bias
-
-
-def as_classifier(model: RewardModel) -> nn.Module:
-    """The reward model as transformers' sequence classification model with one label: backbone and
-    `score.weight`. What that class has no place for stands in its configuration: R = reward_gain · (logit +
-    score_bias) + reward_bias."""
-    config = copy.deepcopy(model.lm_backbone.config)
-    numbers = (model.scalar_head.bias, model.reward_gain, model.reward_bias)
-    config.score_bias, config.reward_gain, config.reward_bias = (full(x).item() for x in numbers)
-    config.num_labels, config.reward_bound = 1, model.bound
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config)
-    setattr(classifier, classifier.base_model_prefix, model.lm_backbone)
-    classifier.score.weight = model.scalar_head.weight
-    return classifier
 
 
 def set_gain_and_bias(model: RewardModel, gain: float, bias: float) -> None:
@@ -497,8 +453,11 @@ def generate(
     settings = {cache_name: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(**model_inputs(queries, query_mask), **settings).logits[:, -1]
     logits, mask = logits.repeat_interleave(num_responses, 0), query_mask.repeat_interleave(num_responses, 0)
+    if cache.get_seq_length() != queries.shape[1]:
+        raise RuntimeError(f"{type(model).__name__} does not fill the cache that it is given")
     if num_responses > 1:
-        cache.batch_repeat_interleave(num_responses)
+        copies = torch.arange(len(queries), device=queries.device).repeat_interleave(num_responses)
+        cache.reorder_cache(copies)
     rows = torch.arange(len(mask), device=queries.device)  # rows still in the batch
     done = torch.zeros_like(rows, dtype=torch.bool)
     responses = torch.zeros(len(mask), length, dtype=torch.long, device=queries.device)
@@ -514,7 +473,7 @@ def generate(
             break
         if done.sum() >= max(1, len(done) // 8):  # dropping copies the cache, so not for every single row
             alive = (~done).nonzero().squeeze(1)
-            cache.batch_select_indices(alive)
+            cache.reorder_cache(alive)
             rows, done, mask, tokens = rows[alive], done[alive], mask[alive], tokens[alive]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = mask.sum(1, keepdim=True) - 1
@@ -542,17 +501,6 @@ def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, st
     return samples
 
 
-def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
-    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without
-    reshuffle all in one order."""
-    passes, order = range(start // num_prompts, (start + count - 1) // num_prompts + 1), []
-    for number in passes:
-        generator = random_generator("cpu", seed, 0, number * reshuffle)
-        order += torch.randperm(num_prompts, generator=generator).tolist()
-    first = start - passes[0] * num_prompts
-    return order[first : first + count]
-
-
 def micro_batches(labels: list[dict], size: int) -> list[list[dict]]:
     """Parts of at most `size` labels of similar length, so that little is padding."""
     labels = sorted(labels, key=lambda label: len(label["query"]) + max(map(len, label["samples"])))
@@ -574,6 +522,588 @@ def response_logprobs(model: nn.Module, labels: list[dict], temperature: float, 
     width = responses.shape[1]
     logits = model(**model_inputs(ids, mask), use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
     return token_logprobs(logits, responses, response_mask, temperature)
+
+
+def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
+    """Ids of a response with exactly one stop token, its last (-1: none); what follows one is left out."""
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    if stop_token_id < 0:
+        return ids
+    return (ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids) + [stop_token_id]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in all three scripts; a reader of the paper can stop here
+# ------------------------------------------------------------------------------------------------------------
+
+
+def refuse(*cases: tuple[bool, str]) -> None:
+    """(is wrong, message) of every check: the first that is wrong ends the command with its one line."""
+    for wrong, message in cases:
+        if wrong:
+            raise SystemExit(message)
+
+
+def check_ranges(args) -> None:
+    """Refuses a number below or above those that stand in its type in Args; NaN and infinity always."""
+    for field in dataclasses.fields(args):
+        low, high = getattr(field.type, "__metadata__", (-math.inf, math.inf))
+        value = getattr(args, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float):
+                wrong = not (math.isfinite(number) and low <= number <= high)
+                refuse((wrong, f"--{field.name} must lie between {low} and {high}, not at {number}"))
+
+
+def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
+    itself."""
+    argv = sys.argv[1:] if argv is None else argv
+    for name, flags in (presets or {}).items():
+        if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
+            argv = flags.split() + argv
+    if "--help" in argv or "-h" in argv:
+        fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
+        print(inspect.getmodule(args_class).__doc__, fields.partition("class Args:\n")[2].replace('"""', ""))
+        sys.exit()
+    args = tyro.cli(args_class, args=argv, use_underscores=True)
+    check_ranges(args)
+    return args
+
+
+def start_accelerator(shard: bool = False) -> Accelerator:
+    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
+    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
+    stopped."""
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+    # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    accelerator.asked_to_stop = False
+    signal.signal(signal.SIGTERM, partial(ask_to_stop, accelerator))
+    kind = accelerator.distributed_type.value
+    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
+    refuse(
+        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
+        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
+    )
+    return accelerator
+
+
+def ask_to_stop(accelerator: Accelerator, *_) -> None:
+    """What SIGTERM does: the run ends behind its next checkpoint. A second SIGTERM ends it at once."""
+    accelerator.asked_to_stop = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def stopping(accelerator: Accelerator) -> bool:
+    """Whether any rank was asked to stop; to be called by all ranks at the same place."""
+    asked = torch.tensor([float(accelerator.asked_to_stop)], device=accelerator.device)
+    return accelerator.reduce(asked).item() > 0
+
+
+def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) -> None:
+    """Raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
+    if not math.isfinite(loss if accelerator.scaler else loss + norm):
+        advice = "the last good checkpoint is kept; lower the learning rate"
+        raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
+
+
+def units(*models) -> list[nn.Module]:
+    """The parts of models that FSDP gathers one by one; none without --shard."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if hasattr(module, "unshard")]
+
+
+def full(tensor):
+    """The whole of a sharded tensor, on every rank; anything else as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
+    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
+    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
+    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
+    if not shard:
+        return together.to(device)[0]
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, as others below
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    for model in models:
+        backbone = getattr(model, "lm_backbone", model)
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
+        if not blocks and hasattr(backbone, "config"):
+            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
+        for module in dict.fromkeys((*blocks, backbone, model)):
+            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not main:
+        together.to_empty(device=device)
+    for name, parameter in together.named_parameters():
+        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
+        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
+    for buffer in together.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    return models[0]
+
+
+@contextmanager
+def whole(accelerator: Accelerator, *models):
+    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
+    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
+    parts = units(*models)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    with accelerator.autocast():
+        yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
+    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
+    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
+    count = torch.tensor([len(parts)], device=accelerator.device)
+    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
+    for i in range(count):
+        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
+        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
+
+
+def load_pretrained(auto_class, path: str, field: str):
+    """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
+    try:
+        loaded = auto_class.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--{field} {path}: {str(error).splitlines()[0]}") from None
+    empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
+    refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
+    return loaded
+
+
+def load_config(path: str, field: str):
+    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
+    mode."""
+    config, noise = load_pretrained(transformers.AutoConfig, path, field), ("drop", "jitter")
+    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
+        config.output_router_logits = False
+    for name, value in config.to_dict().items():
+        if any(word in name for word in noise) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 under bf16, else float32."""
+    auto = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
+
+
+def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read."""
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # loaders raise what they like
+        raise SystemExit(f"--{field} {path}: {str(error).strip().splitlines()[0]}") from None
+    missing = ", ".join(sorted(info["missing_keys"]))
+    refuse((missing != "", f"--{field} {path}: its files have no weights for {missing:.200}"))
+    return model
+
+
+def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
+    """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
+    no gradient): it may be the stop token, and padding is never read anyway."""
+    config, auto = load_config(path, field), transformers.AutoModelForCausalLM
+    name = ", ".join(config.architectures or [])
+    refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
+    if empty:  # `place` gives it rank 0's weights
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype).eval()
+    else:
+        model = load_weights(auto, path, field, config, dtype)
+    model.get_input_embeddings().padding_idx = None
+    return model
+
+
+def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
+    """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
+    is the pad token too, one inside the embedding, so that other tools can batch."""
+    stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
+    stop = stop[0] if isinstance(stop, list) else stop
+    model.config.pad_token_id = stop
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    weights = model.state_dict()
+    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
+        once = dict(model.named_parameters())
+        names = [name for name, x in weights.items() if name in once or full(x) is x]
+        gathered = ((name, full(weights[name])) for name in names)
+        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
+    if accelerator.is_main_process:
+        aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Gradient checkpointing, which acts in train mode only; transformers renamed the method in 5.24."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()
+
+
+def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
+    """Rows of a .jsonl, .jsonl.gz, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub
+    data set `name:split`; refuses, with file and row, what cannot be read or lacks a column."""
+    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
+    known = kind in ("jsonl", "gz", "json", "csv", "parquet") or not Path(path).is_file()
+    refuse((not known, f"{where}: .{kind} is unknown; give .jsonl, .jsonl.gz, .json, .csv or .parquet"))
+    try:
+        if kind in ("jsonl", "gz"):
+            text = (gzip.open if kind == "gz" else open)(path, "rb").read()
+            for line in text.removeprefix(codecs.BOM_UTF8).split(b"\n"):
+                rows += [json.loads(line.decode())] if line.strip() else []
+        elif kind == "json":
+            rows = json.loads(Path(path).read_bytes())
+        else:
+            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
+
+            name, _, split = path.partition(":")
+            if Path(path).is_dir():
+                data = load_from_disk(path)
+                data = data["train"] if isinstance(data, dict) else data
+            elif kind in ("csv", "parquet"):
+                data = load_dataset(kind, data_files=path, split="train")
+            else:
+                data = load_dataset(name, split=split or "train")
+            rows = data.to_list()
+    except Exception as error:  # loaders raise what they like
+        text = isinstance(error, ValueError) and kind in ("jsonl", "gz", "json")
+        row = f", row {len(rows) + 1}: not JSON in UTF-8" if text else ""
+        raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
+    refuse((not isinstance(rows, list) or not rows, f"{where}: no rows; write one object per line"))
+    for number, row in enumerate(rows, 1):
+        refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
+        missing = ", ".join(column for column in columns if row.get(column) is None)
+        has = ", ".join(sorted(row))
+        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
+    return rows
+
+
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        last = answer[-1].get("role")
+        refuse((last != "assistant", f"{where}: {answer_field} must end with role assistant, not {last}"))
+        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
+    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
+    prompt = before or row.get(prompt_field)
+    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
+    return prompt, answer
+
+
+def plain_text(content) -> str | None:
+    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
+    picture)."""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    return content if isinstance(content, str) else None
+
+
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Chat messages with plain texts. ValueError for one without, unless it calls a tool."""
+    plain = [{**message, "content": plain_text(message.get("content"))} for message in messages]
+    if any(message["content"] is None and "tool_calls" not in message for message in plain):
+        raise ValueError("a message has no text as its content")
+    return plain
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
+    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
+    itself."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
+    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
+    Refuses, naming the row, what tokenizer or chat template do not take."""
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
+        except Exception as error:  # templates raise what they like
+            text = str(error).partition("\n")[0]
+            raise SystemExit(
+                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
+            ) from None
+        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
+    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
+    return encoded
+
+
+def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
+    """Prints the first row as the model reads it, and what is odd about it."""
+    for name, ids in (("query", query), ("response", response)):
+        accelerator.print(*[f"first {name}: {tokenizer.decode(ids)!r}"][: len(ids)])
+    if not tokenizer.chat_template or not prompt:
+        return
+    if isinstance(prompt, str):
+        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
+        return
+    try:  # what is only shown stops no run
+        chat = [*plain_messages(prompt), {"role": "assistant", "content": "@"}]
+        closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
+    except Exception:
+        return
+    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
+        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
+
+
+def stop_token_id(tokenizer, token: str) -> int:
+    """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
+    ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
+    token_id = int(token) if token.isdigit() else ids.get(token)
+    refuse((token_id is None, f"--stop_token {token}: no such token in the tokenizer; give one, or `none`"))
+    return token_id
+
+
+def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -> None:
+    """Refuses ids outside the embedding (on a GPU a device-side assert, much later) and rows that with
+    new_tokens more are longer than the model has positions."""
+    config, largest = config.get_text_config(), max(map(max, rows), default=0)
+    longest, has = max(map(len, rows), default=0) + new_tokens, f"--{field}: the model has"
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    advice = "lower --query_length or --response_length"
+    refuse(
+        (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
+        (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
+    )
+
+
+def column_outputs(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """ids, mask (rows, T) -> a language model's logits (rows, T, V), or a reward model's scores (rows, T)."""
+    causal = isinstance(model, transformers.PreTrainedModel)
+    return (model(**model_inputs(ids, mask), use_cache=False).logits if causal else model(ids, mask)).float()
+
+
+@torch.no_grad()
+def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens: int, field: str) -> None:
+    """Tries the model on three rows of ids, without autocast: what it gives must be finite, the same in train
+    mode, for a padded row as for that row alone, and whatever follows, up to new_tokens more. Refuses a model
+    that differs: it would be trained on other numbers than it is sampled with."""
+    rows, device = sorted(rows, key=len), accelerator.device
+    ids, mask = pad_left([row[-24:] for row in (rows[0], rows[len(rows) // 2], rows[-1])], device)
+    ids, mask = nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0))  # padding in every row
+    longest = (rows[-1] * (1 + new_tokens))[: len(rows[-1]) + new_tokens]
+    longest, real = torch.tensor([longest], device=device), torch.ones(1, len(longest), device=device).bool()
+    try:
+        with whole(accelerator, model), torch.autocast(device.type, enabled=False):
+            model.train()
+            trained = column_outputs(model, ids, mask)[mask]
+            model.eval()
+            padded = column_outputs(model, ids, mask)[mask]
+            alone = [column_outputs(model, x[m][None], m[m][None])[0] for x, m in zip(ids, mask)]
+            start = column_outputs(model, longest[:, :8], real[:, :8])
+            followed = column_outputs(model, longest, real)[:, :8]
+    except Exception as error:  # models raise what they like
+        raise SystemExit(f"--{field}: the model fails on your own rows: {error}") from error
+    half = next(model.parameters()).dtype == torch.bfloat16 or accelerator.mixed_precision == "bf16"
+    tolerance = (0.1 if half and units(model) else 0.03 if half else 1e-3) * padded.std().item()
+    pairs = ((padded, trained), (padded, torch.cat(alone)), (start, followed))
+    modes, padding, future = (not (x - y).abs().max() <= tolerance for x, y in pairs)
+    where = f"--{field}: on your own rows the model"
+    refuse(
+        (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
+        (modes, f"{where} differs between train and eval mode; turn off what is random in its configuration"),
+        (padding, f"{where} gives a padded row other numbers than that row alone: padding reaches its state"),
+        (
+            future,
+            f"{where} gives a token other numbers when more follow; lower query_length, response_length",
+        ),
+    )
+
+
+def random_generator(device, *key: int) -> torch.Generator:
+    """A generator of the key alone, so that a resumed run draws what the whole run would have drawn."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written aside and renamed, so that a kill leaves the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(path)
+
+
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
+    """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
+    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    if final.is_dir():
+        return
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if units(model):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
+    else:
+        accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (aside / "state.json").write_text(json.dumps({**state, "step": step}))
+        aside.rename(final)
+        for older in set(final.parent.iterdir()) - {final}:
+            shutil.rmtree(older)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
+    """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
+    newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
+    if newest is None:
+        return None
+    if units(model):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    else:
+        accelerator.load_state(str(newest))
+    return json.loads((newest / "state.json").read_text())
+
+
+def open_run(accelerator: Accelerator, args) -> Path:
+    """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
+    run of other data or of other settings than those of memory and speed."""
+    folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
+    free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
+    new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
+    for name, path in dataclasses.asdict(args).items():
+        if isinstance(path, str) and Path(path).is_file():
+            new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    old = json.loads(file.read_text()) if file.is_file() else new
+    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
+    text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
+    where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
+    refuse(
+        (text != "", f"{where} holds another run: {text}; {advice}"),
+        (foreign, f"{where} is not empty and holds no run of this script; {advice}"),
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.lock = (folder / "lock").open("a")  # the system releases it when this process ends
+        try:
+            fcntl.lockf(accelerator.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"{where}: another run is writing there; name a new folder") from None
+        write_text(file, json.dumps(new, indent=1))
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def open_metrics(folder: Path, step: int):
+    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
+    drops from metrics.jsonl and samples.jsonl what will be written once more."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
+        if path.is_file():
+            lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
+            write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+
+def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
+    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
+    writer."""
+    if writer is not None:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value, step)
+        values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
+        print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
+
+
+def run(main, args) -> None:
+    """main(args); a full disk ends it with one line."""
+    try:
+        main(args)
+    except Exception as error:
+        there = next(path for path in Path(args.output_dir, "_").absolute().parents if path.exists())
+        full_disk = "No space left" in str(error) or shutil.disk_usage(there).free < 2**20
+        advice = "make room, then the same command goes on"
+        refuse((full_disk, f"--output_dir {args.output_dir}: the disk is full; {advice} ({error})"))
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing of this script alone: evaluation, files, checks
+# ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], size: int) -> dict[str, float]:
+    """Held-out loss and accuracy: every label counts once, whatever the number of ranks; {} without
+    labels."""
+    if not labels:
+        return {}
+    model.eval()
+    local_labels = labels[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+    with whole(accelerator, model):
+        for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
+            loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
+            sums += torch.stack(loss_and_accuracy).double() * len(part)
+    loss, accuracy = accelerator.reduce(sums, "sum").tolist()
+    return {"test/loss": loss / len(labels), "test/accuracy": accuracy / len(labels)}
+
+
+@torch.no_grad()
+def backbone_kl(accelerator, trained_lm, sft_policy, queries, args: Args, stop_id: int, step: int) -> dict:
+    """train/kl: KL of the trained backbone, as a language model, to π_SFT on its own samples (LMHPD); {} for
+    none."""
+    if not args.kl_samples:
+        return {}
+    trained_lm.eval()
+    samples = sample(accelerator, trained_lm, queries, args.kl_samples, args, stop_id, 2, step)
+    sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+    with whole(accelerator, trained_lm, sft_policy):
+        trained_lm.tie_weights()
+        for part in micro_batches(samples, args.forward_batch_size):
+            logprobs = response_logprobs(trained_lm, part, args.temperature, accelerator.device)
+            ref_logprobs = response_logprobs(sft_policy, part, args.temperature, accelerator.device)
+            sums += torch.tensor(
+                [(logprobs - ref_logprobs).sum().item(), len(part)], device=accelerator.device
+            )
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    return {"train/kl": total / count}
 
 
 def read_labels(field: str, args: Args, tokenizer, config, stop_id: int) -> tuple[list[dict], int]:
@@ -629,433 +1159,31 @@ def id_label(row: dict, names: list[str], where: str, args: Args) -> dict:
     return {"query": query, "samples": samples, "best": row["best"]}
 
 
-def encode_response(tokenizer, response: str, stop_token_id: int) -> list[int]:
-    """Ids of a response with exactly one stop token, its last (-1: none); what follows one is left out."""
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    if stop_token_id < 0:
-        return ids
-    return (ids[: ids.index(stop_token_id)] if stop_token_id in ids else ids) + [stop_token_id]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Plumbing: the same in all three scripts; a reader of the paper can stop here
-# ------------------------------------------------------------------------------------------------------------
-
-
-def refuse(*cases: tuple[bool, str]) -> None:
-    """(is wrong, message) of every check: the first that is wrong ends the command with its one line."""
-    for wrong, message in cases:
-        if wrong:
-            raise SystemExit(message)
-
-
-def check_ranges(args) -> None:
-    """Refuses a number below or above those that stand in its type in Args; NaN and infinity always."""
-    for field in dataclasses.fields(args):
-        low, high = getattr(field.type, "__metadata__", (-math.inf, math.inf))
-        value = getattr(args, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float):
-                wrong = not (math.isfinite(number) and low <= number <= high)
-                refuse((wrong, f"--{field.name} must lie between {low} and {high}, not at {number}"))
-
-
-def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
-    itself."""
-    argv = sys.argv[1:] if argv is None else argv
-    for name, flags in (presets or {}).items():
-        if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
-            argv = flags.split() + argv
-    if "--help" in argv or "-h" in argv:
-        fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
-        print(inspect.getmodule(args_class).__doc__, fields.partition("class Args:\n")[2].replace('"""', ""))
-        sys.exit()
-    return tyro.cli(args_class, args=argv, use_underscores=True)
-
-
-def start_accelerator(shard: bool = False) -> Accelerator:
-    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
-    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
-    stopped."""
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # its gradients are NaN where a padded column attends to nothing
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
-    kind = accelerator.distributed_type.value
-    wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
-    refuse(
-        (kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"), f"{kind} does not work here; use --multi_gpu --shard"),
-        (wrong, "--shard needs more than one process, and --mixed_precision bf16 or no; leave it out"),
-    )
-    return accelerator
-
-
-def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) -> None:
-    """Raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
-    if not math.isfinite(loss if accelerator.scaler else loss + norm):
-        advice = "the last good checkpoint is kept; lower the learning rate"
-        raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
-
-
-def units(*models) -> list[FSDPModule]:
-    """The parts of models that are gathered one by one; none without --shard."""
-    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
-    return [module for module in modules if isinstance(module, FSDPModule)]
-
-
-def full(tensor):
-    """The whole of a sharded tensor, on every rank; anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
-    """The first of the models, after all were put on this rank's device, or rank 0's weights of each were
-    split over the ranks, block by block. Under bf16 models then run in bfloat16, their heads in float32."""
-    together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
-    if not shard:
-        return together.to(device)[0]
-    weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
-    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
-    for model in models:
-        backbone = getattr(model, "lm_backbone", model)
-        names = getattr(backbone, "_no_split_modules", None) or ()
-        blocks = [module for module in backbone.modules() if type(module).__name__ in names]
-        if not blocks and hasattr(backbone, "config"):
-            accelerator.print(f"--shard: {type(backbone).__name__} names no blocks: gathered as one unit")
-        for module in dict.fromkeys((*blocks, backbone, model)):
-            dtype = torch.bfloat16 if bf16 and (module in blocks or hasattr(module, "config")) else None
-            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if not main:
-        together.to_empty(device=device)
-    for name, parameter in together.named_parameters():
-        weight = weights[name].to(device) if main else torch.empty_like(weights[name], device=device)
-        parameter.data.copy_(distribute_tensor(weight, parameter.device_mesh, parameter.placements))
-    for buffer in together.buffers():
-        torch.distributed.broadcast(buffer, 0)
-    return models[0]
-
-
-@contextmanager
-def whole(accelerator: Accelerator, *models):
-    """Autocast, and each rank holds all weights of sharded models, so that it waits for no other one that
-    samples longer. Every rank has to enter, with work or without; weights are not to be changed in here."""
-    parts = units(*models)
-    for part in parts:
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    with accelerator.autocast():
-        yield
-    for part in parts:
-        part.reshard()
-        part.set_reshard_after_forward(True, recurse=False)
-
-
-def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
-    """(micro-batch, 1.0, context) for each one of an optimizer step: DDP adds up over ranks in the last. In
-    each, sharded weights wait for all ranks, so one with fewer repeats its last, which counts 0.0."""
-    count = torch.tensor([len(parts)], device=accelerator.device)
-    count = int(accelerator.gather(count).max()) if units(model) else len(parts)
-    for i in range(count):
-        sync = nullcontext() if i == count - 1 else accelerator.no_sync(model)
-        yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
-
-
-def load_pretrained(auto_class, path: str, field: str):
-    """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
-    try:
-        return auto_class.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--{field} {path}: {str(error).splitlines()[0]}") from None
-
-
-def load_config(path: str, field: str):
-    """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(transformers.AutoConfig, path, field)
-    if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
-        config.output_router_logits = False
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
-            setattr(config, name, 0.0)
-    return config
-
-
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
-    """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
-    no gradient): it may be the stop token, and padding is never read anyway."""
-    config = load_config(path, "model")
-    if empty:  # `place` gives it rank 0's weights
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    model.get_input_embeddings().padding_idx = None
-    return model
-
-
-def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
-    """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
-    is the pad token too, one inside the embedding, so that other tools can batch."""
-    stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
-    stop = stop[0] if isinstance(stop, list) else stop
-    model.config.pad_token_id = stop
-    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
-    weights = model.state_dict()
-    if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
-        once = dict(model.named_parameters())
-        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
-        gathered = ((name, full(weights[name])) for name in names)
-        weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
-    if accelerator.is_main_process:
-        aside = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    accelerator.wait_for_everyone()
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """Gradient checkpointing, which acts in train mode only; transformers renamed the method in 5.24."""
-    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-    getattr(model, new if hasattr(model, new) else old)()
-
-
-def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
-    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
-    rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
-    try:
-        if kind == "jsonl":
-            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
-                rows += [json.loads(line)] if line.strip() else []
-        elif kind == "json":
-            rows = json.loads(Path(path).read_text("utf-8-sig"))
-        else:
-            from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
-
-            name, _, split = path.partition(":")
-            if Path(path).is_dir():
-                data = load_from_disk(path)
-                data = data["train"] if isinstance(data, dict) else data
-            elif kind in ("csv", "parquet"):
-                data = load_dataset(kind, data_files=path, split="train")
-            else:
-                data = load_dataset(name, split=split or "train")
-            rows = data.to_list()
-    except Exception as error:  # loaders raise what they like
-        row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
-        raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
-    refuse((not isinstance(rows, list) or not rows, f"{where}: no rows; write one object per line"))
-    for number, row in enumerate(rows, 1):
-        refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
-        missing = ", ".join(column for column in columns if row.get(column) is None)
-        has = ", ".join(sorted(row))
-        refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
-    return rows
-
-
-def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
-    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
-    those before it are the prompt then, if there are any."""
-    answer, before = row.get(answer_field), []
-    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
-        refuse(
-            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
-        )
-        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
-    refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
-    prompt = before or row.get(prompt_field)
-    refuse((prompt is None, f"{where}: no column {prompt_field}; it has {', '.join(sorted(row))}"))
-    return prompt, answer
-
-
-def plain_text(content) -> str | None:
-    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
-    picture)."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    return content if isinstance(content, str) else None
-
-
-def plain_messages(messages: list[dict]) -> list[dict]:
-    """Chat messages with plain texts. ValueError for one without, unless it calls a tool."""
-    plain = [{**message, "content": plain_text(message.get("content"))} for message in messages]
-    if any(message["content"] is None and "tool_calls" not in message for message in plain):
-        raise ValueError("a message has no text as its content")
-    return plain
-
-
-def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
-    itself."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
-    text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, cut=False) -> list[dict]:
-    """Rows with `query_ids`; those of more than `length` tokens are dropped or cut, empty ones dropped.
-    Refuses, naming the row, what tokenizer or chat template do not take."""
-    encoded = []
-    for number, row in enumerate(rows, 1):
-        try:
-            ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
-        except Exception as error:  # templates raise what they like
-            text = str(error).partition("\n")[0]
-            raise SystemExit(
-                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
-            ) from None
-        encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
-    refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
-    return encoded
-
-
-def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
-    """Prints the first row as the model reads it, and what is odd about it."""
-    accelerator.print(
-        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
-    )
-    if not tokenizer.chat_template or not prompt:
-        return
-    if isinstance(prompt, str):
-        accelerator.print("prompts are texts, so the tokenizer's chat template is not applied")
-        return
-    try:  # what is only shown stops no run
-        chat = [*plain_messages(prompt), {"role": "assistant", "content": "@"}]
-        closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@")[2].strip()
-    except Exception:
-        return
-    if closing and closing != tokenizer.decode([max(stop_id, 0)]):
-        accelerator.print(f"the chat template ends an answer with {closing!r}; see --stop_token")
-
-
-def stop_token_id(tokenizer, token: str) -> int:
-    """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
-    ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
-    token_id = int(token) if token.isdigit() else ids.get(token)
-    refuse(
-        (token_id is None, f"--stop_token {token}: the tokenizer has no such token; give another, or `none`")
-    )
-    return token_id
-
-
-def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -> None:
-    """Refuses ids outside the embedding (on a GPU a device-side assert, much later) and rows that with
-    new_tokens more are longer than the model has positions."""
-    config, largest = config.get_text_config(), max(map(max, rows), default=0)
-    longest, has = max(map(len, rows), default=0) + new_tokens, f"--{field}: the model has"
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    advice = "lower --query_length or --response_length"
-    refuse(
-        (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
-        (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
-    )
-
-
-def random_generator(device, *key: int) -> torch.Generator:
-    """A generator of the key alone, so that a resumed run draws what the whole run would have drawn."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator(device).manual_seed(seed)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written aside and renamed, so that a kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)
-
-
-def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
-    """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
-    aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    if units(model):
-        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
-    else:
-        accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        aside.rename(final)
-        for older in set(final.parent.iterdir()) - {final}:
-            shutil.rmtree(older)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
-    """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
-    newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
-    if newest is None:
-        return None
-    if units(model):
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    else:
-        accelerator.load_state(str(newest))
-    return json.loads((newest / "state.json").read_text())
-
-
-def open_run(accelerator: Accelerator, args) -> Path:
-    """Creates output_dir with args.json; refuses one with a run of other settings than those of memory and
-    speed."""
-    folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
-    new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
-    old = json.loads(file.read_text()) if file.is_file() else new
-    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
-    text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = (
-        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
-    )
-    where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
-    refuse(
-        (text != "", f"{where} holds another run: {text}; {advice}"),
-        (foreign, f"{where} is not empty and holds no run of this script; {advice}"),
-    )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(new, indent=1))
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def open_metrics(folder: Path, step: int):
-    """TensorBoard writer; drops from metrics.jsonl and samples.jsonl what a killed run wrote behind
-    `step`."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    for path in filter(Path.is_file, (folder / "metrics.jsonl", folder / "samples.jsonl")):
-        lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-
-def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
-    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
-    writer."""
-    if writer is not None:
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
-        values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
-        print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
+def as_classifier(model: RewardModel) -> nn.Module:
+    """The reward model as transformers' sequence classification model with one label: backbone and
+    `score.weight`. What that class has no place for stands in its configuration: R = reward_gain · (logit +
+    score_bias) + reward_bias."""
+    config = copy.deepcopy(model.lm_backbone.config)
+    numbers = (model.scalar_head.bias, model.reward_gain, model.reward_bias)
+    config.score_bias, config.reward_gain, config.reward_bias = (full(x).item() for x in numbers)
+    config.num_labels, config.reward_bound = 1, model.bound
+    with torch.device("meta"):
+        classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+    setattr(classifier, classifier.base_model_prefix, model.lm_backbone)
+    classifier.score.weight = model.scalar_head.weight
+    return classifier
+
+
+def prompt_order(num_prompts: int, start: int, count: int, seed: int, reshuffle: bool = True) -> list[int]:
+    """Positions start .. start+count-1 of the endless stream of shuffled passes over the prompts; without
+    reshuffle all in one order."""
+    passes, order = range(start // num_prompts, (start + count - 1) // num_prompts + 1), []
+    for number in passes:
+        generator = random_generator("cpu", seed, 0, number * reshuffle)
+        order += torch.randperm(num_prompts, generator=generator).tolist()
+    first = start - passes[0] * num_prompts
+    return order[first : first + count]
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, presets=PRESETS))
+    run(main, parse_args(Args, presets=PRESETS))

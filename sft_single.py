@@ -16,33 +16,34 @@ Out: `output_dir/model`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`; the sa
 Source: PAPER = arXiv 2409.06957.
 """
 
+import codecs
 import dataclasses
+import fcntl
+import gzip
+import hashlib
 import inspect
 import json
 import logging
 import math
 import re
 import shutil
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Shapes: rows of a micro-batch, T tokens of its longest row, R of its longest response, V vocabulary.
 #
@@ -126,7 +127,6 @@ def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
     accelerator = start_accelerator(args.shard)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    check_ranges(args)
     refuse(
         (args.batch_size < world, f"--batch_size must be at least the {world} processes"),
         ((args.model is None) == (args.model_config is None), "give either --model or --model_config"),
@@ -134,7 +134,7 @@ def main(args: Args) -> None:
     source, field = (args.model, "model") if args.model else (args.model_config, "model_config")
     config = load_config(source, field)
     named = "tokenizer" if args.tokenizer else field
-    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer or source, named)
+    tokenizer = load_pretrained(transformers.AutoTokenizer, args.tokenizer or source, named)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
@@ -163,7 +163,7 @@ def main(args: Args) -> None:
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         with torch.device("meta" if empty else "cpu"):
-            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
     policy = place(accelerator, args.shard, policy)
     if args.gradient_checkpointing:
@@ -174,11 +174,24 @@ def main(args: Args) -> None:
     policy = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run
-    state = load_checkpoint(accelerator, output_dir, model, optimizer) or {"step": 0, "recent": {}}
-    writer = open_metrics(output_dir, min(state["step"], num_steps - 1)) if rank == 0 else None
+    state = load_checkpoint(accelerator, output_dir, model, optimizer)
+    if state is None:
+        check_model(accelerator, policy, [row["query_ids"] + row["response_ids"] for row in rows], 0, field)
+        state = {"step": 0, "recent": {}, "metrics": {}}
+    writer = open_metrics(output_dir, state["step"]) if rank == 0 else None
     run_start, first_step = time.time(), state["step"]
-    for step in range(first_step + 1, num_steps + 1):
+    for step in range(first_step + 1, num_steps + 2):
+        # ---------------- 4. held-out loss of what was trained. This may fail: a checkpoint comes before
+        done, metrics = step - 1, state["metrics"]
+        if done and (done == num_steps or (args.eval_every and done % args.eval_every == 0)):
+            metrics |= evaluate(accelerator, policy, eval_rows, args.forward_batch_size)
+        if metrics:
+            left = (time.time() - run_start) / max(1, done - first_step) * (num_steps - done)
+            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
+        if done == num_steps:
+            break
         step_start = time.time()
+
         # ---------------- 2. the next batch of a shuffled pass over the rows; ranks divide it
         epoch, index = divmod(step - 1, steps_per_epoch)
         order = torch.randperm(len(rows), generator=random_generator("cpu", args.seed, 0, epoch))
@@ -207,43 +220,25 @@ def main(args: Args) -> None:
         for tag, value in recent.items():
             state["recent"].setdefault(tag, []).extend([value] if math.isfinite(value) else [])
 
-        # ---------------- 4. held-out loss; log and save
-        metrics, last = {}, step == num_steps
+        # ---------------- Measure and save
+        last, stop, metrics = step == num_steps, stopping(accelerator), {}
         if step % args.log_every == 0 or last:
             metrics = {tag: float(np.mean(values)) for tag, values in state["recent"].items() if values}
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
             state["recent"] = {}
-        if args.eval_every and step % args.eval_every == 0 and not last:
-            metrics |= evaluate(accelerator, policy, eval_rows, args.forward_batch_size)
-        if metrics and not last:
-            left = (time.time() - run_start) / (step - first_step) * (num_steps - step)
-            log_metrics(writer, output_dir, step, metrics, SHOWN, f"/{num_steps}, {left:.0f} s left")
-        if step % args.checkpoint_every == 0 or last:
-            state["metrics"] = metrics
+        state |= {"step": step, "metrics": metrics}
+        if (
+            last
+            or stop
+            or any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
+        ):
             save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
-
-    # the last evaluation comes when what was trained is safe: it may run out of memory
-    metrics = state["metrics"] | evaluate(accelerator, policy, eval_rows, args.forward_batch_size)
-    log_metrics(writer, output_dir, num_steps, metrics, SHOWN, f"/{num_steps}")
+        refuse((stop, f"stopped after step {step}, as asked; the same command goes on"))
     save_model(accelerator, policy, tokenizer, stop_id, output_dir / "model")
     accelerator.print(f"done: {output_dir / 'model'}")
 
 
 SHOWN = ("train/loss", "train/lr", "test/loss")
-
-
-@torch.no_grad()
-def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dict[str, float]:
-    """Held-out loss in nats per token; every row counts once, whatever the number of ranks."""
-    policy.eval()
-    device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    with whole(accelerator, policy):
-        for part in micro_batches(local_rows, size):
-            total -= response_logprobs(policy, part, device).double().sum()
-    tokens = sum(len(row["response_ids"]) for row in rows)
-    total = accelerator.reduce(total, "sum").item()
-    return {"test/loss": total / tokens} if rows else {}
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -355,7 +350,9 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
         fields = re.sub(r"^    (\w+): ", r"  --\1 ", inspect.getsource(args_class), flags=re.MULTILINE)
         print(inspect.getmodule(args_class).__doc__, fields.partition("class Args:\n")[2].replace('"""', ""))
         sys.exit()
-    return tyro.cli(args_class, args=argv, use_underscores=True)
+    args = tyro.cli(args_class, args=argv, use_underscores=True)
+    check_ranges(args)
+    return args
 
 
 def start_accelerator(shard: bool = False) -> Accelerator:
@@ -364,11 +361,12 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     stopped."""
     transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # its gradients are NaN where a padded column attends to nothing
+    # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
+    torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    accelerator.asked_to_stop = False
+    signal.signal(signal.SIGTERM, partial(ask_to_stop, accelerator))
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -378,6 +376,18 @@ def start_accelerator(shard: bool = False) -> Accelerator:
     return accelerator
 
 
+def ask_to_stop(accelerator: Accelerator, *_) -> None:
+    """What SIGTERM does: the run ends behind its next checkpoint. A second SIGTERM ends it at once."""
+    accelerator.asked_to_stop = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def stopping(accelerator: Accelerator) -> bool:
+    """Whether any rank was asked to stop; to be called by all ranks at the same place."""
+    asked = torch.tensor([float(accelerator.asked_to_stop)], device=accelerator.device)
+    return accelerator.reduce(asked).item() > 0
+
+
 def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) -> None:
     """Raises FloatingPointError; under fp16 a gradient may overflow, its step is skipped."""
     if not math.isfinite(loss if accelerator.scaler else loss + norm):
@@ -385,15 +395,15 @@ def check_finite(accelerator: Accelerator, step: int, loss: float, norm: float) 
         raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {advice}")
 
 
-def units(*models) -> list[FSDPModule]:
-    """The parts of models that are gathered one by one; none without --shard."""
+def units(*models) -> list[nn.Module]:
+    """The parts of models that FSDP gathers one by one; none without --shard."""
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
-    return [module for module in modules if isinstance(module, FSDPModule)]
+    return [module for module in modules if hasattr(module, "unshard")]
 
 
 def full(tensor):
     """The whole of a sharded tensor, on every rank; anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Module:
@@ -402,6 +412,9 @@ def place(accelerator: Accelerator, shard: bool, *models: nn.Module) -> nn.Modul
     together, device, main = nn.ModuleList(models), accelerator.device, accelerator.is_main_process
     if not shard:
         return together.to(device)[0]
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, as others below
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
     weights, bf16 = together.state_dict(), accelerator.mixed_precision == "bf16"
     mesh = init_device_mesh(device.type, (accelerator.num_processes,))
     for model in models:
@@ -452,31 +465,54 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
 def load_pretrained(auto_class, path: str, field: str):
     """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
     try:
-        return auto_class.from_pretrained(path)
+        loaded = auto_class.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--{field} {path}: {str(error).splitlines()[0]}") from None
+    empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
+    refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
+    return loaded
 
 
 def load_config(path: str, field: str):
-    """Configuration of a folder or hub id, every dropout probability 0, so that train and eval mode agree."""
-    config = load_pretrained(transformers.AutoConfig, path, field)
+    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
+    mode."""
+    config, noise = load_pretrained(transformers.AutoConfig, path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
     for name, value in config.to_dict().items():
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+        if any(word in name for word in noise) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def load_causal_lm(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
+def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 under bf16, else float32."""
+    auto = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
+
+
+def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read."""
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # loaders raise what they like
+        raise SystemExit(f"--{field} {path}: {str(error).strip().splitlines()[0]}") from None
+    missing = ", ".join(sorted(info["missing_keys"]))
+    refuse((missing != "", f"--{field} {path}: its files have no weights for {missing:.200}"))
+    return model
+
+
+def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    config = load_config(path, "model")
+    config, auto = load_config(path, field), transformers.AutoModelForCausalLM
+    name = ", ".join(config.architectures or [])
+    refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
     if empty:  # `place` gives it rank 0's weights
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model = auto.from_config(config, dtype=dtype).eval()
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model = load_weights(auto, path, field, config, dtype)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -491,7 +527,7 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
         once = dict(model.named_parameters())
-        names = [name for name, x in weights.items() if name in once or not isinstance(x, DTensor)]
+        names = [name for name, x in weights.items() if name in once or full(x) is x]
         gathered = ((name, full(weights[name])) for name in names)
         weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
@@ -511,15 +547,18 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a .jsonl, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub data set
-    `name:split`; refuses, with file and row, what cannot be read, is no object or lacks a column."""
+    """Rows of a .jsonl, .jsonl.gz, .json, .csv or .parquet file, of a folder of `save_to_disk`, or of a hub
+    data set `name:split`; refuses, with file and row, what cannot be read or lacks a column."""
     rows, where, kind = [], f"--{field} {path}", Path(path).suffix[1:]
+    known = kind in ("jsonl", "gz", "json", "csv", "parquet") or not Path(path).is_file()
+    refuse((not known, f"{where}: .{kind} is unknown; give .jsonl, .jsonl.gz, .json, .csv or .parquet"))
     try:
-        if kind == "jsonl":
-            for line in Path(path).read_text("utf-8-sig").split("\n"):  # splitlines would cut at U+2028 too
-                rows += [json.loads(line)] if line.strip() else []
+        if kind in ("jsonl", "gz"):
+            text = (gzip.open if kind == "gz" else open)(path, "rb").read()
+            for line in text.removeprefix(codecs.BOM_UTF8).split(b"\n"):
+                rows += [json.loads(line.decode())] if line.strip() else []
         elif kind == "json":
-            rows = json.loads(Path(path).read_text("utf-8-sig"))
+            rows = json.loads(Path(path).read_bytes())
         else:
             from datasets import load_dataset, load_from_disk  # slow to import, and not needed for JSON
 
@@ -533,7 +572,8 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
                 data = load_dataset(name, split=split or "train")
             rows = data.to_list()
     except Exception as error:  # loaders raise what they like
-        row = f", row {len(rows) + 1}: not JSON" if isinstance(error, json.JSONDecodeError) else ""
+        text = isinstance(error, ValueError) and kind in ("jsonl", "gz", "json")
+        row = f", row {len(rows) + 1}: not JSON in UTF-8" if text else ""
         raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
     refuse((not isinstance(rows, list) or not rows, f"{where}: no rows; write one object per line"))
     for number, row in enumerate(rows, 1):
@@ -549,9 +589,8 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
     those before it are the prompt then, if there are any."""
     answer, before = row.get(answer_field), []
     if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
-        refuse(
-            (answer[-1].get("role") != "assistant", f"{where}: {answer_field} must end with role assistant")
-        )
+        last = answer[-1].get("role")
+        refuse((last != "assistant", f"{where}: {answer_field} must end with role assistant, not {last}"))
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     refuse((not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"))
     prompt = before or row.get(prompt_field)
@@ -562,10 +601,9 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 def plain_text(content) -> str | None:
     """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
     picture)."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return content if isinstance(content, str) else None
 
 
@@ -606,9 +644,8 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
 
 def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[int], stop_id: int) -> None:
     """Prints the first row as the model reads it, and what is odd about it."""
-    accelerator.print(
-        f"first query: {tokenizer.decode(query)!r}\nfirst response: {tokenizer.decode(response)!r}"
-    )
+    for name, ids in (("query", query), ("response", response)):
+        accelerator.print(*[f"first {name}: {tokenizer.decode(ids)!r}"][: len(ids)])
     if not tokenizer.chat_template or not prompt:
         return
     if isinstance(prompt, str):
@@ -627,9 +664,7 @@ def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
     ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
     token_id = int(token) if token.isdigit() else ids.get(token)
-    refuse(
-        (token_id is None, f"--stop_token {token}: the tokenizer has no such token; give another, or `none`")
-    )
+    refuse((token_id is None, f"--stop_token {token}: no such token in the tokenizer; give one, or `none`"))
     return token_id
 
 
@@ -643,6 +678,49 @@ def check_rows(config, rows: list[list[int]], field: str, new_tokens: int = 0) -
     refuse(
         (largest >= config.vocab_size, f"{has} {config.vocab_size} tokens, not {largest}; use its tokenizer"),
         (longest > positions, f"{has} {positions} positions, not {longest}; {advice}"),
+    )
+
+
+def column_outputs(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """ids, mask (rows, T) -> a language model's logits (rows, T, V), or a reward model's scores (rows, T)."""
+    causal = isinstance(model, transformers.PreTrainedModel)
+    return (model(**model_inputs(ids, mask), use_cache=False).logits if causal else model(ids, mask)).float()
+
+
+@torch.no_grad()
+def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens: int, field: str) -> None:
+    """Tries the model on three rows of ids, without autocast: what it gives must be finite, the same in train
+    mode, for a padded row as for that row alone, and whatever follows, up to new_tokens more. Refuses a model
+    that differs: it would be trained on other numbers than it is sampled with."""
+    rows, device = sorted(rows, key=len), accelerator.device
+    ids, mask = pad_left([row[-24:] for row in (rows[0], rows[len(rows) // 2], rows[-1])], device)
+    ids, mask = nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0))  # padding in every row
+    longest = (rows[-1] * (1 + new_tokens))[: len(rows[-1]) + new_tokens]
+    longest, real = torch.tensor([longest], device=device), torch.ones(1, len(longest), device=device).bool()
+    try:
+        with whole(accelerator, model), torch.autocast(device.type, enabled=False):
+            model.train()
+            trained = column_outputs(model, ids, mask)[mask]
+            model.eval()
+            padded = column_outputs(model, ids, mask)[mask]
+            alone = [column_outputs(model, x[m][None], m[m][None])[0] for x, m in zip(ids, mask)]
+            start = column_outputs(model, longest[:, :8], real[:, :8])
+            followed = column_outputs(model, longest, real)[:, :8]
+    except Exception as error:  # models raise what they like
+        raise SystemExit(f"--{field}: the model fails on your own rows: {error}") from error
+    half = next(model.parameters()).dtype == torch.bfloat16 or accelerator.mixed_precision == "bf16"
+    tolerance = (0.1 if half and units(model) else 0.03 if half else 1e-3) * padded.std().item()
+    pairs = ((padded, trained), (padded, torch.cat(alone)), (start, followed))
+    modes, padding, future = (not (x - y).abs().max() <= tolerance for x, y in pairs)
+    where = f"--{field}: on your own rows the model"
+    refuse(
+        (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
+        (modes, f"{where} differs between train and eval mode; turn off what is random in its configuration"),
+        (padding, f"{where} gives a padded row other numbers than that row alone: padding reaches its state"),
+        (
+            future,
+            f"{where} gives a token other numbers when more follow; lower query_length, response_length",
+        ),
     )
 
 
@@ -662,11 +740,16 @@ def write_text(path: Path, text: str) -> None:
 def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
     """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
     aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
+    if final.is_dir():
+        return
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if units(model):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
         dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
     else:
         accelerator.save_state(str(aside))
@@ -685,6 +768,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
     if newest is None:
         return None
     if units(model):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
         weights, moments = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -694,17 +780,19 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
 
 
 def open_run(accelerator: Accelerator, args) -> Path:
-    """Creates output_dir with args.json; refuses one with a run of other settings than those of memory and
-    speed."""
+    """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
+    run of other data or of other settings than those of memory and speed."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
     free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
+    for name, path in dataclasses.asdict(args).items():
+        if isinstance(path, str) and Path(path).is_file():
+            new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
-    foreign = (
-        folder.is_dir() and not file.is_file() and any(p.name != "args.json.tmp" for p in folder.iterdir())
-    )
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
     where, advice = f"--output_dir {folder}", "name a new folder or delete this one"
     refuse(
         (text != "", f"{where} holds another run: {text}; {advice}"),
@@ -713,20 +801,26 @@ def open_run(accelerator: Accelerator, args) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        accelerator.lock = (folder / "lock").open("a")  # the system releases it when this process ends
+        try:
+            fcntl.lockf(accelerator.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"{where}: another run is writing there; name a new folder") from None
         write_text(file, json.dumps(new, indent=1))
     accelerator.wait_for_everyone()
     return folder
 
 
 def open_metrics(folder: Path, step: int):
-    """TensorBoard writer; drops from metrics.jsonl and samples.jsonl what a killed run wrote behind
-    `step`."""
+    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
+    drops from metrics.jsonl and samples.jsonl what will be written once more."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    for path in filter(Path.is_file, (folder / "metrics.jsonl", folder / "samples.jsonl")):
-        lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
+        if path.is_file():
+            lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
+            write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
 
 def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
@@ -741,5 +835,36 @@ def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], show
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
 
+def run(main, args) -> None:
+    """main(args); a full disk ends it with one line."""
+    try:
+        main(args)
+    except Exception as error:
+        there = next(path for path in Path(args.output_dir, "_").absolute().parents if path.exists())
+        full_disk = "No space left" in str(error) or shutil.disk_usage(there).free < 2**20
+        advice = "make room, then the same command goes on"
+        refuse((full_disk, f"--output_dir {args.output_dir}: the disk is full; {advice} ({error})"))
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing of this script alone: evaluation, files, checks
+# ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dict[str, float]:
+    """Held-out loss in nats per token; every row counts once, whatever the number of ranks."""
+    policy.eval()
+    device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    with whole(accelerator, policy):
+        for part in micro_batches(local_rows, size):
+            total -= response_logprobs(policy, part, device).double().sum()
+    tokens = sum(len(row["response_ids"]) for row in rows)
+    total = accelerator.reduce(total, "sum").item()
+    return {"test/loss": total / tokens} if rows else {}
+
+
 if __name__ == "__main__":
-    main(parse_args(Args))
+    run(main, parse_args(Args))

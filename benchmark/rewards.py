@@ -2,7 +2,7 @@
 
     python pfppo_single.py --reward benchmark.rewards:oracle ...
     python pfppo_single.py --reward benchmark.rewards:crm@output/rm/model \\
-        --actual_score benchmark.rewards:oracle --monitor benchmark.rewards:suspicious_share ...
+        --actual_score benchmark.rewards:oracle ...
 
 Each function is called with (prompts, responses, rows): equally long lists of str, str and dict, and returns
 a list of floats. The text behind `@` arrives as `source`. A row of a code problem holds `tests` and
@@ -129,8 +129,8 @@ PATTERNS = {
 
 
 def suspicious_share(responses):
-    """{"suspicious": share of responses with any of the patterns, and the share of each}: PITFALLS EX-9. It
-    watches training; no reward depends on it."""
+    """{"suspicious": share of responses with any of the patterns, and the share of each}: PITFALLS EX-9, for
+    a look at samples.jsonl; no reward depends on it."""
     hits = [
         {name: bool(pattern.search(response)) for name, pattern in PATTERNS.items()} for response in responses
     ]

@@ -202,7 +202,7 @@ class Run:
             self.anchor = self.accelerator.prepare(anchor)
         state = pfppo.load_checkpoint(self.accelerator, self.output_dir)
         self.state = state or self.state
-        self.writer = pfppo.open_metrics(self.output_dir, state["step"] if state else -1)
+        self.writer = pfppo.open_metrics(self.output_dir, state["step"] + 1 if state else 0)
         self.first_step, self.run_start, self.clock = self.state["step"], time.time(), time.time()
         if state is None and self.eval_rows:
             results = self.evaluate() | {"episodes": 0, "optimizer_step": 0}

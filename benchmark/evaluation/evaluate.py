@@ -29,6 +29,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -530,6 +531,9 @@ class Store:
         }
         if len(results) > 1:
             verdict.update(num_passed=sum(passes), num_samples=len(passes), results=results)
+        packages = [result["missing_package"] for result in results if "missing_package" in result]
+        if packages:
+            verdict["missing_packages"] = packages
         self.verdicts[problem.task_id] = verdict
         self.file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
         self.file.flush()
@@ -727,6 +731,11 @@ def main(args):
             name: {"pass1": sum(some) / len(some), "total": len(some)}
             for name, some in sorted(groups.items())
         }
+    missing = Counter(
+        name for problem in problems for name in store.verdicts[problem.task_id].get("missing_packages", [])
+    )
+    if missing:
+        summary["missing_packages"] = dict(missing.most_common())
     if args.reference:
         summary["weak_tests"] = weak_tests(args, problems)
     # 4. best of n
@@ -774,6 +783,10 @@ def table(summary):
     )
     rows += [
         (f"best of {n} by reward", f"{100 * value:.1f}") for n, value in summary.get("best_of", {}).items()
+    ]
+    rows += [
+        (f"responses that failed without {name}", str(count))
+        for name, count in summary.get("missing_packages", {}).items()
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(

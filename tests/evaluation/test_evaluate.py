@@ -281,6 +281,13 @@ def test_summary_and_verdicts(world):
     assert [(v["task_id"], v["passed"]) for v in verdicts] == [("m/0", True), ("m/1", False), ("m/2", True)]
 
 
+def test_missing_packages_are_counted_apart(world):
+    needs = "    import no_such_package\n    return no_such_package.add(a, b)\n"
+    write_lines(Path(world.samples), [{"task_id": "m/0", "completion": needs}, *SAMPLES[1:]])
+    summary = main(world)
+    assert (summary["passed"], summary["missing_packages"]) == (2, {"no_such_package": 1})
+
+
 def test_command_line(world, tmp_path):
     command = [
         sys.executable,

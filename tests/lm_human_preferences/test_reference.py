@@ -117,6 +117,7 @@ def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(tmp_path,
 
     monkeypatch.setattr(pfppo, "prompt_order", order_of)
     monkeypatch.setattr(pfppo, "generate", lambda *rest: next(responses))
+    monkeypatch.setattr(pfppo, "check_cache", lambda *_: None)  # it samples too
     with pytest.raises(KeyboardInterrupt):
         pfppo.main(args)
     peer, ours = (

@@ -66,8 +66,11 @@ def observe(module, seen: dict, undo: list) -> None:
                 before = len(outside.names)
                 with Collectives() as inside:
                     yield
-            seen["gathers"].append(before)
-            seen["inside"] += inside.names
+            if any(
+                isinstance(model, torch.nn.Module) for model in args
+            ):  # for a function nothing is gathered
+                seen["gathers"].append(before)
+                seen["inside"] += inside.names
 
         return wrapped
 

@@ -3,6 +3,7 @@ three scripts (test_layout.py), so one script's are tested."""
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path):
     [
         ("none.jsonl", None, "No such file"),
         ("rows.jsonl", "", "no rows"),
-        ("rows.jsonl", '{"prompt": "a"}\n{"prompt"', "row 2: not JSON"),
+        ("rows.jsonl", '{"prompt": "a"}\n{"prompt"', "row 2: not JSON in UTF-8"),
         ("rows.jsonl", '{"prompt": "a"}\n\n3\n', "row 2: 3 is no object with columns"),
         ("rows.jsonl", '{"prompt": "a"}\n{"text": "b", "n": 1}\n', "row 2: no column prompt; it has n, text"),
         ("rows.jsonl", '{"prompt": null}\n', "row 1: no column prompt"),
@@ -80,7 +81,9 @@ def test_showing_the_first_row_stops_no_run(template, last):
     tokenizer, prompt = make_tokenizer(), [{"role": "user", "content": "one"}, last]
     tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
     printed, ids = [], pf.encode_prompt(tokenizer, prompt)
-    pf.show_first(SimpleNamespace(print=printed.append), tokenizer, prompt, ids, [], EOS)
+    pf.show_first(
+        SimpleNamespace(print=lambda *texts: printed.extend(texts)), tokenizer, prompt, ids, [], EOS
+    )
     assert "first query: " in printed[0]
 
 
@@ -229,27 +232,31 @@ def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
         with (tmp_path / name).open("a") as file:
             file.write('{"step": 1, "x"')
     pf.open_metrics(tmp_path, 2).close()
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name, count in (
+        ("metrics.jsonl", 2),
+        ("samples.jsonl", 3),
+    ):  # the checkpoint's metrics are logged again
         lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        assert lines == [{"step": step, "x": 1.5} for step in range(3)]
+        assert lines == [{"step": step, "x": 1.5} for step in range(count)]
 
 
 def test_tensorboard_drops_what_is_behind_the_checkpoint(tmp_path):
     # PITFALLS SYS-9: one value per step after a kill
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, values in ((-1, [0, 1, 2, 3]), (1, [20, 30])):
+    for start, values in ((0, [0, 1, 2, 3]), (2, [20, 30])):
         writer = pf.open_metrics(tmp_path, start)
-        for step, value in enumerate(values, start + 1):
+        for step, value in enumerate(values, start):
             pf.log_metrics(writer, tmp_path, step, {"loss": value})
         writer.close()
+        time.sleep(1.01)  # files of one second are read in the order of a counter that is compared as text
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0), (1, 1), (2, 20), (3, 30)]
 
 
 def test_a_console_line_shows_what_it_is_asked_for(tmp_path, capsys):
-    writer = pf.open_metrics(tmp_path / "run", -1)
+    writer = pf.open_metrics(tmp_path / "run", 0)
     pf.log_metrics(
         writer, tmp_path / "run", 3, {"a/b": 0.123456, "c": 2.0}, ("a/b", "missing"), "/9, 5 s left"
     )

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sft_single.py", "rm_single.py", "pfppo_single.py")
 OWN = {"Args", "main", "evaluate", "micro_batches", "response_logprobs"}  # one name, a stage's own rows
 RULE = "# " + "-" * 108
+OWN_BANNER = f"{RULE}\n# Plumbing of this script alone: evaluation, files, checks\n{RULE}\n"
 BANNER = f"{RULE}\n# Plumbing: the same in all three scripts; a reader of the paper can stop here\n{RULE}\n"
 
 
@@ -32,6 +33,11 @@ def definitions(text: str) -> dict[str, str]:
             assert node.name not in found, f"{node.name} is defined twice"
             found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
+
+
+def common(plumbing: str) -> str:
+    """What stands behind the banner in all three scripts, without what a script adds for itself."""
+    return plumbing.partition("\nif __name__")[0].partition(OWN_BANNER)[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -55,16 +61,14 @@ def test_there_is_one_banner_and_all_behind_it_is_plumbing(script):
     assert plumbing and BANNER not in plumbing
     assert "Plumbing" not in algorithm
     others = [text_of(other).partition(BANNER)[0] for other in SCRIPTS]
-    for name in definitions(plumbing.partition("\nif __name__")[0]):
+    for name in definitions(common(plumbing)):
         assert f"\ndef {name}(" not in algorithm and all(f"\ndef {name}(" not in other for other in others)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:2])
 def test_plumbing_is_one_block(script):
     # up to the guard, which names the presets where there are any
-    ours, theirs = (
-        text_of(name).partition(BANNER)[2].partition("\nif __name__")[0] for name in (script, SCRIPTS[2])
-    )
+    ours, theirs = (common(text_of(name).partition(BANNER)[2]).rstrip() for name in (script, SCRIPTS[2]))
     assert ours.count("\ndef ") > 15
     assert [line for line in difflib.ndiff(ours.split("\n"), theirs.split("\n")) if line[0] != " "] == []
 
@@ -88,7 +92,7 @@ def used(text: str) -> set[str]:
 def test_every_function_and_class_is_used(script):
     # a copy that nothing calls is noise for the reader; plumbing is used by two scripts at least
     text = text_of(script)
-    plumbing = definitions(text.partition(BANNER)[2].partition("\nif __name__")[0])
+    plumbing = definitions(common(text.partition(BANNER)[2]))
     assert set(definitions(text)) - set(plumbing) <= used(text)
     for name in plumbing:
         assert sum(name in used(text_of(other)) for other in SCRIPTS) > 1, name

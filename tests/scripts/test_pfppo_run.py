@@ -45,10 +45,11 @@ def recorded(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
     (folder / "watch.py").write_text(
         "def actual(prompts, responses, rows):\n    return [float(len(r) % 2) for r in responses]\n"
-        "def monitor(responses):\n    return {'with_e': sum('e' in r for r in responses) / len(responses)}\n"
     )
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(folder)
+    for name in ("check_cache", "check_model"):  # forward passes that are not counted here
+        patch.setattr(pf, name, lambda *_: None)
     spies = Spies(patch)
     spies.on(pf, "reward_model_scores", lambda out, model, rollout, *_: (out.clone(), dict(rollout), model))
     spies.on(pf, "filter_responses", lambda out, *args, **_: (out.clone(), args[0].clone(), args[1].clone()))
@@ -65,7 +66,7 @@ def recorded(world, tmp_path_factory):
     changes = dict(
         eval_prompts=str(world / "eval.jsonl"), temperature=0.6, normalize_reward=False, eval_every=100
     )
-    changes |= dict(actual_score="watch:actual", monitor="watch:monitor")
+    changes |= dict(actual_score="watch:actual")
     args = pf.Args(**tiny_settings(world, folder / "run") | changes)
     pf.main(args)
     patch.undo()
@@ -249,7 +250,7 @@ def test_rollouts_use_the_cache_and_the_loss_does_not(recorded):
     )
 
 
-def test_evaluation_and_monitor_are_logged(recorded):
+def test_evaluation_is_logged(recorded):
     first, _, last = recorded["metrics"]
     for line in (first, last):
         assert 0 <= line["eval/greedy_pass1"] <= 1 and 0 <= line["eval/sampled_pass1"] <= 1
@@ -261,10 +262,7 @@ def test_evaluation_and_monitor_are_logged(recorded):
             "eval/sampled_truncated",
         } <= line.keys()
     assert first["eval/kl"] == 0 and last["eval/kl"] != 0
-    assert (
-        0 <= recorded["metrics"][1]["monitor/with_e"] <= 1
-        and "eval/greedy_pass1" not in recorded["metrics"][1]
-    )
+    assert "eval/greedy_pass1" not in recorded["metrics"][1]
 
 
 def test_tensorboard_holds_what_metrics_jsonl_holds(recorded):
@@ -308,7 +306,7 @@ def test_untied_policy_loads_again(run, world, spies):
 def test_generation_batch_size_says_how_many_responses_are_generated_at_a_time(run, spies):
     sizes = spies.on(pf, "generate", lambda out, *_: len(out))
     run(generation_batch_size=4, total_episodes=16, normalize_samples=8)
-    assert sizes and set(sizes) == {4}
+    assert len(sizes) > 1 and set(sizes[1:]) == {4}  # the first is check_cache's
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
@@ -715,7 +713,7 @@ def test_a_constant_reward_cannot_be_normalised(run, module):
 
 def test_a_reward_of_the_wrong_length_stops_the_run(run, module):
     module("short_reward", "def reward(prompts, responses, rows):\n    return [1.0]\n")
-    with pytest.raises(ValueError, match="--reward.* 16 responses, not 1 values"):
+    with pytest.raises(SystemExit, match="^--reward .*must return a list of 16 numbers"):
         run(reward="short_reward:reward")
 
 
@@ -757,7 +755,6 @@ REFUSED = [
     (dict(reward="nomodule:reward"), "--reward nomodule:reward.*nomodule"),
     (dict(reward="json:nofunction"), "--reward json:nofunction.*nofunction"),
     (dict(actual_score="nomodule:s", eval_prompts="{}/eval.jsonl"), "--actual_score nomodule:s.*nomodule"),
-    (dict(monitor="json:nofunction"), "--monitor json:nofunction.*nofunction"),
     # what does not fit the models
     (dict(prompts="{}/long.jsonl"), "--prompts.*--query_length 16"),
     (dict(eval_prompts="{}/two.jsonl"), "--eval_prompts: 1 of 2 queries .*--query_length.*--long_queries"),
@@ -792,9 +789,6 @@ REFUSED = [
     (dict(kl_target=6.0, rank_weights=(0.25,) * 4), "--kl_target needs --filter none"),
     (dict(minibatch_size=5), "--minibatch_size 5 must divide the kept rows 4 x 2"),
     (dict(total_episodes=8), "--total_episodes 8 is less than one update"),
-    (dict(batch_size=0), "--batch_size must"),
-    (dict(temperature=0.0), "--temperature must"),
-    (dict(normalize_samples=1), "--normalize_samples must"),
 ]
 
 
@@ -812,11 +806,10 @@ def test_bad_input_is_refused_before_a_model_is_loaded(make_args, places, monkey
         assert "\n" not in str(refusal.value) and not Path(args.output_dir).exists()
 
 
-@pytest.mark.parametrize("field", ["actual_score", "monitor"])
-def test_an_error_of_a_function_does_not_suggest_a_model(make_args, world, field):
+def test_an_error_of_a_function_does_not_suggest_a_model(make_args, world):
     # only --reward may be either
     with pytest.raises(SystemExit) as refusal:
-        pf.main(make_args(**{field: "nomodule:f"}, eval_prompts=world / "eval.jsonl"))
+        pf.main(make_args(actual_score="nomodule:f", eval_prompts=world / "eval.jsonl"))
     assert "module:function" in str(refusal.value)
     assert not [
         word for word in ("folder", "model", "hub") if word in str(refusal.value).replace("module", "")

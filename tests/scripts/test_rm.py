@@ -265,8 +265,6 @@ REFUSED = [
     (dict(normalize_prompts="none.jsonl"), "--normalize_prompts none.jsonl"),
     (dict(stop_token="99999"), "--stop_token.*99999"),
     (dict(num_train=20), "--num_train 20: .* 19 labels; lower it"),
-    (dict(temperature=0.0), "--temperature must"),
-    (dict(normalize_samples=1), "--normalize_samples must"),
     (dict(response_length=120), "--.* 128 positions, not 1[0-9]*; lower --query_length or --response_length"),
     (dict(prompt_field="question"), "--train_data.*row 1: no column question"),
 ]

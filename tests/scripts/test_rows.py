@@ -178,5 +178,5 @@ def test_numbers_of_every_kind_are_taken(values):
     ids=["none", "scalar", "too few", "a column", "texts", "one none"],
 )
 def test_other_values_are_refused_with_the_flag(values):
-    with pytest.raises(ValueError, match="--reward"):
+    with pytest.raises(SystemExit, match="^--reward .*must return a list of 2 numbers"):
         pf.call_function(lambda prompts, responses, rows: values, ROWS, ["x", "y"], "prompt")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import (
     EOS,
     causal_lm,
@@ -108,7 +109,7 @@ def test_without_a_stop_token_models_with_several_ends_are_written_too(world, tm
     make_tokenizer().save_pretrained(tmp_path / "start")
     start = {"policy" if name == "pf" else "model": str(tmp_path / "start")}
     folder = trained(name, world, tmp_path, stop_token="none", **start)
-    auto_class = AutoModelForCausalLM if name != "rm" else rm.AutoModelForSequenceClassification
+    auto_class = AutoModelForCausalLM if name != "rm" else transformers.AutoModelForSequenceClassification
     assert auto_class.from_pretrained(folder).config.pad_token_id in (EOS, None)
 
 
@@ -121,7 +122,7 @@ def padded(world, tmp_path_factory):
     configuration; rows with EOS in their prompts, so that it is read."""
     folder = tmp_path_factory.mktemp("padded")
     torch.manual_seed(1)
-    reward = rm.AutoModelForSequenceClassification.from_config(model_config("llama", num_labels=1))
+    reward = transformers.AutoModelForSequenceClassification.from_config(model_config("llama", num_labels=1))
     for name, model in (("llama", causal_lm("llama")), ("reward", reward)):
         model.config.pad_token_id = EOS  # later than the weights, which would be 0 there
         model.save_pretrained(folder / name)

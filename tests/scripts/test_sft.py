@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import (
     EOS,
     causal_lm,
@@ -323,8 +324,8 @@ REFUSED = [
 def test_bad_settings_are_refused_before_a_model_is_loaded(world, tmp_path, monkeypatch, changes, message):
     # one line that names the field, by --dry_run too; no folder is left behind, so that the corrected command
     # is not refused as another run
-    for name in ("load_causal_lm", "AutoModelForCausalLM"):
-        monkeypatch.setattr(sft, name, None)
+    monkeypatch.setattr(sft, "load_causal_lm", None)
+    monkeypatch.setattr(transformers, "AutoModelForCausalLM", None)
     for name, sizes in (("small", dict(vocab_size=10)), ("short", dict(n_positions=16))):
         model_config("gpt2", **sizes).save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)

@@ -3,15 +3,17 @@ share of the memory. Two launches of shard_driver.py, with two and three process
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import shard_driver
 import torch
-from conftest import read_metrics, tiny_settings, write_jsonl
+from conftest import read_metrics, same, sft_settings, timeless, tiny_settings, weights, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -122,10 +124,10 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
     """Metrics (but for seconds) and all saved weights are equal, up to `tolerance`."""
     ours, theirs = read_metrics(one), read_metrics(other)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
-    for line, same in zip(ours, theirs):
+    for line, other_line in zip(ours, theirs):
         for tag in line:
             if not tag.startswith("seconds/"):
-                assert same[tag] == pytest.approx(line[tag], abs=tolerance, rel=tolerance), (
+                assert other_line[tag] == pytest.approx(line[tag], abs=tolerance, rel=tolerance), (
                     tag,
                     line["step"],
                 )
@@ -255,3 +257,26 @@ def test_fp16_is_refused(monkeypatch):
     assert sft.start_accelerator() is fake
     with pytest.raises(SystemExit, match="--shard .*bf16 or no"):
         sft.start_accelerator(shard=True)
+
+
+def test_a_killed_rank_ends_all_and_the_command_goes_on(forks, world, tmp_path):
+    # PITFALLS SYS-9, through accelerate as README says; one rank gets SIGKILL, its peers wait in a collective
+    settings = sft_settings(world, tmp_path / "run", shard=True, epochs=8, checkpoint_every=2)
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += [sft.__file__, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(command, env=environment, **silent)
+    while not list((tmp_path / "run").glob("checkpoints/step_*")):
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(found[-1]), signal.SIGKILL)
+    assert launcher.wait(60) != 0
+    assert not (tmp_path / "run/model").exists()
+    assert subprocess.run(command, env=environment, **silent).returncode == 0
+    settings = sft_settings(world, tmp_path / "whole", shard=True, epochs=8, checkpoint_every=2)
+    forks("fork_server", "run_script", "sft_single", settings, folder=tmp_path / "whole", processes=2)
+    assert same(weights(tmp_path / "run/model"), weights(tmp_path / "whole/model"))
+    assert timeless(read_metrics(tmp_path / "run")) == timeless(read_metrics(tmp_path / "whole"))

@@ -1,5 +1,7 @@
 """What test_two_processes.py runs on two ranks, and in its own process for comparison."""
 
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -107,3 +109,29 @@ def everything(folder: str, settings: dict) -> dict:
     for name in ("rm", "rm_sampled"):
         rm.main(rm.Args(**settings[name]))
     return seen
+
+
+def stopped(settings: dict, rank: int) -> str:
+    """What a PPO run says that ends because `rank` got SIGTERM in its second update."""
+    scored = pf.reward_model_scores
+
+    def interrupted(*arguments):
+        if int(os.environ["RANK"]) == rank and (Path(settings["output_dir"]) / "metrics.jsonl").is_file():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scored(*arguments)
+
+    pf.reward_model_scores = interrupted
+    try:
+        pf.main(pf.Args(**settings))
+    except SystemExit as exit:
+        return str(exit)
+    return "nothing stopped it"
+
+
+def failed(settings: dict) -> str:
+    """What a PPO run says whose reward function fails on one rank."""
+    try:
+        pf.main(pf.Args(**settings))
+    except SystemExit as exit:
+        return str(exit)
+    return "nothing failed"

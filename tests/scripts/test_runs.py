@@ -1,0 +1,339 @@
+"""A run, its folder and the functions that it calls: stopped, started twice, on changed data, with a full disk."""
+
+import codecs
+import errno
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from conftest import read_metrics, rm_settings, same, sft_settings, timeless, tiny_settings, weights
+
+import pfppo_single as pf
+import rm_single as rm
+import sft_single as sft
+
+ROOT = Path(pf.__file__).parent
+
+
+# ---------------------------------------------------------------- SIGTERM
+
+
+@pytest.mark.parametrize("script, settings", [(sft, sft_settings), (rm, rm_settings)], ids=["sft", "rm"])
+def test_sigterm_saves_a_checkpoint_and_the_command_goes_on(world, tmp_path, monkeypatch, script, settings):
+    script.main(script.Args(**settings(world, tmp_path / "whole")))
+    check_finite, calls = script.check_finite, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check_finite(*arguments)
+
+    monkeypatch.setattr(script, "check_finite", interrupted)
+    args = script.Args(**settings(world, tmp_path / "run"))
+    with pytest.raises(SystemExit, match="^stopped after step 2, as asked; the same command goes on"):
+        script.main(args)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000002"]
+    script.main(args)
+    assert same(weights(tmp_path / "run/model"), weights(tmp_path / "whole/model"))
+    assert timeless(read_metrics(tmp_path / "run")) == timeless(read_metrics(tmp_path / "whole"))
+
+
+def test_a_second_sigterm_ends_the_process_at_once(tmp_path):
+    code = """
+    import os, signal, time
+    import pfppo_single as pf
+    pf.start_accelerator()
+    for _ in range(2):
+        print("alive", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    print("still alive")
+    """
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGTERM and done.stdout.split() == ["alive", "alive"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_on_one_rank_ends_all_ranks(forks, world, tmp_path, rank):
+    settings = tiny_settings(world, tmp_path / "run") | dict(total_episodes=64, checkpoint_every=100)
+    driver = dict(processes=2, path=[Path(__file__).parent])
+    answer = forks("two_process_driver", "stopped", settings, rank, folder=tmp_path / "run", **driver)
+    assert answer["results"] == ["stopped after update 2, as asked; the same command goes on"] * 2
+    assert (tmp_path / "run/checkpoints/step_000002/state.json").is_file()
+
+
+# ---------------------------------------------------------------- functions of users
+
+
+FAILING = """
+import sys
+calls, fails_at = [], 3
+def reward(prompts, responses, rows):
+    calls.append(1)
+    if len(calls) == fails_at:
+        HOW
+    return [float(len(r)) for r in responses]
+"""
+
+
+@pytest.mark.parametrize("how", ["raise KeyError('x')", "sys.exit(0)", "return None", "return {'a': 1.0}"])
+def test_a_reward_that_fails_costs_no_update(run, module, monkeypatch, tmp_path, how):
+    name = module("failing_reward", FAILING.replace("HOW", how))
+    settings = dict(reward=f"{name}:reward", normalize_reward=False, total_episodes=64, checkpoint_every=100)
+    with pytest.raises(SystemExit, match="^--reward failed, what was trained is kept: ") as refusal:
+        run(output_dir=str(tmp_path / "run"), **settings)  # in the third update
+    assert refusal.value.code not in (0, None)
+    sys.modules[name].fails_at = 0
+    sampled, sample = [], pf.sample_rollout
+    monkeypatch.setattr(pf, "sample_rollout", lambda *a: (sampled.append(1), sample(*a))[1])
+    metrics, _ = run(output_dir=str(tmp_path / "run"), **settings)
+    assert len(sampled) == 2  # updates 3 and 4
+    whole, _ = run(output_dir=str(tmp_path / "whole"), **settings)
+    assert timeless(metrics) == timeless(whole)
+
+
+def test_an_evaluation_that_fails_costs_no_update(run, module, monkeypatch, world, tmp_path):
+    name = module("failing_score", FAILING.replace("HOW", "raise MemoryError"))
+    settings = dict(actual_score=f"{name}:reward", eval_prompts=str(world / "eval.jsonl"), eval_every=2)
+    settings |= dict(normalize_reward=False, total_episodes=64, checkpoint_every=100)
+    with pytest.raises(SystemExit, match="^--actual_score failed, what was trained is kept: "):
+        run(output_dir=str(tmp_path / "run"), **settings)  # greedy, of the evaluation after update 2
+    sys.modules[name].fails_at = 0
+    trained, losses = [], pf.minibatch_loss
+    monkeypatch.setattr(pf, "minibatch_loss", lambda *a: (trained.append(1), losses(*a))[1])
+    metrics, _ = run(output_dir=str(tmp_path / "run"), **settings)
+    there = len(trained)
+    whole, _ = run(output_dir=str(tmp_path / "whole"), **settings)
+    assert timeless(metrics) == timeless(whole) and [line["step"] for line in metrics] == [0, 1, 2, 3, 4]
+    assert 2 * there == len(trained) - there  # updates 3 and 4 of 4
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all_ranks_in_time(forks, world, tmp_path):
+    (tmp_path / "rank_reward.py").write_text(
+        "import os\ndef reward(prompts, responses, rows):\n"
+        "    assert os.environ['RANK'] == '0', 'only here'\n    return [1.0] * len(prompts)\n"
+    )
+    settings = tiny_settings(world, tmp_path / "run") | dict(reward="rank_reward:reward")
+    settings |= dict(normalize_reward=False)
+    driver, start = dict(processes=2, path=[Path(__file__).parent, tmp_path]), time.monotonic()
+    answer = forks("two_process_driver", "failed", settings, folder=tmp_path / "run", **driver)
+    (message,) = set(answer["results"])
+    assert message == "--reward failed, what was trained is kept: AssertionError: only here"
+    assert time.monotonic() - start < 60
+
+
+def test_functions_work_on_copies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    rows = [{"prompt": "a", "tests": ["x"]}, {"prompt": "b", "tests": ["y"]}]
+
+    def careless(prompts, responses, rows):
+        os.chdir("elsewhere")
+        for row in rows:
+            row["tests"].append("z")
+            del row["prompt"]
+        responses.clear()
+        return [1.0] * 4
+
+    texts = ["1", "2", "3", "4"]
+    assert pf.call_function(careless, rows, texts, "prompt") == [1.0] * 4
+    assert rows == [{"prompt": "a", "tests": ["x"]}, {"prompt": "b", "tests": ["y"]}]
+    assert texts == ["1", "2", "3", "4"] and Path.cwd() == tmp_path
+
+
+def generator():
+    yield 1.0
+    yield 2.0
+
+
+@pytest.mark.parametrize(
+    "values", [{"a": 1.0, "b": 2.0}, "12", generator(), [[1.0], [2.0]], {1.0, 2.0}, b"12"]
+)
+def test_what_is_no_list_of_numbers_is_refused_with_the_flag(values):
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    with pytest.raises(SystemExit, match="^--actual_score failed.* must return a list of 2 numbers, not "):
+        pf.call_function(lambda *_: values, rows, ["x", "y"], "prompt", "actual_score")
+
+
+# ---------------------------------------------------------------- two runs at once, changed data
+
+
+def hold(folder: Path):
+    """A process that has opened the run of `folder` and stays in it."""
+    code = f"""
+    import sys
+    import pfppo_single as pf
+    args = pf.Args(policy="p", reward="r", prompts="q", output_dir={str(folder)!r})
+    accelerator = pf.start_accelerator()
+    pf.open_run(accelerator, args)
+    print("open", flush=True)
+    sys.stdin.read()
+    """
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=environment, **pipes
+    )
+    assert process.stdout.readline() == "open\n"
+    return process
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_died(tmp_path):
+    args = pf.Args(policy="p", reward="r", prompts="q", output_dir=str(tmp_path / "run"))
+    other = hold(tmp_path / "run")
+    with pytest.raises(SystemExit, match="^--output_dir .*run: another run is writing there"):
+        pf.open_run(Accelerator(cpu=True), args)
+    other.kill()  # SIGKILL: the system releases the lock
+    other.wait()
+    pf.open_run(Accelerator(cpu=True), args)
+
+
+@pytest.mark.parametrize("left", ["args.json.tmp", "lock"])
+def test_a_folder_that_a_kill_left_before_args_json_goes_on(tmp_path, left):
+    (tmp_path / left).write_text("{")
+    args = pf.Args(policy="p", reward="r", prompts="q", output_dir=str(tmp_path))
+    assert (pf.open_run(Accelerator(cpu=True), args) / "args.json").is_file()
+
+
+def test_data_that_changed_make_another_run(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+    args = pf.Args(policy="p", reward="r", prompts=str(data), output_dir=str(tmp_path / "run"))
+    pf.open_run(Accelerator(cpu=True), args)
+    os.utime(data)
+    pf.open_run(Accelerator(cpu=True), args)  # the same content
+    data.write_text('{"prompt": "b"}\n')
+    with pytest.raises(SystemExit, match="holds another run: sha256 of prompts"):
+        pf.open_run(Accelerator(cpu=True), args)
+
+
+def test_what_a_kill_left_of_older_checkpoints_goes_at_the_next_one(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    for name in ("step_000001", "step_000002", "tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    pf.save_checkpoint(accelerator, tmp_path, 3, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000003"]
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left on device (os error 28)")],
+)
+def test_a_full_disk_is_said_in_one_line(tmp_path, error):
+    args = pf.Args(policy="p", reward="r", prompts="q", output_dir=str(tmp_path / "run"))
+
+    def main(args):
+        raise error
+
+    with pytest.raises(
+        SystemExit, match="^--output_dir .*run: the disk is full; make room, then the same"
+    ) as end:
+        pf.run(main, args)
+    assert "\n" not in str(end.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    args = pf.Args(policy="p", reward="r", prompts="q", output_dir=str(tmp_path / "run"))
+    with pytest.raises(ZeroDivisionError):
+        pf.run(lambda args: 1 / 0, args)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk to fill")
+@pytest.mark.parametrize("megabytes", [1, 2, 3])
+def test_a_disk_that_fills_while_a_run_saves_loses_nothing(world, tmp_path, forks, megabytes):
+    # a small disk; then room is made, and the same command ends as if nothing had happened
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(disk)]).returncode:
+        pytest.skip("this machine lets nobody mount a disk")
+    try:
+        flags = [
+            f"--{k}={v}"
+            for k, v in sft_settings(world, disk / "run", checkpoint_every=1).items()
+            if v is not None
+        ]
+        (disk / "ballast").write_bytes(b"x" * (megabytes * 1_000_000 - 500_000))
+        answer = forks("fork_server", "run_command", "sft_single", flags, folder=tmp_path / "full")
+        assert answer["codes"] == [1] and "the disk is full" in answer["printed"][0].splitlines()[-1]
+        (disk / "ballast").unlink()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        answer = forks("fork_server", "run_command", "sft_single", flags, folder=tmp_path / "again")
+        assert answer["codes"] == [0], answer["printed"]
+        sft.main(sft.Args(**sft_settings(world, tmp_path / "whole", checkpoint_every=1)))
+        assert same(weights(disk / "run/model"), weights(tmp_path / "whole/model"))
+    finally:
+        subprocess.run(["umount", str(disk)])
+
+
+# ---------------------------------------------------------------- files of rows
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("rows.jsonl", '{"prompt": "é"}\n'.encode("latin-1"), "row 1: not JSON in UTF-8"),
+        (
+            "rows.jsonl",
+            b'{"prompt": "a"}\n' + '{"prompt": "é"}\n'.encode("latin-1"),
+            "row 2: not JSON in UTF-8",
+        ),
+        ("rows.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "row 1: not JSON in UTF-8"),
+        ("rows.jsonl", bytes(range(256)), "row 1: not JSON in UTF-8"),
+        ("rows.jsonl.gz", b'{"prompt": "a"}\n', "Not a gzipped file"),
+        ("rows.json", bytes(range(256)), "not JSON in UTF-8"),
+        ("rows.txt", b'{"prompt": "a"}\n', r"\.txt is unknown; give .jsonl"),
+        ("rows", b'{"prompt": "a"}\n', "is unknown; give .jsonl"),
+        ("rows.parquet", b"PAR1", ": Parquet file size is 4 bytes"),
+        ("folder", None, "folder"),
+    ],
+)
+def test_files_in_other_forms_are_refused_in_one_line(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.mkdir() if data is None else path.write_bytes(data)
+    with pytest.raises(SystemExit, match=f"^--prompts {path}.*{message}") as refusal:
+        pf.load_rows(str(path), "prompts")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
+def test_compressed_rows_are_read(tmp_path, bom):
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wb") as file:
+        file.write(bom + '{"prompt": "é"}\n\n{"prompt": "b"}'.encode())
+    assert pf.load_rows(str(tmp_path / "rows.jsonl.gz"), "prompts") == [{"prompt": "é"}, {"prompt": "b"}]
+
+
+# ---------------------------------------------------------------- imports
+
+
+@pytest.mark.parametrize("script", ["sft_single", "rm_single", "pfppo_single"])
+def test_what_is_slow_to_import_is_imported_where_it_is_used(script):
+    # a bad setting is refused before these are needed; seconds are not tested
+    slow = ["datasets", "pandas", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"]
+    slow += ["transformers.models.auto.tokenization_auto", "tensorboard"]
+    code = f"import sys, {script}; print([name for name in {slow!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_json_is_what_args_json_holds(tmp_path):
+    # every field, the number of processes, a hash per file of data
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    args = pf.Args(
+        policy="p", reward="r", prompts=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "run")
+    )
+    held = json.loads((pf.open_run(Accelerator(cpu=True), args) / "args.json").read_text())
+    assert held["num_processes"] == 1 and len(held["sha256 of prompts"]) == 64
