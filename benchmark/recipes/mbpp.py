@@ -54,7 +54,7 @@ RM = {**TEXT, "epochs": 2, "batch_size": 16, "micro_batch_size": 8, "lr": 2e-5, 
 RM |= {"normalize_samples": 128, "temperature": 0.8, "forward_batch_size": 64, "log_every": 5}
 PPO = {**SAMPLING, "num_responses": 5, "noptepochs": 2, "minibatch_size": 8, "micro_batch_size": 8}
 PPO |= {"critic": "shared", "lr": 2e-5, "kl_coef": 0.02, "forward_batch_size": 64, "normalize_samples": 80}
-PPO |= {"monitor": "benchmark.rewards:suspicious_share", "print_samples_every": 4}
+PPO |= {"print_samples_every": 4}
 
 
 @dataclass(kw_only=True)
