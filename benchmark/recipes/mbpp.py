@@ -11,13 +11,15 @@ none of the others.
   4. rm        rm_single.py on the pairs
   5. r2        benchmark.r2: which filter suits the reward model, on validation problems
   6. ppo       pfppo_single.py: method x reward (tests, reward model) x seed
-  7. test      pass@1 on the test problems, which nothing has touched before; results.json, README.md, curves.png
+  7. test      pass@1 on the test problems, which nothing has touched before; results.md, samples.md, curves.png
 
-Needs:   Linux, mbpp.jsonl of google-research, a folder of `benchmark.recipes.smollm2`. Two hours on one CPU core
-         with bfloat16 instructions, 4 GB of memory, 4 GB of disk (checkpoints of finished runs are deleted).
+Needs:   Linux, mbpp.jsonl of google-research, a folder of `benchmark.recipes.smollm2`; 10 GB of memory (reward
+         model; PPO 6 GB), 12 GB of disk (checkpoints of finished runs are deleted). On one idle CPU core with
+         bfloat16 instructions (AMX) about three hours: 20 minutes for data, reward model and R², then 5 to 14 a
+         run.
 Run:     python -m benchmark.recipes.mbpp --model output/smollm2 --mbpp mbpp.jsonl --output_dir output/mbpp
-         On a GPU: --launcher="--num_processes 1 --mixed_precision bf16". `--dry_run` prints the commands, `--small`
-         runs everything on a few problems. The same command goes on after a kill.
+         On a GPU: --launcher="--num_processes 1 --mixed_precision bf16". `--dry_run` prints the commands,
+         `--small` runs everything on a few problems. The same command goes on after a kill.
 Look at: objective/score rises within ten updates, objective/kl stays under 10, eval/greedy_pass1; then r2.md.
 Found:   benchmark/results/2026-11-26-smollm2.
 """
@@ -48,7 +50,7 @@ SPLITS = {"train": (601, 974), "valid": (511, 600), "test": (11, 510)}  # MBPP's
 TESTS = "benchmark.rewards:oracle"
 METHODS = {"ppo_m": {"filter": "none"}, "br": {"filter": "br"}, "random": {"filter": "random"}}
 METHODS |= {"bw": {"filter": "bw"}}
-TEXT = {"query_length": 192, "response_length": 32, "stop_token": "Ċ"}  # Ċ: the byte of the end of a line
+TEXT = {"query_length": 192, "response_length": 32}
 SAMPLING = {**TEXT, "temperature": 0.8}
 RM = {**TEXT, "epochs": 2, "batch_size": 16, "micro_batch_size": 8, "lr": 2e-5, "warmup_steps": 5}
 RM |= {"normalize_samples": 128, "temperature": 0.8, "forward_batch_size": 64, "log_every": 5}
@@ -84,9 +86,14 @@ class Args:
     dry_run: bool = False
     """print the commands, check their flags, run nothing"""
     small: bool = False
-    """8 train, 6 validation and 4 test problems, one update: does it run here?"""
+    """8 train, 6 validation and 4 test problems, one update, two methods: does it run here?"""
     keep_checkpoints: bool = False
     """keep checkpoints (1.6 GB each) of finished runs"""
+
+
+def line_end(tokenizer) -> dict[str, str]:
+    """The flag that stops a response at the end of its line: the token's id."""
+    return {"stop_token": str(tokenizer("\n", add_special_tokens=False)["input_ids"][-1])}
 
 
 # ---------------------------------------------------------------- 1. data
@@ -152,7 +159,8 @@ def graded_samples(args: Args, tokenizer, rows: list[dict], count: int, file: Pa
     lines = records.finished_rows(file)
     if len(lines) == len(rows):
         return lines
-    settings = pfppo.Args(policy=args.model, reward=TESTS, prompts="", generation_batch_size=64, **SAMPLING)
+    settings = {**SAMPLING, **line_end(tokenizer), "generation_batch_size": 64}
+    settings = pfppo.Args(policy=args.model, reward=TESTS, prompts="", **settings)
     rows = pfppo.encode_queries(tokenizer, rows, "prompt", TEXT["query_length"], "mbpp")
     policy = load_bf16(args.model)
     return r2.collect(policy, tokenizer, (oracle, oracle), rows, count, settings, file, 8, print)
@@ -191,21 +199,22 @@ def name_of(seed: int, reward: str, method: str) -> str:
     return f"{reward}_{method}_{seed}"
 
 
-def steps_of(args: Args, folder: Path) -> list[Step]:
-    """The commands behind the data."""
+def steps_of(args: Args, folder: Path, stop: dict) -> list[Step]:
+    """The commands behind the data; stop: of `line_end`."""
     data, reward_model, steps = folder / "data", folder / "rm/model", []
     if "rm" in args.rewards:
         settings = {"model": args.model, "train_data": data / "pairs.jsonl"}
         settings |= {"eval_data": data / "pairs_valid.jsonl", "normalize_prompts": data / "train.jsonl"}
-        settings |= {**RM, "output_dir": folder / "rm"}
+        settings |= {**RM, **stop, "output_dir": folder / "rm"}
         steps.append(Step("rm", "rm_single", settings, reward_model))
         settings = {"policy": args.model, "reward": reward_model, "actual_score": TESTS}
         settings |= {
             "prompts": data / "valid.jsonl",
             "num_samples": 10 if args.small else 20,
+            "resamples": 20 if args.small else 200,
             "dtype": "bfloat16",
         }
-        settings |= {**SAMPLING, "save_every": 8, "output_dir": folder / "r2"}
+        settings |= {**SAMPLING, **stop, "save_every": 8, "output_dir": folder / "r2"}
         steps.append(Step("r2", "benchmark.r2", settings, folder / "r2/r2.md"))
     for seed, reward, method in runs_of(args):
         name = name_of(seed, reward, method)
@@ -215,7 +224,9 @@ def steps_of(args: Args, folder: Path) -> list[Step]:
             "eval_prompts": data / "valid.jsonl",
             "actual_score": TESTS,
         }
-        settings |= {**PPO, "normalize_reward": reward == "rm", **METHODS[method], "seed": seed}
+        settings |= {**PPO, **stop, "normalize_reward": reward == "rm", **METHODS[method], "seed": seed}
+        kept = args.batch_size * (PPO["num_responses"] if METHODS[method]["filter"] == "none" else 2)
+        settings |= {"minibatch_size": min(PPO["minibatch_size"], kept)}
         settings |= {"batch_size": args.batch_size, "eval_every": max(1, args.updates // 2)}
         settings |= {"checkpoint_every": max(1, args.updates // 2)}
         settings |= {"total_episodes": args.batch_size * PPO["num_responses"] * args.updates}
@@ -237,8 +248,9 @@ def test_policy(args: Args, tokenizer, policy: str, rows: list[dict], file: Path
     if file.is_file():
         return json.loads(file.read_text())
     rows = pfppo.encode_queries(tokenizer, rows, "prompt", TEXT["query_length"], "mbpp")
-    settings = pfppo.Args(policy=policy, reward=TESTS, prompts="", generation_batch_size=64, **SAMPLING)
-    model, stop_id = load_bf16(policy), pfppo.stop_token_id(tokenizer, TEXT["stop_token"])
+    settings = {**SAMPLING, **line_end(tokenizer), "generation_batch_size": 64}
+    settings = pfppo.Args(policy=policy, reward=TESTS, prompts="", **settings)
+    model, stop_id = load_bf16(policy), pfppo.stop_token_id(tokenizer, settings.stop_token)
     found = {}
     for name, temperature, n in (("greedy", 0.0, 1), ("sampled", SAMPLING["temperature"], args.test_samples)):
         generator = pfppo.random_generator(model.device, 1, 78)
@@ -376,48 +388,45 @@ def main(args: Args) -> None:
     unknown = ", ".join(name for name in args.methods if name not in METHODS)
     pfppo.refuse((unknown != "", f"--methods {unknown}: choose from {', '.join(METHODS)}"))
     if args.small:
-        args.updates, args.batch_size, args.samples, args.seeds = 1, 2, 4, args.seeds[:1]
+        args.updates, args.batch_size, args.samples = 1, 2, 4
+        args.seeds, args.methods = args.seeds[:1], args.methods[:2]
     transformers.logging.disable_progress_bar()
     folder = Path(args.output_dir)
     data = folder / "data"
     tokenizer = pfppo.load_pretrained(AutoTokenizer, args.model, "model")
     splits = make_data(args, tokenizer)
     print(", ".join(f"{len(rows)} {split} problems" for split, rows in splits.items()), flush=True)
-    steps = steps_of(args, folder)
     if args.dry_run:
-        return run_steps(steps, args.launcher, folder, dry_run=True)
+        return run_steps(steps_of(args, folder, line_end(tokenizer)), args.launcher, folder, dry_run=True)
 
     data.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         records.write_rows(data / f"{split}.jsonl", rows)
-    sets = {"train": ("pairs", 8), "valid": ("pairs_valid", 8)}
-    for split, (name, most) in sets.items():
+    for split, name in {"train": "pairs", "valid": "pairs_valid"}.items():
         file = folder / f"samples_{split}.jsonl"
         lines = graded_samples(args, tokenizer, splits[split], args.samples, file)
-        pairs = make_pairs(splits[split], lines, most, seed=1)
-        records.write_rows(data / f"{name}.jsonl", pairs)
+        pairs = make_pairs(splits[split], lines, most=8, seed=1)
         rates = [np.mean(line["actual"]) for line in lines]
         solved = sum(rate > 0 for rate in rates)
         print(
             f"{split}: {np.mean(rates):.1%} pass, {solved} of {len(rates)} problems solved, {len(pairs)} pairs"
         )
+        records.write_rows(data / f"{name}.jsonl", pairs)
         if split == "train":
-            rl = [row for row, rate in zip(splits[split], rates) if 0 < rate < 1]
+            rl = [row for row, rate in zip(splits[split], rates) if 0 < rate < 1 or args.small]
             few = (
                 f"{len(rl)} train problems are solved sometimes; --batch_size {args.batch_size} needs as many"
             )
             pfppo.refuse((len(rl) < args.batch_size, f"{few}; raise --samples, or take a better model"))
             records.write_rows(data / "rl.jsonl", rl)
-        pfppo.refuse(
-            (
-                "rm" in args.rewards and not pairs,
-                f"{split}: no pair for the reward model; use --rewards tests",
-            )
-        )
+        if "rm" in args.rewards and not pairs:
+            pfppo.refuse((not args.small, f"{split}: no pair for a reward model; give --rewards tests"))
+            args.rewards = ("tests",)
+            print("--small: no pair for a reward model, which is left out")
 
     (folder / "test").mkdir(exist_ok=True)
     test_policy(args, tokenizer, args.model, splits["test"], folder / "test/sft.json")
-    for step in steps:
+    for step in steps_of(args, folder, line_end(tokenizer)):
         run_steps([step], args.launcher, folder, dry_run=False)
         if step.module == "pfppo_single":
             policy, file = str(step.output), folder / f"test/{step.name}.json"

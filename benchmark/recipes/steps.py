@@ -44,7 +44,13 @@ class Step:
 
     def line(self, launcher: str) -> str:
         """What a user types."""
-        return f"accelerate launch {self.launcher(launcher)} {' '.join(self.target())} {shlex.join(flags(self.settings))}"
+        words = [
+            "accelerate launch",
+            self.launcher(launcher),
+            *self.target(),
+            shlex.join(flags(self.settings)),
+        ]
+        return " ".join(words)
 
     def target(self) -> list[str]:
         return ["-m", self.module] if "." in self.module else [f"{self.module}.py"]

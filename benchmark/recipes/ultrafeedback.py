@@ -4,8 +4,8 @@
   2. sft       sft_single.py on the completions
   3. rm        rm_single.py on the best and the worst completion of a prompt
   4. br, dpo   pfppo_single.py (best and a random other of 5), benchmark.baselines.dpo, from the SFT model
-  5. evaluate  held-out prompts: reward, KL, length, share of prompts where the reward model prefers the policy's
-               answer to the SFT model's; results.json, results.md, samples.md
+  5. evaluate  held-out prompts: reward, KL, length, share of prompts where the reward model prefers the
+               policy's answer to the SFT model's; results.json, results.md, samples.md
 
 Needs:   at the published size (gpt2, 64k prompts, 1024 tokens) one GPU of 24 GB and about a day: not run by us.
          With `--limit 300` and short answers one CPU core and half an hour, 4 GB of memory: run, see Found.
