@@ -1,6 +1,7 @@
 """Pages that map flags: every flag of ours exists, and every flag of the others has its line."""
 
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 
@@ -55,3 +56,14 @@ def test_every_flag_of_the_others_has_a_line():
     assert not set(PPO_CONFIG.split()) - named
     named = {name for row in table_rows(openrlhf) for name in re.findall(r"`--(\w+)`", row[0])}
     assert not set(OPENRLHF.split()) - named
+
+
+def test_commands_of_the_baselines_are_taken():
+    page = (Path(__file__).resolve().parents[2] / "benchmark/pages/baselines.md").read_text("utf-8")
+    block = page.partition("<!-- commands: baselines -->\n```\n")[2].partition("```")[0]
+    lines = block.replace("\\\n", " ").strip().splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        module, *flags = line.removeprefix("python -m ").split()
+        args = pf.parse_args(importlib.import_module(module).Args, flags)
+        assert args.output_dir.startswith("output/")
