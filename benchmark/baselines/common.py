@@ -275,8 +275,8 @@ class Run:
         return pfppo.response_logprobs_and_values(model, rollout, temperature, size)[0].sum(1)
 
     def evaluate(self) -> dict[str, float]:
-        """pfppo_single.py's eval/* after the current step, and the held-out pairs'; keeps the policy where it is
-        the best so far."""
+        """pfppo_single.py's eval/* after the current step, and the held-out pairs'; keeps the policy where it
+        is the best so far."""
         if not self.eval_rows:
             return self.evaluate_pairs()
         judges = (self.ref_policy, no_reward if self.reward is None else self.reward, self.actual_score)
@@ -290,8 +290,8 @@ class Run:
         return results | self.evaluate_pairs()
 
     def evaluate_pairs(self) -> dict[str, float]:
-        """Held-out pairs: eval/margin, how much more than π_SFT the policy prefers the better response, in nats
-        (difference of the two log-ratios); eval/accuracy, the share of pairs where it does, ties half."""
+        """Held-out pairs: eval/margin, how much more than π_SFT the policy prefers the better response, in
+        nats (difference of the two log-ratios); eval/accuracy, the share of pairs where it does, ties 1/2."""
         if not self.eval_pairs:
             return {}
         logratios = self.logprobs(self.policy, self.eval_rollout) - self.eval_ref_logprobs

@@ -1,9 +1,9 @@
-"""PF-PPO on a real pretrained model and real problems: SmolLM2-135M-Instruct writes one-line functions of MBPP.
+"""PF-PPO on a real pretrained model and real problems: SmolLM2-135M-Instruct on one-line functions of MBPP.
 
-A problem asks for `def name(arguments):\\n    return`, and the model continues up to the end of the line. These
-are the MBPP problems whose own solution is one assignment and a return at most: 130 of the train split, 33 of
-the validation split, 173 of the test split. A model of 135M parameters solves about 8% of them, and next to
-none of the others.
+An answer begins with `def name(arguments):\\n    return`, and the model continues up to the end of the line.
+These are the MBPP problems whose own solution is one assignment and a return at most, with a prompt of at most
+192 tokens: 130 of the train split, 31 of the validation split, 169 of the test split. A model of 135M parameters
+passes with 6 to 11% of its samples there, and with next to none elsewhere.
 
   1. data      prompts in the model's chat template, the answer begun up to `return`
   2. samples   responses to train and validation problems, each run against its tests
@@ -11,12 +11,12 @@ none of the others.
   4. rm        rm_single.py on the pairs
   5. r2        benchmark.r2: which filter suits the reward model, on validation problems
   6. ppo       pfppo_single.py: method x reward (tests, reward model) x seed
-  7. test      pass@1 on the test problems, which nothing has touched before; results.md, samples.md, curves.png
+  7. test      pass@1 on the test problems, untouched before; results.md, samples.md, curves.png
 
-Needs:   Linux, mbpp.jsonl of google-research, a folder of `benchmark.recipes.smollm2`; 10 GB of memory (reward
-         model; PPO 6 GB), 12 GB of disk (checkpoints of finished runs are deleted). On one idle CPU core with
-         bfloat16 instructions (AMX) about three hours: 20 minutes for data, reward model and R², then 5 to 14 a
-         run.
+Needs:   Linux, mbpp.jsonl of google-research, a folder of `benchmark.recipes.smollm2`; 10 GB of memory
+         (reward model; PPO 6 GB), 12 GB of disk (checkpoints of finished runs are deleted). On one idle CPU
+         core with bfloat16 instructions (AMX) about three hours: 20 minutes for data, reward model and R²,
+         then 5 to 14 a run.
 Run:     python -m benchmark.recipes.mbpp --model output/smollm2 --mbpp mbpp.jsonl --output_dir output/mbpp
          On a GPU: --launcher="--num_processes 1 --mixed_precision bf16". `--dry_run` prints the commands,
          `--small` runs everything on a few problems. The same command goes on after a kill.
@@ -62,13 +62,13 @@ PPO |= {"print_samples_every": 4}
 @dataclass(kw_only=True)
 class Args:
     model: str
-    """the policy to start from: a folder of benchmark.recipes.smollm2, or another model with a chat template"""
+    """the policy to start from: a folder of benchmark.recipes.smollm2, or a model with a chat template"""
     mbpp: str
     """mbpp.jsonl (974 problems)"""
     output_dir: str = "output/mbpp"
     """folder for everything"""
     methods: tuple[str, ...] = ("ppo_m", "br", "random")
-    """ppo_m (all 5 responses), br (best and a random other), random (2 of 5 at random), bw (best and worst)"""
+    """ppo_m (all 5 responses), br (best and a random other), random (2 of 5), bw (best and worst)"""
     rewards: tuple[Literal["tests", "rm"], ...] = ("tests", "rm")
     """what PPO is paid for: passing the tests, or the reward model's score"""
     seeds: tuple[int, ...] = (1, 2)
@@ -408,9 +408,8 @@ def main(args: Args) -> None:
         pairs = make_pairs(splits[split], lines, most=8, seed=1)
         rates = [np.mean(line["actual"]) for line in lines]
         solved = sum(rate > 0 for rate in rates)
-        print(
-            f"{split}: {np.mean(rates):.1%} pass, {solved} of {len(rates)} problems solved, {len(pairs)} pairs"
-        )
+        counts = f"{solved} of {len(rates)} problems solved, {len(pairs)} pairs"
+        print(f"{split}: {np.mean(rates):.1%} pass, {counts}", flush=True)
         records.write_rows(data / f"{name}.jsonl", pairs)
         if split == "train":
             rl = [row for row, rate in zip(splits[split], rates) if 0 < rate < 1 or args.small]

@@ -26,7 +26,7 @@ EXAMPLE = [{"role": "user", "content": "Write a Python function that adds two nu
 
 
 def set_eos(tokenizer, model=None) -> None:
-    """End of sequence and padding: the token that ends a turn, in the tokenizer and, where given, the model."""
+    """End of sequence and padding: the token that ends a turn, in the tokenizer and, if given, the model."""
     known = EOS in tokenizer.get_vocab()
     pfppo.refuse((not known, f"the tokenizer has no {EOS}; this recipe is for SmolLM2-Instruct"))
     tokenizer.eos_token = tokenizer.pad_token = EOS

@@ -1,4 +1,4 @@
-"""What recipes share: a list of commands, each skipped when its output is there, run as a user would type them.
+"""What recipes share: a list of commands, each skipped when its output is there, run as a user types them.
 
 A step's command is a line for the shell, so that everything a recipe does can be done by hand. `--dry_run`
 prints the lines and checks every flag of them. Seconds and memory of each step go to `steps.jsonl`.
@@ -97,7 +97,7 @@ def run_step(step: Step, launcher: str, folder: Path) -> None:
 
 
 def run_steps(steps: list[Step], launcher: str, folder: Path, dry_run: bool) -> None:
-    """All steps in order. A step whose output is there is skipped, so the same command goes on after a kill."""
+    """All steps in order; one whose output is there is skipped, so the same command goes on after a kill."""
     for number, step in enumerate(steps, 1):
         there = step.output.exists()
         print(f"[{number}/{len(steps)}] {step.name}{': there already' if there else ''}", flush=True)

@@ -7,7 +7,7 @@
   5. evaluate  held-out prompts: reward, KL, length, share of prompts where the reward model prefers the
                policy's answer to the SFT model's; results.json, results.md, samples.md
 
-Needs:   at the published size (gpt2, 64k prompts, 1024 tokens) one GPU of 24 GB and about a day: not run by us.
+Needs:   at the published size (gpt2, 64k prompts, 1024 tokens) a GPU of 24 GB and about a day: not run by us.
          With `--limit 300` and short answers one CPU core and half an hour, 4 GB of memory: run, see Found.
          The English filter needs a package: pip install langdetect
 Run:     python -m benchmark.recipes.ultrafeedback --data openbmb/UltraFeedback:train --model gpt2 \\
@@ -18,8 +18,8 @@ Found:   benchmark/results/2026-11-26-ultrafeedback. Settings, and what became o
          benchmark/recipes/ultrafeedback.md.
 
 A row is {"instruction", "completions": [{"response", "overall_score"}, ..]}, as in the hub's data set, or
-{"instruction", "chosen", "rejected"}, whose pair always counts; an `input` beside it is appended. Any file that
-the three scripts read will do.
+{"instruction", "chosen", "rejected"}, whose pair always counts; an `input` beside it is appended. Any file
+that the three scripts read will do.
 """
 
 import importlib
@@ -209,8 +209,8 @@ def split_prompts(prompts: list[dict], args: Args) -> dict[str, list[dict]]:
 
 
 def make_data(args: Args, tokenizer, folder: Path) -> dict[str, int]:
-    """Writes sft_, rm_, ppo_ and dpo_train.jsonl, the same _valid, and counts.json; returns rows per file. PPO
-    has every prompt of its split once, DPO those that have a pair."""
+    """Writes sft_, rm_, ppo_ and dpo_train.jsonl, the same _valid, and counts.json; returns rows per file.
+    PPO has every prompt of its split once, DPO those that have a pair."""
     rows = pfppo.load_rows(args.data, "data")
     if args.limit:
         rows = random.Random(args.seed).sample(rows, min(args.limit, len(rows)))

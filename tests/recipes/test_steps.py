@@ -1,4 +1,4 @@
-"""Steps of recipes: what a user types is what runs, what is there is not made again, a failure is one line."""
+"""Steps of recipes: what a user types is what runs, what is there is not redone, a failure is one line."""
 
 import subprocess
 import sys

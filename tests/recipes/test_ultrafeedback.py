@@ -1,4 +1,4 @@
-"""The UltraFeedback recipe: what is left out and counted, pairs, splits, forms of a prompt, and the whole chain."""
+"""The UltraFeedback recipe: what is left out and counted, pairs, splits, forms of a prompt, the chain."""
 
 import json
 import sys
