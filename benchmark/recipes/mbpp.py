@@ -1,9 +1,9 @@
 """PF-PPO on a real pretrained model and real problems: SmolLM2-135M-Instruct on one-line functions of MBPP.
 
 An answer begins with `def name(arguments):\\n    return`, and the model continues up to the end of the line.
-These are the MBPP problems whose own solution is one assignment and a return at most, with a prompt of at most
-192 tokens: 130 of the train split, 31 of the validation split, 169 of the test split. A model of 135M parameters
-passes with 6 to 11% of its samples there, and with next to none elsewhere.
+These are the MBPP problems whose own solution is one assignment and a return at most, with a prompt of at
+most 192 tokens: 130 of the train split, 31 of the validation split, 169 of the test split. A model of 135M
+parameters passes with 6 to 11% of its samples there, and with next to none elsewhere.
 
   1. data      prompts in the model's chat template, the answer begun up to `return`
   2. samples   responses to train and validation problems, each run against its tests

@@ -1,4 +1,4 @@
-"""The MBPP recipe: which problems it takes, its prompts and pairs, its commands, the whole on a tiny world."""
+"""The MBPP recipe: which problems it takes, its prompts, pairs and commands, the whole on a tiny world."""
 
 import json
 
