@@ -482,6 +482,8 @@ def load_config(path: str, field: str):
     for name, value in config.to_dict().items():
         if any(word in name for word in noise) and isinstance(value, float):
             setattr(config, name, 0.0)
+        elif value == "gelu_new":  # the same function in one kernel: GPT-2's training step takes a fifth less
+            setattr(config, name, "gelu_pytorch_tanh")
     return config
 
 
@@ -848,7 +850,7 @@ def run(main, args) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Plumbing of this script alone: evaluation, files, checks
+# Plumbing of this script alone
 # ------------------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,7 @@ def model_config(name: str, **changes):
     untied output)."""
     if name == "gpt2":
         sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3)
+        sizes["activation_function"] = "gelu_pytorch_tanh"  # as load_config has it
         return GPT2Config(
             **{"vocab_size": VOCAB_SIZE, "eos_token_id": EOS, "bos_token_id": EOS, **sizes, **changes}
         )

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, reward_model
 from scipy.stats import chisquare
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import pfppo_single as pf
 
@@ -292,21 +293,52 @@ def test_the_cache_is_as_small_as_autocast_allows_and_gives_the_same_tokens(name
     queries = pf.pad_left([[1, 2], [3, 0, 2, 1]], "cpu")
 
     def kept(config):
-        caches.append(pf_cache(config=config))
+        caches.append(DynamicCache(config=config))
         return caches[-1]
 
     def sampled():
         with torch.autocast("cpu", torch.bfloat16):
             return pf.generate(model, *queries, 3, 12, 1.0, -1, 0, torch.Generator().manual_seed(0))
 
-    pf_cache = pf.AutocastCache
-    monkeypatch.setattr(pf, "AutocastCache", kept)
+    monkeypatch.setattr(pf, "DynamicCache", kept)
     responses = sampled()
     assert {tensor.dtype for layer in caches[0].layers for tensor in (layer.keys, layer.values)} == {
         torch.bfloat16
     }
-    monkeypatch.setattr(pf, "AutocastCache", DynamicCache)
+    monkeypatch.setattr(pf, "GrowingLayer", DynamicLayer)
     assert torch.equal(sampled(), responses)
+
+
+def test_a_token_is_written_behind_the_others_which_are_not_copied():
+    layer, dynamic = pf.GrowingLayer(), DynamicLayer()
+    generator, places = torch.Generator().manual_seed(0), []
+    for columns in (5, 1, 1, 1, 1):  # room for 7 columns at first, then for 12
+        keys, values = (torch.randn(3, 2, columns, 4, generator=generator) for _ in range(2))
+        expected = dynamic.update(keys, values)
+        assert all(torch.equal(a, b) for a, b in zip(layer.update(keys, values), expected))
+        places.append(layer.keys.data_ptr())
+    assert len(set(places[:3])) == len(set(places[3:])) == 1 and places[2] != places[3]
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [2, 0], [1]])
+def test_repeated_and_cut_rows_go_on_alike(rows):
+    layer, dynamic, generator = pf.GrowingLayer(), DynamicLayer(), torch.Generator().manual_seed(0)
+    for cache in (layer, dynamic):
+        generator.manual_seed(0)
+        cache.update(*(torch.randn(3, 2, 5, 4, generator=generator) for _ in range(2)))
+        cache.reorder_cache(torch.tensor(rows))
+        for _ in range(4):
+            cache.update(*(torch.randn(len(rows), 2, 1, 4, generator=generator) for _ in range(2)))
+    assert torch.equal(layer.keys, dynamic.keys) and torch.equal(layer.values, dynamic.values)
+
+
+def test_gelu_of_gpt2_is_its_fused_form(tmp_path):
+    model = causal_lm("gpt2", activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model.save_pretrained(tmp_path)
+    loaded = pf.load_causal_lm(str(tmp_path)).eval()
+    assert loaded.config.activation_function == "gelu_pytorch_tanh"
+    ids = torch.arange(20).view(2, 10)
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

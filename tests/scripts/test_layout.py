@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sft_single.py", "rm_single.py", "pfppo_single.py")
 OWN = {"Args", "main", "evaluate", "micro_batches", "response_logprobs"}  # one name, a stage's own rows
 RULE = "# " + "-" * 108
-OWN_BANNER = f"{RULE}\n# Plumbing of this script alone: evaluation, files, checks\n{RULE}\n"
+OWN_BANNER = f"{RULE}\n# Plumbing of this script alone\n{RULE}\n"
 BANNER = f"{RULE}\n# Plumbing: the same in all three scripts; a reader of the paper can stop here\n{RULE}\n"
 
 

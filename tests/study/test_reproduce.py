@@ -5,7 +5,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import pfppo_single as pfppo
 from benchmark import pipeline, records
 from benchmark.study import figures, ppo_speed, reproduce, tables
 from benchmark.study import rewards as study_rewards
@@ -647,4 +649,36 @@ def test_the_speed_comparison_names_what_its_world_lacks(tmp_path):
     (tmp_path / "world").mkdir()
     (tmp_path / "world/rl.jsonl").touch()
     with pytest.raises(SystemExit, match="no sft/model; give a folder of benchmark.quickstart"):
-        ppo_speed.main(ppo_speed.Args(world=str(tmp_path)))
+        ppo_speed.main(ppo_speed.Args(workloads=("world",), world=str(tmp_path)))
+
+
+def test_products_of_an_update_by_hand():
+    # one layer of width 1, vocabulary 3, query of 2 and response of 1 tokens, 1 prompt of 5 responses
+    load = ppo_speed.Workload(1, 1, 2, 1, 1, 1, 1, 0.0, 3)
+    row = 24 * 3 + 4 * 9 / 2  # of a row's 3 tokens; attention reads half of 3 x 3
+    query, last, head = 24 * 2 + 4 * 4 / 2, 24 + 4 * (9 - 4) / 2, 2 * 3
+    assert ppo_speed.products(load, kept=0.4, length=1.0) == pytest.approx(
+        {
+            "generate": query + 5 * (last + head),
+            "score": 5 * row,
+            "logprobs": 2 * (3 * row + 2 * head),
+            "train": 2 * 3 * 3 * (2 * row + head),
+        }
+    )
+
+
+def test_a_workloads_policy_stops_as_often_as_it_is_told(tmp_path):
+    load = ppo_speed.Workload(1, 32, 4, 8, 2, 2, 2, stop_probability=1 / 4, vocabulary=50)
+    ppo_speed.make_models(tmp_path, load)
+    policy = pfppo.load_causal_lm(str(tmp_path / "sft/model")).eval()
+    with torch.no_grad():
+        probabilities = policy(torch.randint(50, (6, 9))).logits.softmax(-1)
+    assert probabilities[..., -1].mean().item() == pytest.approx(1 / 4, abs=0.03)
+
+
+def test_the_table_compares_with_trls_faster_setting():
+    ours, slow, fast = ({"seconds": [x, x, 9.0], "megabytes": 1.0} for x in (2.0, 8.0, 6.0))
+    lines = ppo_speed.table(
+        "mini", {"ours": [ours], "TRL": [slow], "TRL, checkpointing": [fast]}
+    ).splitlines()
+    assert lines[0] == "mini" and lines[3].startswith("| ours | 2.00 | 2.00 | 3.00 |")
