@@ -304,22 +304,14 @@ def report(results: dict) -> str:
     def with_error(entry, name, error):
         return f"{entry[name]:.3f} ± {entry[error]:.3f}" if name in entry else "–"
 
-    header = [
-        "run",
-        "greedy pass@1",
-        "sampled pass@1",
-        "gain, sampled",
-        "KL",
-        "length",
-        "truncated",
-        "updates",
-    ]
+    header = ["run", "greedy pass@1", "sampled pass@1", "gain, greedy", "gain, sampled", "KL", "length"]
+    header += ["truncated", "updates"]
     header += ["s / update", "of it generate, train", "GB"]
     lines = []
     for name, entry in results["runs"].items():
         line = [name, with_error(entry, "greedy_pass1", "greedy_se")]
         line.append(with_error(entry, "sampled_pass1", "sampled_se"))
-        line.append(with_error(entry, "sampled_gain", "sampled_gain_se"))
+        line += [with_error(entry, f"{kind}_gain", f"{kind}_gain_se") for kind in ("greedy", "sampled")]
         line.append(f"{entry['eval/kl']:.2f}" if "eval/kl" in entry else "–")
         line += [
             f"{entry['sampled_length']:.1f}",
