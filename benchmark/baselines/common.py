@@ -8,6 +8,7 @@ and of eval/kl.
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -72,6 +73,18 @@ class Args:
 
 
 @dataclass(kw_only=True)
+class PairFields:
+    """Columns of preference pairs, and pairs that are held out."""
+
+    eval_data: str | None = None
+    """held-out preference pairs, same columns; evaluations report how they are told apart"""
+    chosen_field: str = "chosen"
+    """column with the better response, KTO's desirable one: a text, or messages that end with it"""
+    rejected_field: str = "rejected"
+    """column with the worse response, KTO's undesirable one, likewise"""
+
+
+@dataclass(kw_only=True)
 class SamplingArgs(Args):
     """Of RAFT, BOND and Iterative-DPO, which learn from samples and the reward model."""
 
@@ -82,30 +95,44 @@ class SamplingArgs(Args):
 
 
 @dataclass(kw_only=True)
-class PairArgs(Args):
+class PairArgs(PairFields, Args):
     """Of DPO, IPO and KTO, which learn from preference pairs."""
 
     reward: str | None = None
     """as pfppo_single.py's, for eval/*_reward only; none: without these tags"""
     train_data: str
-    """preference pairs as texts: .jsonl, .json, .parquet, or hub id `name:split`"""
-    chosen_field: str = "chosen"
-    """column with the better response, KTO's desirable one"""
-    rejected_field: str = "rejected"
-    """column with the worse response, KTO's undesirable one"""
+    """preference pairs as rm_single.py reads them: .jsonl, .json, .csv, .parquet, or hub id `name:split`"""
     prompts: ClassVar[None] = None
 
 
 # ---------------------------------------------------------------- pairs and log-probabilities
 
 
-def read_pairs(args: PairArgs, tokenizer, config, stop_id: int) -> list[dict]:
-    """Labels of rm_single.py with two samples, the better one first; longer ones are left out and counted."""
-    columns = (args.prompt_field, args.chosen_field, args.rejected_field)
-    rm.load_rows(args.train_data, "train_data", columns)  # refuses labels that are token ids, of K responses
-    pairs, left_out = rm.read_labels("train_data", args, tokenizer, config, stop_id)
-    print(f"{len(pairs)} pairs, {left_out} longer ones left out")
+def read_pairs(args: PairFields, tokenizer, config, stop_id: int, field: str = "train_data") -> list[dict]:
+    """Labels of rm_single.py with two samples, the better one first; longer ones are left out and counted,
+    and so are pairs that stand in the file more than once."""
+    path = getattr(args, field)
+    token_ids = {"best", "sample0"} & set(rm.load_rows(path, field)[0])
+    where = f"--{field} {path}: labels are token ids"
+    pfppo.refuse((token_ids != set(), f"{where}; a baseline reads texts, with {args.prompt_field}"))
+    pairs, left_out = rm.read_labels(field, args, tokenizer, config, stop_id)
+    repeated = len(pairs) - len({str((pair["query"], pair["samples"])) for pair in pairs})
+    prompts = len({tuple(pair["query"]) for pair in pairs})
+    print(f"--{field}: {len(pairs)} pairs of {prompts} prompts, {left_out} longer ones left out", end="")
+    print(f", {repeated} are repetitions of another" if repeated else "")
     return pairs
+
+
+def pass_order(rows: int, num_steps: int, batch_size: int, seed: int, what: str = "pair") -> list[int]:
+    """Indices of all steps, in shuffled passes over the rows; says how often training sees a row."""
+    order = pfppo.prompt_order(rows, 0, num_steps * batch_size, seed)
+    times = Counter(order)
+    counts = sorted({times[row] for row in range(rows)})
+    seen = "once" if counts == [1] else f"{' or '.join(map(str, counts[:1] + counts[1:][-1:]))} times"
+    unseen = sum(times[row] == 0 for row in range(rows))
+    never = f"; {unseen} of {rows} never: they fill no batch" if unseen else ""
+    print(f"{num_steps} optimizer steps of {batch_size}: training sees a {what} {seen}{never}")
+    return order
 
 
 def make_rollout(query_ids: list[list[int]], response_ids: list[list[int]], device) -> dict[str, Tensor]:
@@ -146,7 +173,8 @@ def rollout_metrics(scores: Tensor, rollout: dict[str, Tensor]) -> dict[str, flo
 # ---------------------------------------------------------------- one run
 
 
-SHOWN = ("train/loss", "objective/score", "eval/greedy_pass1", "eval/sampled_reward", "eval/kl")
+SHOWN = ("train/loss", "objective/score", "eval/accuracy", "eval/margin", "eval/greedy_pass1")
+SHOWN += ("eval/sampled_reward", "eval/kl")
 
 
 def no_reward(prompts: list, responses: list[str], rows: list[dict]) -> list[float]:
@@ -172,6 +200,10 @@ class Run:
         self.stop_id = pfppo.stop_token_id(self.tokenizer, args.stop_token)
         self.rows = pfppo.read_prompts("prompts", args, self.tokenizer)
         self.eval_rows = pfppo.read_prompts("eval_prompts", args, self.tokenizer)
+        self.eval_pairs = []
+        if isinstance(args, PairFields) and args.eval_data:
+            self.eval_pairs = read_pairs(args, self.tokenizer, self.config, self.stop_id, "eval_data")
+        self.evaluates = bool(self.eval_rows or self.eval_pairs)
         queries = [row["query_ids"] for row in self.rows + self.eval_rows]
         pfppo.check_rows(self.config, [[max(self.stop_id, 0)]], "stop_token")
         pfppo.check_rows(self.config, queries, "policy", args.response_length)
@@ -204,7 +236,10 @@ class Run:
         self.state = state or self.state
         self.writer = pfppo.open_metrics(self.output_dir, state["step"] + 1 if state else 0)
         self.first_step, self.run_start, self.clock = self.state["step"], time.time(), time.time()
-        if state is None and self.eval_rows:
+        if self.eval_pairs:
+            self.eval_rollout = pair_rollout(self.eval_pairs, self.device)  # (2P, ...)
+            self.eval_ref_logprobs = self.logprobs(self.ref_policy, self.eval_rollout)  # (2P,)
+        if state is None and self.evaluates:
             results = self.evaluate() | {"episodes": 0, "optimizer_step": 0}
             pfppo.log_metrics(self.writer, self.output_dir, 0, results, SHOWN, f"/{num_steps}")
 
@@ -240,7 +275,10 @@ class Run:
         return pfppo.response_logprobs_and_values(model, rollout, temperature, size)[0].sum(1)
 
     def evaluate(self) -> dict[str, float]:
-        """pfppo_single.py's eval/* after the current step; keeps the policy where it is the best so far."""
+        """pfppo_single.py's eval/* after the current step, and the held-out pairs'; keeps the policy where it
+        is the best so far."""
+        if not self.eval_rows:
+            return self.evaluate_pairs()
         judges = (self.ref_policy, no_reward if self.reward is None else self.reward, self.actual_score)
         models, tokens = (self.accelerator, self.policy, judges), (self.tokenizer, self.stop_id)
         results = pfppo.evaluate(*models, self.eval_rows, *tokens, self.args, self.state["step"])
@@ -249,7 +287,17 @@ class Run:
         if pfppo.best_score(results) > self.state["best"]:
             self.state["best"] = pfppo.best_score(results)
             self.save_policy("policy_best")
-        return results
+        return results | self.evaluate_pairs()
+
+    def evaluate_pairs(self) -> dict[str, float]:
+        """Held-out pairs: eval/margin, how much more than π_SFT the policy prefers the better response, in
+        nats (difference of the two log-ratios); eval/accuracy, the share of pairs where it does, ties 1/2."""
+        if not self.eval_pairs:
+            return {}
+        logratios = self.logprobs(self.policy, self.eval_rollout) - self.eval_ref_logprobs
+        margin = logratios[: len(self.eval_pairs)] - logratios[len(self.eval_pairs) :]
+        accuracy = (margin > 0).float() + 0.5 * (margin == 0)
+        return {"eval/accuracy": accuracy.mean().item(), "eval/margin": margin.mean().item()}
 
     def optimizer_step(self, loss: float) -> None:
         """Clip, step, count. Raises FloatingPointError when the loss or the gradient is not finite."""
@@ -269,7 +317,7 @@ class Run:
         step, last, now = self.state["step"], self.state["step"] == self.num_steps, time.time()
         metrics |= {name: self.state[name] for name in ("episodes", "optimizer_step")}
         metrics["seconds/update"] = now - self.clock
-        if self.eval_rows and (step % self.args.eval_every == 0 or last):
+        if self.evaluates and (step % self.args.eval_every == 0 or last):
             metrics |= self.evaluate()
             metrics["seconds/evaluate"] = time.time() - now
         left = (time.time() - self.run_start) / (step - self.first_step) * (self.num_steps - step)

@@ -5,8 +5,8 @@
   3. one optimizer step on the loss of the pair's log-ratios, log π_θ(y|c) - log π_SFT(y|c)
 
 Run:  python -m benchmark.baselines.dpo --policy sft/model --train_data preferences.jsonl --output_dir dpo/ \\
-          --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle          (IPO: --loss_type ipo)
-In:   JSONL rows prompt, chosen, rejected.
+          --eval_data held_out.jsonl          (IPO: --loss_type ipo)
+In:   rows prompt, chosen, rejected, in every form that rm_single.py reads.
 Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
 
 Sources: DPO arXiv 2305.18290 Eq. 7; IPO arXiv 2310.12036 Eq. 17. Defaults: README.md beside this file.
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import pfppo_single as pfppo
 from benchmark.baselines import common
 from pfppo_single import Amount, Count, Positive
 
@@ -66,7 +65,7 @@ def train_on_pairs(
     """One optimizer step -> its metrics. rollout: 2P rows, all chosen before all rejected; `pairs`: some of
     0 .. P-1."""
     args, num_pairs, lengths = run.args, len(ref_logprobs) // 2, rollout["response_mask"].sum(1)
-    totals = {"loss": 0.0, "accuracy": 0.0, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
+    totals = {"loss": 0.0, "accuracy": 0.0, "chosen_logratio": 0.0, "rejected_logratio": 0.0, "margin": 0.0}
     for part in torch.tensor(pairs, device=run.device).split(args.micro_batch_size):
         rows = torch.cat([part, part + num_pairs])
         logprobs = common.sequence_logprobs(run.policy, rollout, rows, args.temperature)
@@ -74,7 +73,8 @@ def train_on_pairs(
         losses = preference_loss(chosen, rejected, *lengths[rows].chunk(2), args.beta, args.loss_type)
         loss = losses.sum() / len(pairs)
         run.accelerator.backward(loss)
-        sums = (loss * len(pairs), (chosen > rejected).sum(), chosen.sum(), rejected.sum())
+        margin = chosen - rejected
+        sums = (loss * len(pairs), (margin > 0).sum(), chosen.sum(), rejected.sum(), margin.sum())
         totals = {name: totals[name] + x.item() / len(pairs) for name, x in zip(totals, sums)}
     run.optimizer_step(totals["loss"])
     return {f"train/{name}": value for name, value in totals.items()}
@@ -84,7 +84,7 @@ def main(args: Args) -> None:
     run = common.Run(args)
     pairs = common.read_pairs(args, run.tokenizer, run.config, run.stop_id)
     num_steps = max(1, args.epochs * len(pairs) // args.batch_size)
-    print(f"{num_steps} optimizer steps of {args.batch_size} pairs")
+    order = common.pass_order(len(pairs), num_steps, args.batch_size, args.seed)
     if args.dry_run:
         return
     run.start(num_steps, num_steps)
@@ -93,7 +93,6 @@ def main(args: Args) -> None:
     rollout = common.pair_rollout(pairs, run.device)  # (2P, ...)
     ref_logprobs = run.logprobs(run.ref_policy, rollout)  # (2P,)
 
-    order = pfppo.prompt_order(len(pairs), 0, num_steps * args.batch_size, args.seed)
     for step in range(run.state["step"], num_steps):
         # ---------------- 2. the next batch of pairs
         batch = order[step * args.batch_size : (step + 1) * args.batch_size]

@@ -30,7 +30,7 @@ from pfppo_single import Amount, Count, Positive
 
 
 @dataclass(kw_only=True)
-class Args(common.SamplingArgs):
+class Args(common.PairFields, common.SamplingArgs):
     # rollout
     total_episodes: Count = 6400
     """responses to generate in all, over all iterations"""
@@ -110,8 +110,9 @@ def main(args: Args) -> None:
         # ---------------- 3. DPO
         rollout = common.pair_rollout(pairs, run.device)  # (2P, ...)
         ref_logprobs = run.logprobs(run.ref_policy, rollout)  # (2P,)
-        count, seed = per_iteration * args.batch_size, args.seed + 1000 * (iteration + 1)
-        order = pfppo.prompt_order(len(pairs), 0, count, seed)
+        order = common.pass_order(
+            len(pairs), per_iteration, args.batch_size, args.seed + 1000 * (iteration + 1)
+        )
         margin = sum(pair["chosen_reward"] - pair["rejected_reward"] for pair in pairs) / len(pairs)
         for step in range(run.state["step"] - iteration * per_iteration, per_iteration):
             batch = order[step * args.batch_size : (step + 1) * args.batch_size]

@@ -8,9 +8,8 @@ divergence.
      r = log π_θ - log π_SFT
 
 Run:  python -m benchmark.baselines.kto --policy sft/model --train_data preferences.jsonl --output_dir kto/ \\
-          --eval_prompts valid.jsonl --actual_score benchmark.minicode:oracle
-In:   JSONL rows prompt, chosen, rejected, the file of DPO; its two responses are never compared with each
-      other.
+          --eval_data held_out.jsonl
+In:   rows prompt, chosen, rejected, the file of DPO; its two responses are never compared with each other.
 Out:  policy, policy_best, metrics.jsonl, checkpoints; the same command continues.
 
 Source: KTO arXiv 2402.01306 Eq. 8. Defaults: README.md beside this file.
@@ -83,13 +82,12 @@ def main(args: Args) -> None:
     run = common.Run(args)
     pairs = common.read_pairs(args, run.tokenizer, run.config, run.stop_id)
     num_steps = max(1, args.epochs * 2 * len(pairs) // args.batch_size)
-    print(f"{num_steps} optimizer steps of {args.batch_size} responses")
     rollout = common.pair_rollout(pairs, run.device)  # (2P, ...)
     is_chosen = torch.arange(2 * len(pairs), device=run.device) < len(pairs)
     queries = [tuple(pair["query"]) for pair in pairs] * 2  # a prompt may have several pairs
     numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     prompt_ids = torch.tensor([numbers[query] for query in queries], device=run.device)
-    order = pfppo.prompt_order(2 * len(pairs), 0, num_steps * args.batch_size, args.seed)
+    order = common.pass_order(2 * len(pairs), num_steps, args.batch_size, args.seed, "response")
     batches = torch.tensor(order, device=run.device).split(args.batch_size)
     others = [mismatched_rows(prompt_ids[batch]) for batch in batches]  # refused here, before training
     if args.dry_run:

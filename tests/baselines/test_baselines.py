@@ -12,8 +12,10 @@ import pytest
 import torch
 import tyro
 from conftest import EOS, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
+from transformers import AutoTokenizer
 
 import pfppo_single as pf
+import rm_single as rm
 from benchmark.baselines import bond, common, dpo, iterative_dpo, kto, raft, tune
 
 NAMES = ("raft", "bond", "dpo", "kto", "iterative_dpo")
@@ -407,7 +409,7 @@ def start(world, tmp_path, module):
             lr=3e-3,
         )
         script.main(script.Args(**{**settings, **data, **SIZES[name], **changes}))
-        return read_metrics(tmp_path / output), tmp_path / output
+        return [] if changes.get("dry_run") else read_metrics(tmp_path / output), tmp_path / output
 
     return run
 
@@ -581,15 +583,89 @@ def test_a_policy_is_no_reward_model(world, start):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "chosen": "b"}, "row 2: no column rejected"),
+        ({"prompt": "a", "chosen": "b"}, "row 2: rejected must be a text"),
+        ({"chosen": "b", "rejected": "c"}, "row 2: no column prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: rejected must be a text"),
-        ({"query": [5], "sample0": [6], "sample1": [7], "best": 0}, "row 2: no column prompt"),
+        ({"query": [5], "sample0": [6], "sample1": [7], "best": 0}, "row 2: chosen must be a text"),
     ],
 )
 def test_bad_pairs_are_refused_with_file_and_row(row, message, start, tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, row])
     with pytest.raises(SystemExit, match=f"bad.jsonl, {message}"):
         start("dpo", "refused", train_data=str(path))
+
+
+def test_labels_that_are_token_ids_are_refused(start, tmp_path):
+    path = write_jsonl(tmp_path / "ids.jsonl", [{"query": [5], "sample0": [6], "sample1": [7], "best": 0}])
+    with pytest.raises(SystemExit, match="ids.jsonl: labels are token ids"):
+        start("dpo", "refused", train_data=str(path))
+
+
+def test_pairs_are_read_in_the_forms_of_the_three_scripts(start, tmp_path):
+    texts = [
+        {"prompt": [{"role": "user", "content": f"sum {i}"}], "chosen": "ab", "rejected": "c"}
+        for i in range(4)
+    ]
+    messages = []
+    for row in texts:
+        answers = {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
+        messages.append({name: [*row["prompt"], *answer] for name, answer in answers.items()})
+    found = []
+    for name, rows in (("texts", texts), ("messages", messages)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        found.append(
+            start("dpo", name, train_data=str(path), batch_size=2, eval_data=str(path), **UNEVALUATED)[0]
+        )
+    tags = ("train/loss", "train/accuracy", "eval/margin")
+    assert [[row.get(tag) for tag in tags] for row in found[0]] == [
+        [row.get(tag) for tag in tags] for row in found[1]
+    ]
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_held_out_pairs_are_told_apart_better_with_training(name, start, tmp_path):
+    rows = [{"prompt": f"one {i}", "chosen": "abc", "rejected": "xyz=2"} for i in range(6)]
+    path = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    metrics, _ = start(name, "run", eval_data=str(path), **UNEVALUATED)
+    assert metrics[0]["eval/accuracy"] == 0.5 and metrics[0]["eval/margin"] == 0.0  # the reference itself
+    assert metrics[-1]["eval/margin"] > 0 and metrics[-1]["eval/accuracy"] > 0.9
+
+
+def test_held_out_margin_by_hand(start, tmp_path):
+    row = {"prompt": "one", "chosen": "ab", "rejected": "xyz"}
+    path = write_jsonl(tmp_path / "one.jsonl", [row])
+    metrics, folder = start("dpo", "run", eval_data=str(path), **UNEVALUATED)
+    settings = json.loads((folder / "args.json").read_text())
+    policy, reference = (pf.load_causal_lm(p).eval() for p in (str(folder / "policy"), settings["policy"]))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    logratios = []
+    for text in (row["chosen"], row["rejected"]):
+        ids = tokenizer(row["prompt"])["input_ids"] + tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        start_of_answer, ids = len(tokenizer(row["prompt"])["input_ids"]), torch.tensor([ids])
+        sums = []
+        for model in (policy, reference):
+            logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            sums.append(logprobs[start_of_answer - 1 :].sum().item())
+        logratios.append(sums[0] - sums[1])
+    assert metrics[-1]["eval/margin"] == pytest.approx(logratios[0] - logratios[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "batch_size, epochs, said",
+    [(5, 1, "2 optimizer steps of 5: training sees a pair once"), (64, 1, "a pair 6 or 7 times")],
+)
+def test_a_run_says_how_often_it_sees_a_pair(batch_size, epochs, said, start, capsys):
+    start("dpo", "run", batch_size=batch_size, epochs=epochs, dry_run=True)
+    assert said in capsys.readouterr().out
+
+
+def test_what_fills_no_batch_and_what_stands_twice_is_said(start, tmp_path, capsys):
+    rows = [{"prompt": f"one {i % 9}", "chosen": "abc", "rejected": "xyz"} for i in range(10)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    start("dpo", "run", train_data=str(path), batch_size=4, epochs=1, dry_run=True)
+    out = capsys.readouterr().out
+    assert "10 pairs of 9 prompts, 0 longer ones left out, 1 are repetitions of another" in out
+    assert "a pair 0 or 1 times; 2 of 10 never" in out
 
 
 @pytest.mark.parametrize(
@@ -619,7 +695,7 @@ def test_every_field_is_read_and_documented(name):
     script = importlib.import_module(f"benchmark.baselines.{name}")
     modules = (common, script, dpo, raft)
     source = "\n".join(map(inspect.getsource, modules))
-    read = source + inspect.getsource(pf)  # whose functions get the same settings
+    read = source + inspect.getsource(pf) + inspect.getsource(rm)  # whose functions get the same settings
     for field in dataclasses.fields(script.Args):
         assert f"args.{field.name}" in read or f'"{field.name}", args' in read, field.name
         assert source.split(f"    {field.name}: ")[1].split("\n")[1].strip().startswith('"""'), field.name
