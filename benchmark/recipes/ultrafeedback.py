@@ -8,7 +8,7 @@
                policy's answer to the SFT model's; results.json, results.md, samples.md
 
 Needs:   at the published size (gpt2, 64k prompts, 1024 tokens) a GPU of 24 GB and about a day: not run by us.
-         With `--limit 300` and short answers one CPU core and half an hour, 4 GB of memory: run, see Found.
+         With `--limit 300` and short answers one CPU core and half an hour, 10 GB of memory: run, see Found.
          The English filter needs a package: pip install langdetect
 Run:     python -m benchmark.recipes.ultrafeedback --data openbmb/UltraFeedback:train --model gpt2 \\
            --output_dir output/ultrafeedback --launcher="--num_processes 1 --mixed_precision bf16"
