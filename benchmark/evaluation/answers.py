@@ -69,7 +69,8 @@ def answers_equal(answer, gold):
     answer, gold = str(answer).strip(), str(gold).strip()
     if not answer or not gold:
         return False
-    if choice := CHOICE.fullmatch(plain_text(answer).strip()):
+    choice = CHOICE.fullmatch(plain_text(answer).strip())
+    if choice and not re.match(r"(?:and|or)\b|[,&]", choice[2]):
         if as_words(gold) in "abcdefghij" or not choice[2]:
             return choice[1].casefold() == as_words(gold)
         answer = choice[2]
@@ -197,7 +198,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 JOINED = re.compile(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*")
 MARK = re.compile(
     r"(?<![A-Za-z])(?:answers?|correct (?:option|choice))\b"
-    r"[^.\n:：=]{0,60}?(?:\b(?:is|are|was|be|equals|equal to)\b|[:：=])"
+    r"[^.?\n:：=]{0,60}?(?:\b(?:is|are|was|be|equals|equal to)\b|[:：=])"
     r"|\bans\s*[.:=：]|\banswer\s+(?:[-–—→]|[-=]>)\s+(?=[\d$\\])|选(?:择|项)?\s*[:：]?\s*(?=[A-J](?![A-Za-z]))"
     r"|^[ \t#*>]*(?:final )?answer[ \t#*:：]*$"
     r"|(?:答案|最终结果|最后结果)[^。\n:：=\d]{0,12}?(?:是|为|等于|[:：=])|答案|答\s*[:：]",
@@ -212,9 +213,11 @@ FILLER = re.compile(
 TURNED = re.compile(r"\bis (?:the|our|my) (?:\w+ )?answer\b", re.I)
 LONE = re.compile(r"(?<!\w)[A-Za-z]\w*\s*$")  # a variable, not 2x
 CHINESE_WORDS = re.compile(f"(?<![期第])({ZH})(?![共样起定些半般直边])(?=[\u4e00-\u9fff])")
-OPERATOR = re.compile(r"(?:\s+[A-Za-z]+){1,3}\s*(?:[-+*/]|x(?=\s*[$\d]))\s*[$\d(]")  # 9 eggs * $2
+OPERATOR = re.compile(
+    r"(?:\s+[A-Za-z]+){1,3}\s*(?:[-+*/]|minus|plus|times|x(?=\s*[$\d]))\s*[$\d(]"
+)  # 9 eggs * $2
 SUBORDINATE = re.compile(r"\b(?:because|since|as|where|which|if|when|while|check)\b|因为|其中", re.I)
-EXPRESSION = re.compile(r"\\|[±√π∞]|\$?[A-Za-z]\s*(?:[<>≤≥]|\\[lg]e)")
+EXPRESSION = re.compile(r"\\|[±√π∞]|\$?[A-Za-z]\s*(?:[<>≤≥^²³]|\\[lg]e)")
 ASSIGNED = re.compile(r"\$?\s*[A-Za-z]\w{0,12}\s*(?:\(\w{0,3}\)\s*)?[=≈]\s*")
 MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 GOES_ON = re.compile(  # a number that is the beginning of an expression
@@ -244,7 +247,7 @@ LABEL = re.compile(r"(?:\bstep|\bcase|\bpart|\bno\.|\bquestion|\bproblem|第|#)\
 NUMBER_WORDS = re.compile(
     rf"\b(?!one\b(?! hundred| thousand| million))(?:{'|'.join(WORDS)})\b[a-z -]{{0,40}}", re.I
 )
-SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？；;])")
+SENTENCE = re.compile(r"(?<=[.!?])(?<!i\.e\.)(?<!e\.g\.)\s+|(?<=[。！？；;])")
 ASIDE = re.compile(
     r"\s*(?:\(.*\)|（.*）|\[.*\]|(?:[*_#\s]*(?:note|check|verif|confidence)|注|检验|验算).*"
     r"|(?:let.s |let me |we can |to )?(?:verify|double[- ]check)\b.*)\s*\Z",
@@ -252,7 +255,7 @@ ASIDE = re.compile(
 )
 REVOKED = re.compile(
     r"\b(?:wait|actually|oops|sorry|hmm|no)\b[^.!?\n]{0,40}\b(?:that|this|it|I|there)\b[^.!?\n]{0,30}?"
-    r"(?<!no )(?<!not )\b(?:wrong|incorrect|mistake|error)\b",
+    r"(?<!no )(?<!not )(?<!common )\b(?:wrong|incorrect|mistake|error)\b",
     re.I,
 )
 SECOND_THOUGHT = re.compile(r"\b(?:wait|mistake|actually|sorry|recheck|recalculate|correction)\b", re.I)
@@ -384,7 +387,8 @@ def before_mark(text):
         return -1, ""
     start = found[-1].start()
     sentence = SENTENCE.split(text[max(0, start - 200) : start].rpartition("\n")[2])[-1]
-    return (found[-1].end(), number_of_sentence(sentence, "")) if re.search(r"\d", sentence) else (-1, "")
+    answer = number_of_sentence(sentence, "")
+    return (found[-1].end(), answer) if answer else (-1, "")
 
 
 def direct(tail):
@@ -414,7 +418,8 @@ def direct(tail):
         return next(group for group in maths.groups() if group)
     if found or EXPRESSION.match(tail):
         return re.split(r"[.。;]\s|[.。]?\n|[.。]?\Z", tail)[0]
-    return plain.split("\n")[0][:60] if read_words(plain[:100]) else ""
+    relative = re.match(r"[\w-]+ (?:more|less|fewer|times|plus|minus)\b", plain)
+    return plain.split("\n")[0][:60] if not relative and read_words(plain[:100]) else ""
 
 
 def end_of_all(plain, number):

@@ -30,7 +30,8 @@ DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)")
 FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\%": "%", r"\$": "$", r"\#": "#", "^": "**", "{": "("}
 SIGNS |= {"}": ")", r"\approx": "≈", r"\circ": "°", r"\degree": "°", r"\euro": "€", r"\pounds": "£"}
-ZH = "[零〇一二两三四五六七八九十百千][零〇一二两三四五六七八九十百千万亿]{0,20}(?:点[零〇一二三四五六七八九]{1,10})?"
+DIGIT = "(?:[零〇一二两三四五六七八九十百]|千(?![克米瓦卡]))"
+ZH = f"{DIGIT}(?:{DIGIT}|[万亿]){{0,20}}(?:点[零〇一二三四五六七八九]{{1,10}})?"  # a number in Chinese
 CHINESE = {sign: i for i, sign in enumerate("零一二三四五六七八九十")} | {
     "〇": 0,
     "两": 2,
@@ -234,6 +235,8 @@ def read_words(text):
             total, part = total + part * FACTORS[token], 0
         elif singular(token) in PARTS:
             return Number(Fraction(total + part, PARTS[singular(token)]), 0)
+        elif token in ("or", "to") and is_factor(tokens[i + 1 : i + 2], WORDS):
+            return None  # twelve or thirteen
         elif token != "and":
             break
     return Number(Fraction(total + part), 0)
