@@ -585,7 +585,7 @@ def test_a_policy_is_no_reward_model(world, start):
     [
         ({"prompt": "a", "chosen": "b"}, "row 2: no column rejected"),
         ({"chosen": "b", "rejected": "c"}, "row 2: no column prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: no column rejected"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: rejected must be a text"),
         ({"query": [5], "sample0": [6], "sample1": [7], "best": 0}, "row 2: no column chosen"),
     ],
 )
