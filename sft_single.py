@@ -153,6 +153,7 @@ def main(args: Args) -> None:
         accelerator, tokenizer, rows[0]["prompt"], rows[0]["query_ids"], rows[0]["response_ids"], stop_id
     )
     if args.dry_run:
+        accelerator.print(memory_line(accelerator, config, 1, 0, torch.float32, args.shard))
         return
     output_dir = open_run(accelerator, args)
 
@@ -501,6 +502,16 @@ def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
     """The dtype of that name; `auto` is bfloat16 under bf16, else float32."""
     auto = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
     return getattr(torch, auto if name == "auto" else name)
+
+
+def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
+    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    size = sum(weight.numel() for weight in model.parameters())
+    held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
+    state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
+    return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
 def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
