@@ -1134,7 +1134,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
     refuse(
-        (answer is None, f"{where}: no column {answer_field}; it has {has}"),
+        (row.get(answer_field) is None, f"{where}: no column {answer_field}; it has {has}"),
         (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
         (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
     )
