@@ -237,6 +237,9 @@ def main(args: Args) -> None:
     )
     show_first(accelerator, tokenizer, rows[0][args.prompt_field], rows[0]["query_ids"], [], stop_id)
     if args.dry_run:
+        models = (1 if args.critic == "shared" else 2, 2 if reward is None else 1)  # trained, frozen
+        config, dtype = load_config(args.policy, "policy"), frozen_precision(accelerator, args.frozen_dtype)
+        accelerator.print(memory_line(accelerator, config, *models, dtype, args.shard))
         return
     output_dir = open_run(accelerator, args)
 
@@ -1018,6 +1021,16 @@ def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
     return getattr(torch, auto if name == "auto" else name)
 
 
+def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
+    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    size = sum(weight.numel() for weight in model.parameters())
+    held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
+    state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
+    return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
+
+
 def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
     """A model from its files; refuses one that they do not fill, or that cannot be read."""
     try:
@@ -1121,7 +1134,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
     refuse(
-        (answer is None, f"{where}: no column {answer_field}; it has {has}"),
+        (row.get(answer_field) is None, f"{where}: no column {answer_field}; it has {has}"),
         (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
         (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
     )
@@ -1438,6 +1451,11 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, old:end] = state
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Copies the given rows; the buffers go first, or all layers would keep theirs."""
+        self.buffers = None
+        super().reorder_cache(rows)
 
 
 def evaluate(accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int) -> dict:

@@ -220,13 +220,15 @@ def main(args: Args) -> None:
         first["samples"][first["best"]],
         stop_id,
     )
+    frozen_dtype = frozen_precision(accelerator, args.frozen_dtype)
     if args.dry_run:
+        accelerator.print(memory_line(accelerator, config, 1, 1, frozen_dtype, args.shard))
         return
     output_dir = open_run(accelerator, args)
 
     empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
-    sft_policy = load_causal_lm(args.model, frozen_precision(accelerator, args.frozen_dtype), empty)
+    sft_policy = load_causal_lm(args.model, frozen_dtype, empty)
     sft_policy = place(accelerator, args.shard, sft_policy).eval().requires_grad_(False)
     trained_lm = load_causal_lm(args.model, torch.float32, empty)  # R_φ's backbone
     if args.gradient_checkpointing:
@@ -717,6 +719,16 @@ def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
     return getattr(torch, auto if name == "auto" else name)
 
 
+def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
+    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    size = sum(weight.numel() for weight in model.parameters())
+    held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
+    state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
+    return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
+
+
 def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
     """A model from its files; refuses one that they do not fill, or that cannot be read."""
     try:
@@ -820,7 +832,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
     refuse(
-        (answer is None, f"{where}: no column {answer_field}; it has {has}"),
+        (row.get(answer_field) is None, f"{where}: no column {answer_field}; it has {has}"),
         (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
         (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
     )
@@ -1137,6 +1149,11 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, old:end] = state
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Copies the given rows; the buffers go first, or all layers would keep theirs."""
+        self.buffers = None
+        super().reorder_cache(rows)
 
 
 @torch.no_grad()

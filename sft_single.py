@@ -153,6 +153,7 @@ def main(args: Args) -> None:
         accelerator, tokenizer, rows[0]["prompt"], rows[0]["query_ids"], rows[0]["response_ids"], stop_id
     )
     if args.dry_run:
+        accelerator.print(memory_line(accelerator, config, 1, 0, torch.float32, args.shard))
         return
     output_dir = open_run(accelerator, args)
 
@@ -503,6 +504,16 @@ def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
     return getattr(torch, auto if name == "auto" else name)
 
 
+def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
+    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    size = sum(weight.numel() for weight in model.parameters())
+    held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
+    state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
+    return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
+
+
 def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
     """A model from its files; refuses one that they do not fill, or that cannot be read."""
     try:
@@ -606,7 +617,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
     refuse(
-        (answer is None, f"{where}: no column {answer_field}; it has {has}"),
+        (row.get(answer_field) is None, f"{where}: no column {answer_field}; it has {has}"),
         (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
         (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
     )

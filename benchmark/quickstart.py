@@ -40,7 +40,7 @@ class Args:
     seed: Whole = 1
     """seed of the world, of every training stage and of all sampling"""
     fast: bool = False
-    """a smaller and easier world and fewer updates, in about two minutes; sizes given as flags win"""
+    """a smaller and easier world and fewer updates, in about three minutes; sizes given as flags win"""
     parallel: Count = 2
     """PPO runs at a time, one thread each"""
     # sizes

@@ -19,19 +19,29 @@ WIDE = str.maketrans(
     "0123456789.,%()+-=:/*$¥:----*/***:<>[]{}^    ",
 )
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-SPACING = re.compile(r"\\(?:left|right|displaystyle|textstyle|limits|[bB]ig+[lr]?|[!,;:> ]|q?quad\b)|~")
-TEXT = re.compile(r"\\(?:text|mathrm|mathbf|mbox|textbf|textit|operatorname|mathit|rm)\s*\{([^{}]*)\}")
+SPACING = re.compile(r"\\(?:left|right|displaystyle|textstyle|limits|[bB]ig+[lr]?|[,;:> ]|q?quad\b)|~")
+TEXT = re.compile(
+    r"\\(?:text|mathrm|mathbf|mbox|textbf|textit|operatorname|mathit|rm|underline|boldsymbol|bm)"
+    r"\s*\{([^{}]*)\}"
+)
+COLOR = re.compile(r"\\(?:text)?color\s*\{\w+\}")
+REPEATING = re.compile(r"(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?")
 DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|°)")
 FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\%": "%", r"\$": "$", r"\#": "#", "^": "**", "{": "("}
 SIGNS |= {"}": ")", r"\approx": "≈", r"\circ": "°", r"\degree": "°", r"\euro": "€", r"\pounds": "£"}
-ZH = "[零〇一二两三四五六七八九十百千]+"  # a number in Chinese
+DIGIT = "(?:[零〇一二两三四五六七八九十百]|千(?![克米瓦卡]))"
+ZH = f"{DIGIT}(?:{DIGIT}|[万亿]){{0,20}}(?:点[零〇一二三四五六七八九]{{1,10}})?"  # a number in Chinese
 CHINESE = {sign: i for i, sign in enumerate("零一二三四五六七八九十")} | {
     "〇": 0,
     "两": 2,
     "百": 100,
     "千": 1000,
 }
+EUROPEAN = re.compile(  # 1.234.567 and 1.234,56, which have no other reading
+    r"(?<![\d.,])\d{1,3}(?:(?:\.\d{3})+,\d{1,2}|(?:\.\d{3}){2,})(?!\d|[.,]\d)"
+)
+AND_A_PART = re.compile(r"(?<=\d)\s+and\s+(?:(?:an?|one)[ -](half|third|quarter)\b|(\d)/(\d{1,2})(?![\d/.]))")
 
 
 def plain_text(text):
@@ -39,15 +49,23 @@ def plain_text(text):
     them."""
     text = "".join(map(one_character, text.translate(WIDE)))
     text = re.sub(r"(?<=[\d)])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "**" + m[0].translate(SUPERSCRIPTS), text)
-    text = DEGREES.sub("°", text.replace("{,}", ",").replace("\\,", ""))
-    text = TEXT.sub(r" \1 ", SPACING.sub(" ", text))
+    text = REPEATING.sub(repeating, COLOR.sub("", text))
+    text = DEGREES.sub("°", text.replace("{,}", ",").replace("\\,", "").replace("\\!", ""))
+    text = re.sub(r"(?<=[A-Za-z])\s+\^", "^", TEXT.sub(r" \1 ", SPACING.sub(" ", text)))
     text = re.sub(r"(?<=\d)\s+(?=\\[dtc]?frac)", "", text)
+    text = AND_A_PART.sub(lambda m: f"({m[2] or 1}/{m[3] or PARTS[m[1]]})", text)
     for _ in range(3):  # nested fractions
         text = FRACTION.sub(lambda m: f"({grouped(m[1] or m[2])}/{grouped(m[3] or m[4])})", text)
     text = re.sub(r"\\[()\[\]]", "", text)
     for latex, sign in SIGNS.items():
         text = text.replace(latex, sign)
     text = re.sub(r"(\d)\s*dollars?,?\s*(?:and\s*)?(\d\d)\s*cents?\b", r"\1.\2 dollars", text)
+    text = EUROPEAN.sub(lambda m: m[0].replace(".", "").replace(",", "."), text)
+    text = re.sub(r"([$€£¥]\s?\d[\d.,]{0,20})\s?(?:M|mn)(?![A-Za-z\d$])", r"\1 million", text)
+    text = re.sub(r"([$€£¥]\s?\d[\d.,]{0,20})\s?(?:B|bn)(?![A-Za-z\d$])", r"\1 billion", text)
+    text = re.sub(
+        f"(\\d{{1,9}}|{ZH})个半", lambda m: f"{m[1] if m[1].isascii() else chinese_number(m[1])}.5个", text
+    )
     text = re.sub(r"(\d)元(\d)角(?:(\d)分)?", r"\1.\2\3元", text)
     text = re.sub(r"(?<=\d)\s*比\s*(?=\d)", ":", text)
     text = re.sub(f"({ZH})分之({ZH})", lambda m: f"{chinese_number(m[1])}分之{chinese_number(m[2])}", text)
@@ -63,6 +81,13 @@ def one_character(sign):
     return f"({parts[0]}/{parts[1]})" if len(parts) == 2 and all(parts) else sign
 
 
+def repeating(match):
+    """(3/9) of 0.333..., the period under a bar."""
+    whole, start, period = match.groups()
+    below = 10 ** len(start) * (10 ** len(period) - 1)
+    return f"({int(whole or 0) * below + int(start + period) - int(start or 0)}/{below})"
+
+
 def grouped(text):
     return text if text.isdigit() else f"({text})"
 
@@ -76,10 +101,19 @@ MIXED = re.compile(r"\(\s*(\d+)\s*/\s*(\d+)\s*\)|\s+(\d+)/(\d+)(?!\d|\.\d)")
 TIMES = re.compile(r"\s*(\*\*|[*/:]|[xX](?=\s*\d))\s*")
 PLUS = re.compile(r"\s*([-+])\s*")
 PERCENT = re.compile(r"\s*(?:%|per\s?cent\b|percentage\b|pct\b)", re.I)
-FACTORS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "k": 3, "K": 3}
+FACTORS = {
+    "hundred": 2,
+    "thousand": 3,
+    "lakh": 5,
+    "million": 6,
+    "crore": 7,
+    "billion": 9,
+    "trillion": 12,
+    "k": 3,
+}
 FACTORS = {word: 10**n for word, n in {**FACTORS, "百": 2, "千": 3, "万": 4, "亿": 8}.items()}
 FACTOR = re.compile(
-    r"\s*(?:hundred|thousand|million|billion|trillion)(?![A-Za-z])|[kK](?![A-Za-z])"
+    r"\s*(?i:hundred|thousand|lakh|million|crore|billion|trillion)s?(?![A-Za-z])|[kK](?![A-Za-z])"
     r"|\s*(?:百(?!分)|千(?![克米瓦卡])|万|亿)"
 )
 CODE = r"(?:USD|EUR|RMB|CNY|Rs\.?)"
@@ -161,7 +195,7 @@ def atom_at(text, at, depth):
             part = Fraction(int(mixed[1] or mixed[3]), int(mixed[2] or mixed[4]))
             found = Number(found.value + part, mixed.end())
     while factor := FACTOR.match(text, found.end):
-        found = Number(found.value * FACTORS[factor[0].strip()], factor.end())
+        found = Number(found.value * FACTORS[factor[0].strip().lower().removesuffix("s")], factor.end())
     if percent := PERCENT.match(text, found.end):
         found = Number(found.value / 100, percent.end(), True, found.decimals and found.decimals + 2)
     return found
@@ -175,32 +209,58 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = {word: i for i, word in enumerate(ONES)} | {word: 10 * i for i, word in enumerate(TENS, 2)}
 PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
 PARTS = {word: i for i, word in enumerate(PARTS, 2)} | {"halve": 2, "quarter": 4}
-CHINESE_START = re.compile(f"(?:大?约)?({ZH})(?![共样起定些半般直边])")
+CHINESE_START = re.compile(f"(?:大?约)?(负)?({ZH})(?![共样起定些半般直边])")
 
 
 def read_words(text):
     """The number of a text that begins with one in words: twelve, twenty-five thousand, two thirds, 一百二十."""
-    total = part = 0
-    tokens = re.findall(r"[a-z]+", text.lower())
-    if not tokens or tokens[0] not in WORDS or tokens[1:2] == ["of"]:
+    total, part, tokens = 0, 0, re.findall(r"[a-z]+", text.lower())
+    if tokens and tokens[0] in ("minus", "negative"):
+        found = read_words(text.lower().split(tokens[0], 1)[1])
+        return Number(-found.value, 0) if found else None
+    if tokens[:1] == ["half"] or tokens[:1] in (["a"], ["an"]) and is_factor(tokens[1:2]):
+        tokens = ["one", *(tokens if tokens[0] == "half" else tokens[1:])]
+    if not tokens or tokens[0] not in WORDS or "of" in tokens[1:3]:
         signs = CHINESE_START.match(text)
-        return Number(Fraction(chinese_number(signs[1])), 0) if signs else None
-    for token in tokens:
+        return Number(Fraction(chinese_number(signs[2])) * (-1 if signs[1] else 1), 0) if signs else None
+    for i, token in enumerate(tokens):
+        if token == "and" and is_factor(tokens[i + 2 : i + 3], PARTS):  # three and a half
+            count = 1 if tokens[i + 1] in ("a", "an") else WORDS.get(tokens[i + 1], 0)
+            return Number(total + part + Fraction(count, PARTS[singular(tokens[i + 2])]), 0)
         if token in WORDS:
             part += WORDS[token]
         elif token == "hundred":
             part *= 100
         elif token in FACTORS:
             total, part = total + part * FACTORS[token], 0
-        elif token.removesuffix("s") in PARTS:
-            return Number(Fraction(total + part, PARTS[token.removesuffix("s")]), 0)
+        elif singular(token) in PARTS:
+            return Number(Fraction(total + part, PARTS[singular(token)]), 0)
+        elif token in ("or", "to") and is_factor(tokens[i + 1 : i + 2], WORDS):
+            return None  # twelve or thirteen
         elif token != "and":
             break
     return Number(Fraction(total + part), 0)
 
 
+def singular(word):
+    return word.removesuffix("s")
+
+
+def is_factor(tokens, words=None):
+    """Whether a word multiplies, as hundred, or divides, as half."""
+    return bool(tokens) and singular(tokens[0]) in (words or {**PARTS, **FACTORS})
+
+
 def chinese_number(text):
-    """120 of 一百二十."""
+    """120 of 一百二十, 3/2 of 一点五."""
+    whole, _, places = text.partition("点")
+    if places:
+        digits = "".join(str(CHINESE[sign]) for sign in places)
+        return chinese_number(whole) + Fraction(int(digits), 10 ** len(digits))
+    for sign in "亿万":
+        if sign in text:
+            before, _, behind = text.rpartition(sign)
+            return (chinese_number(before) or 1) * FACTORS[sign] + chinese_number(behind)
     total = digit = 0
     for sign in text:
         if CHINESE[sign] < 10:
@@ -215,13 +275,13 @@ def chinese_number(text):
 RELATION = re.compile(r"(?<![<>!≤≥])[=≈](?!=)")
 SEVERAL = re.compile(r"\d.*(?:\bor\b|\band\b|或者?|和|[,;、])\s*\$?[A-Za-z]\w*\s*$", re.S)  # x = 1 or x = 2
 VARIABLE = re.compile(
-    r"\s*(?:[xyznkabcijpqruvw]\b(?!\s+\w)|[xyz]+\b|\\)"
+    r"\s*(?:[xyznkabcijpqruvw]\b(?!\s+\w|\.m\b)|[xyz]+\b|\\|[π√∞])"
 )  # 5x, 3\sqrt2: no number with a unit
-UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*(?:\*\*)?\s*(?:\(-?[123]\)|-?[123²³])(?!\d)")
+UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\s*\*\*\s*)?(?:\(-?[123]\)|-?[123²³])(?!\d)")
 NOTE = re.compile(r"\([^()]*[A-Za-z\u4e00-\u9fff][^()]*\)")
 BOLD = re.compile(r"\*\*(?=\D|$)|(?<=\s)\*\*|^\*\*|[`\"]")
-MATHS_BEFORE = re.compile(r"[\\*/^_<>|]|[-+]\s*$|[(\[]\s*$")
-MATHS_AFTER = re.compile(r"[\\\d*^<>|]|[-+/]\s*[(\\]|^\s*[-+/]|^!")
+MATHS_BEFORE = re.compile(r"[\\*/^_<>|±√≤≥]|[-+]\s*$|[(\[]\s*$")
+MATHS_AFTER = re.compile(r"[\\\d*^<>|±√≤≥]|[-+/]\s*[(\\]|^\s*(?:[-+]|/(?!\s*[A-Za-z]{2}))|^[!_]")
 
 
 def read(text):
@@ -232,6 +292,8 @@ def read(text):
     sides = RELATION.split(BOLD.sub("", plain_text(text)).strip())
     if len(sides) > 2 and SEVERAL.search(sides[-2]):
         return None
+    if len(sides) == 2 and re.fullmatch(r"\s*[A-Za-z]\s*", sides[1]):  # 18 = x
+        sides.pop()
     side = next((side for side in reversed(sides) if side.strip()), "")
     if not re.search(r"\d", side):
         return read_words(side)

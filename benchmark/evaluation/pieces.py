@@ -18,6 +18,8 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 ACTIONS = (ast.Expr, ast.For, ast.While, ast.If, ast.With, ast.Try)  # statements that may change something
 BUILTINS = {*dir(builtins), "__name__", "__file__"}
 DYNAMIC = {"eval", "exec", "globals", "locals", "vars", "__import__"}  # reach names that are not to be seen
+PROSE = re.compile(r"[ \t]+[A-Z][\w'’]*(?: [\w'’`(),.;:-]+){2,}")
+INNER_FUNCTION = re.compile(r"(?:async )?def ")
 SETTINGS = set("setrecursionlimit set_int_max_str_digits seed stack_size filterwarnings simplefilter".split())
 STAR_MODULES = set("typing collections itertools functools heapq bisect math string operator re".split())
 
@@ -81,18 +83,49 @@ def can_start(line):
 
 def longest(head, lines, written=None):
     """(tree, n): the first n lines, as many as compile behind `head`. The cut is at a line that is `written`
-    without indentation. (None, 0) when none do."""
+    without indentation, at prose behind a `return`, or at an inner function that breaks off with the text.
+    (None, 0) when none do."""
     above, end, written = head.count("\n"), len(lines), written or lines
+    broken = broken_off(lines)
     for _ in range(TRIES):
         tree, fault = parsed(head + "\n".join(lines[:end]))
         if tree:
             return tree, end
         end = min(fault - above, end) - 1
-        while end > 0 and (not written[end].strip() or written[end][0].isspace()):
+        if 0 < broken <= end:
+            end, broken = broken, 0
+            continue
+        while end > 0 and not is_behind_return(lines, end):
+            if written[end].strip() and not written[end][0].isspace():
+                break
             end -= 1
         if end <= 0:
             break
     return None, 0
+
+
+def broken_off(lines):
+    """The number of the line where the last inner function begins, when it lasts to the end of the lines."""
+    least = None
+    for i in range(len(lines) - 1, 0, -1):
+        bare = lines[i].lstrip()
+        width = len(lines[i]) - len(bare)
+        if bare and INNER_FUNCTION.match(bare) and 0 < width and (least is None or width < least):
+            while i > 1 and lines[i - 1].lstrip().startswith("@"):
+                i -= 1
+            return i
+        if bare and width == 0:
+            break
+        least = width if bare and (least is None or width < least) else least
+    return 0
+
+
+def is_behind_return(lines, i):
+    """Whether line i is the first line of indented prose behind a `return`."""
+    if not PROSE.match(lines[i]):
+        return False
+    above = next((line for line in reversed(lines[max(0, i - 3) : i]) if line.strip()), "")
+    return above.lstrip().startswith("return") and above[:1].isspace()
 
 
 def runs_of(text):
@@ -210,7 +243,14 @@ def kept(own, root, wanted):
     """
     bound = places(own)
     reached = [set() if piece.defines else reach(piece.uses, own, bound)[0] for piece in own]
-    quiet = [Piece("", [], 0) if "input" in names else piece for piece, names in zip(own, reached)]
+    defined = any(
+        root in piece.binds and not piece.imports for piece in own
+    )  # not `from solution import root`
+    unwanted = [
+        "input" in names or defined and piece.imports and root in piece.binds
+        for piece, names in zip(own, reached)
+    ]
+    quiet = [Piece("", [], 0) if skip else piece for piece, skip in zip(own, unwanted)]
     imported = all_bound(piece for piece in own if piece.imports)
     preparing = {}  # number of a statement that may prepare something -> whether it does in any case
     for i, piece in enumerate(quiet):

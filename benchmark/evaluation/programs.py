@@ -7,13 +7,15 @@ r"""Finds the program in what a model wrote, by parsing: what compiles is code, 
 An output is looked at in this order; the first program that compiles and defines the entry point is the
 answer:
 
-1. The whole text, as a program or as the continuation of the prompt.
+1. What stands in <answer> tags, then the whole text, as a program or as the continuation of the prompt.
 2. Its blocks in the order in which they stand: fenced code, what stands between marks such as [PYTHON] or
    <code>, and the text between those. In each: the program that it begins with, the continuation of the
    prompt (indented as the prompt's body) up to where it stops being one, a program further down. A block that
-   is introduced as a correction comes first, one that is introduced as a mistake last but one, one that holds
-   only a stub last.
-3. The same blocks as a continuation that lost its indentation.
+   is introduced as a correction or as the complete code comes first, one that is introduced as a mistake last
+   but one, one that holds only a stub last.
+3. The same blocks as a continuation that lost its indentation; the fenced blocks joined.
+4. The text in other transports: inline code, a session of the interpreter, numbered lines, a diff, strings of
+   JSON, HTML.
 
 Of the program is kept what its entry point needs: no examples, no tests, no prints. What it needs and does
 not define is taken from the other blocks: imports or helpers in a fence of their own.
@@ -23,6 +25,7 @@ import ast
 import dataclasses
 import functools
 import html
+import json
 import keyword
 import re
 import textwrap
@@ -47,24 +50,56 @@ from benchmark.evaluation.pieces import (
 from benchmark.evaluation.reply import reply
 from benchmark.grading import leetcode
 
-EXTRACT_CODE_VERSION = 2
+EXTRACT_CODE_VERSION = 3
 
 FENCE = re.compile(r"^(?P<before>[^`~]*)(?P<mark>```+|~~~+)(?P<info>[^`~]*)$")
-MARK = re.compile(
-    r"\[/?(?:PYTHON|BEGIN|DONE|END|CODE|ANSWER|SOLUTION|RESPONSE|TESTS?|INST)\]"
+NAMES = "PYTHON|BEGIN|END|CODE|code|ANSWER|SOLUTION|RESPONSE|TESTS?|INST"
+MARK = re.compile(  # but not the index in table[END]
+    rf"\[(?:DONE|/(?:DONE|{NAMES}))\]|(?<![\w\])])\[(?:{NAMES})\]|<\|python_tag\|>"
     r"|</?(?:code|python|answer|solution|response|output|final_answer|pre)(?:\s[^<>\n]*)?>"
 )
+TAGGED = re.compile(r"^[ \t]*<(answer|final_answer|solution)>(.*?)(?:^[ \t]*</\1>|\Z)", re.S | re.I | re.M)
 MISTAKE = re.compile(
-    r"\b(?:mistakes?|wrong|incorrect|buggy|broken|draft|first (?:attempt|try)|(?:doesn.t|not) work|pitfall"
-    r"|not (?:the |a )?(?:correct|right)|(?:don.t|do not) (?:do|write)"
-    r"|what not to do|avoid (?:this|writing))\b",
+    r"\b(?:mistakes?|wrong|incorrect|bug|buggy|broken|draft|first (?:attempt|try)|pitfall"
+    r"|(?:doesn.t|not) work|not (?:the |a )?(?:correct|right)|(?:don.t|do not) (?:do|write)"
+    r"|what not to do|avoid (?:this|writing))\b|\bbad(?: \w+)?\s*[:*]|❌|🚫",
     re.I,
+)
+AVOIDED = re.compile(
+    r"\b(?:avoid(?:s|ed|ing)?|without|no|free of) (?:\w+ ){0,3}(?:mistake|pitfall|bug)s?\b", re.I
+)
+PROGRAM = r"(?:version|code|solution|program|function|implementation)"
+PRESENTED = re.compile(
+    rf"\bhere(?:.s| is) (?:\w+ ){{1,3}}{PROGRAM}\b|\b(?:solution|code|implementation)\W*$", re.I
 )
 CORRECTION = re.compile(
-    r"\bcorrection\b|(?<!not )(?<!not the )(?<!not a )\b(?:fixed|corrected|correct|revised|final|right) "
-    r"(?:version|code|solution|program|function|way|one)\b",
+    r"\bcorrection\b|(?<!not )(?<!not the )(?<!not a )"
+    rf"\b(?:fixed|corrected|correct|revised|updated|final|right) (?:{PROGRAM}|answer|way|one)\b"
+    rf"|\b(?:complete|full|entire|whole) {PROGRAM}\b|\ball together\b|\bthe fix\b"
+    r"|\bfix(?:es|ed|ing) (?:the|this|that|it)\b"
+    r"|\b(?:bug|mistake|error|issue)s? (?:\w+ )?fixed\b|\boops\b|\bapologi[sz]e\b"
+    r"|\b(?:let me|let.s|I.ll|I will|we (?:should|need to|must)) (?:just )?"
+    r"(?:fix|correct|rewrite|redo|revise|(?:try|start) (?:(?:this|that|it) )?(?:again|over))\b",
     re.I,
 )
+WITHDRAWN = re.compile(  # said of the program above
+    r"\W*(?:(?:wait|hmm|no|but|however|actually|unfortunately)\b\W*)*"
+    r"(?:this|that|it|the (?:above|previous|first))\b"
+    r"[^.!?:\n]*(?:\b(?:wrong|incorrect|fails?|mistake|bug|(?:not|\w+n.t) (?:work|correct|right))\b)"
+    r"[^.!?:\n]*[.!?](?!\w)",
+    re.I,
+)
+OTHERWISE = re.compile(
+    r"\balternativ|\banother (?:way|option|version|solution)\b"
+    r"|\bif you (?:also |only )?(?:need|want|prefer|like|have)\b",
+    re.I,
+)
+FIRST_LINE = re.compile(
+    r"\s*(?:[Pp]y(?:thon)?3?\s+)?((?:async def|def|class|import|from|@)\s?\w.*)"
+)  # of code
+SESSION = re.compile(r"[ \t]*(?:>>>|In \[\d+\]:|\.\.\.:?)(?: (.*)|$)")
+QUOTED = re.compile(r"^(['\"])\1\1py(?:thon)?3?\s*$", re.M)
+NUMBERED = re.compile(r"[ \t]*(\d{1,4})(?:[ \t]?[:.|)│]|(?=[ \t]|$))[ \t]?(.*)")
 INNER = re.compile(r"\s*(?:return|yield|else|elif|except|finally|break|continue)\b")  # never begins a program
 FUTURE = re.compile(r"^from __future__ import [^\n(]+\n?", re.M)
 TYPOGRAPHY = str.maketrans("“”„‘’\u00a0\u2003−–", '"""\'\'  --', "\u200b\u200c\u2060")
@@ -161,7 +196,7 @@ def context_in(code, pieces, root):
 class Block:
     text: str
     fenced: bool = False
-    intro: str = ""  # the last words before a fenced block, and its first line if that is a comment
+    intro: str = ""  # the text before a fenced block, and the block's first line if that is a comment
 
     @functools.cached_property
     def runs(self):
@@ -169,8 +204,18 @@ class Block:
 
 
 def blocks_of(text):
-    """The parts of a text between marks and fences."""
-    return [block for part in MARK.split(text) for block in fenced_blocks(part.split("\n"))]
+    """The parts of a text between marks and fences. A mark in fenced code that compiles is part of it."""
+    blocks = []
+    for block in fenced_blocks(text.split("\n")):
+        if block.fenced and parsed(textwrap.dedent(block.text))[0]:
+            blocks.append(block)
+            continue
+        parts = [part for part in MARK.split(block.text) if part.strip()]
+        if len(parts) > 1 and block.fenced:
+            blocks += [inner for part in parts for inner in fenced_blocks(part.split("\n"))]
+        else:
+            blocks += [dataclasses.replace(block, text=part) for part in parts]
+    return blocks
 
 
 def fenced_blocks(lines):
@@ -184,10 +229,10 @@ def fenced_blocks(lines):
         between.append(fence["before"])
         end = closing_fence(lines, i, fence["mark"])
         text = fence_content(lines, i, end)
-        words = " ".join(between).split()[-25:] + re.findall(r"\A\s*#.*", text)
-        blocks += [Block("\n".join(between)), Block(text, True, " ".join(words))]
+        intro = "\n".join(between)[-1000:] + "\n" + "".join(re.findall(r"\A\s*#.*", text))
+        blocks += [Block("\n".join(between)), Block(text, True, intro)]
         between, i = [], end
-        if end < len(lines) and not FENCE.match(lines[end])["info"].strip():
+        if end < len(lines) and not MARK.sub("", FENCE.match(lines[end])["info"]).strip():
             i += 1  # a labelled fence opens the next block
     return [block for block in [*blocks, Block("\n".join(between))] if block.text.strip()]
 
@@ -212,11 +257,30 @@ def fence_content(lines, start, end):
     """What stands between two fences; the closing one may stand behind code."""
     fence = FENCE.match(lines[end]) if end < len(lines) else None
     behind = [fence["before"]] if fence and fence["before"].strip() else []
-    text = "\n".join([*lines[start + 1 : end], *behind])
-    if re.match(r"\s*(?:>>>|\.\.\.)", text):  # a session of the interpreter
-        session = [line.strip() for line in text.split("\n")]
-        text = "\n".join(line[4:] for line in session if line.startswith((">>>", "...")))
+    first = FIRST_LINE.match(FENCE.match(lines[start])["info"])
+    text = "\n".join([*([first[1]] if first else []), *lines[start + 1 : end], *behind])
+    if re.match(r"\s*(?:>>>|\.\.\.)", text):
+        text = session(text)
     return textwrap.dedent(text) if lines[start][:1].isspace() else text
+
+
+def session(text):
+    """What was typed in a session of the interpreter."""
+    lines = [SESSION.match(line) for line in text.split("\n")]
+    return "\n".join(line[1] or "" for line in lines if line)
+
+
+def introduced(block, has_program_above):
+    """CORRECTED, MISTAKEN or 0, by the words before a block."""
+    text = AVOIDED.sub("", block.intro)
+    last = [part for part in re.split(r"\n\s*\n", text) if part.strip()][-1:]
+    words = " ".join(text.split()[-25:])
+    otherwise = OTHERWISE.search(words)
+    if not otherwise and (CORRECTION.search(words) or has_program_above and WITHDRAWN.match(text)):
+        return CORRECTED
+    if last and PRESENTED.search(last[0]) and not MISTAKE.search(last[0]):
+        return 0
+    return MISTAKEN if MISTAKE.search(words) else 0
 
 
 # ---------------------------------------------------------------- candidates
@@ -291,7 +355,8 @@ def is_empty(statement):
     if isinstance(statement, ast.Raise):
         return statement.exc is not None and base_name(statement.exc) == "NotImplementedError"
     if isinstance(statement, ast.Expr):
-        return isinstance(statement.value, (ast.Constant, ast.Name, ast.Compare))
+        acts = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
+        return not any(isinstance(node, acts) for node in ast.walk(statement))
     return isinstance(statement, (ast.Pass, *IMPORTS))
 
 
@@ -323,16 +388,32 @@ def find(context, text):
             found.pool = found.pool + [
                 piece for other in blocks if other is not block for run in other.runs for piece in run
             ]
-            if found.rank == 0 and CORRECTION.search(block.intro):
-                found.rank = CORRECTED
-            elif found.rank == 0 and MISTAKE.search(block.intro):
-                found.rank = MISTAKEN
+            found.rank = found.rank or introduced(block, bool(programs))
             programs.append(found)
     corrected = [found for found in programs if found.rank == CORRECTED]
     good = [found for found in programs if found.rank < STUB]
     if good:
-        return corrected[-1] if corrected else min(good, key=lambda found: found.rank)
-    return body_without_indentation(context, blocks) or next(iter(programs), None)
+        best = corrected[-1] if corrected else min(good, key=lambda found: found.rank)
+        return joined(context, blocks) or best if best.body and not returns(best) else best
+    return body_without_indentation(context, blocks) or joined(context, blocks) or next(iter(programs), None)
+
+
+def joined(context, blocks):
+    """The program, or the continuation that returns, in all fenced blocks together."""
+    if any(OTHERWISE.search(block.intro) for block in blocks):
+        return None
+    text = "\n".join(block.text.strip("\n") for block in blocks if block.fenced)
+    found = continuation(context, text.split("\n")) or whole(context, text)
+    return found if found and found.rank == 0 and returns(found) else None
+
+
+def returns(found):
+    return any(
+        isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom))
+        for piece in found.own
+        for statement in piece.nodes
+        for node in ast.walk(statement)
+    )
 
 
 def body_without_indentation(context, blocks):
@@ -361,6 +442,8 @@ def indented_again(text, indent):
     for start in dict.fromkeys([*filled[:1], *list(indented_starts(lines))[:1], below_words]):
         body = lines[start:]
         yield [indent + body[0].lstrip(), *body[1:]], body
+        rest = textwrap.dedent("\n".join(body[1:])).split("\n")
+        yield [indent + body[0].lstrip(), *[indent + line if line else line for line in rest]], body
         widths = [width(line) for line in body if line.strip()]
         for shift in {len(indent) - min(widths), len(indent) - widths[0]}:
             yield (
@@ -404,23 +487,60 @@ def readings(text):
     """The ways to read an output, in order: a special token ends it, unless it is part of the only program;
     signs that were changed on the way are read as Python's where nothing else compiles."""
     cut = reply(text)
+    tagged = [match[2] for match in TAGGED.finditer(cut)]
+    yield from [part for part in tagged[-1:] if re.search(r"\b(?:def|class|lambda|return)\b", part)]
     yield cut
     yield reply(text, cut=False)
     yield cut.translate(TYPOGRAPHY)
-    yield html.unescape(cut)
+    yield html.unescape(re.sub(r"<br ?/?>\n?", "\n", cut)).translate(TYPOGRAPHY)
     yield re.sub(r"^> ?", "", cut, flags=re.M)
     if "\n" not in cut.strip():
         yield cut.replace("\\n", "\n").replace('\\"', '"')
+    yield from transported(cut)
+
+
+def transported(text):
+    """Readings of a text whose code was carried by something else than plain lines and fences."""
+    lines = text.split("\n")
+    if "`" in text and "```" not in text:
+        yield "\n".join(text.split("`")[1::2])
+    if QUOTED.search(text):
+        yield re.sub(r"^(['\"])\1\1(?=\s*$|py)", "```", text, flags=re.M)
+    if re.search(r"^[ \t]*(?:>>>|In \[\d+\]:) ", text, re.M):
+        yield session(text)
+    numbered = [NUMBERED.match(line) for line in lines]
+    numbers = [int(match[1]) for match in numbered if match]
+    if any(after == number + 1 for number, after in zip(numbers, numbers[1:])):
+        yield "\n".join(match[2] if match else line for match, line in zip(numbered, lines))
+    if any(line.startswith("+") for line in lines):
+        kept = [line for line in lines if not line.startswith(("-", "@@", "+++"))]
+        yield "\n".join(line[1:] if line.startswith(("+", " ")) else line for line in kept)
+    if "\\n" in text:
+        yield "\n\n".join(strings_of(text))
+    if "\\_" in text:
+        yield text.replace("\\_", "_").replace("\\*", "*")
+
+
+def strings_of(text):
+    """The strings of JSON in a text that have several lines."""
+    for part in re.split(r'(?<!\\)"', text):
+        if "\\n" in part and "\n" not in part:
+            try:
+                yield json.loads(f'"{part}"')
+            except ValueError:
+                continue
 
 
 def look_for(text, context):
-    """The program in an output, or None."""
-    seen = set()
+    """The program in an output, or None; a stub only where no reading gives more."""
+    seen, stub = set(), None
     for reading in readings(text):
         if reading not in seen and (found := find(context, reading)):
-            return found
+            if found.rank < STUB:
+                return found
+            stub = stub or found
         seen.add(reading)
-    return None
+    return stub
 
 
 def program_of(context, found, names):

@@ -2,14 +2,25 @@
 
 import re
 
-THINKING = r"think|thinking|thought|reasoning|scratchpad"
-THOUGHT_ENDS = re.compile(rf"</(?:{THINKING})>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>")
-THOUGHT_STARTS = re.compile(rf"<(?:{THINKING})>|\[THINK\]|◁think▷")
+THINKING = r"(?:seed:)?think|thinking|thought|reasoning|scratchpad"
+THOUGHT_ENDS = re.compile(
+    rf"</(?:{THINKING})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>", re.I
+)
+THOUGHT_STARTS = re.compile(
+    rf"<(?:{THINKING})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis<\|message\|>", re.I
+)
+REFLECTION = re.compile(r"<reflection>.*?(?:</reflection>|\Z)", re.S | re.I)  # may also follow the answer
 ROLE = re.compile(
     r"\A\s*(?:<s>|<bos>|<\|(?:begin_of_text|startoftext)\|>|<\|im_start\|>assistant\n|<\|assistant\|>"
-    r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model\n)"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model\n"
+    r"|<\|?fim_(?:prefix|middle)\|?>|<(?:PRE|MID)>|<\|begin_of_solution\|>)"
 )
-END_TOKEN = re.compile(r"<[|｜][\w▁ -]{1,40}[|｜]>|</s>|<eos>|<pad>|<(?:end|start)_of_turn>|\[PAD\]")
+END_TOKEN = re.compile(
+    r"<[|｜](?!python_tag)[\w▁ -]{1,40}[|｜]>|</s>|<eos>|<pad>|<unk>|<(?:end|start)_of_turn>|\[PAD\]"
+    r"|<(?:EO[TSD]|PRE|SUF|MID|fim_\w{3,9}|file_sep|gh_stars|extra_id_\d+"
+    r"|(?:commit|issue|jupyter)_[a-z]{3,12})>"
+    r"|<(?:filename|reponame)>(?=[\w/])"
+)
 
 
 def reply(text, cut=True):
@@ -18,7 +29,8 @@ def reply(text, cut=True):
 
     Thinking that never ended is no answer.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").replace("\u00a0", " ")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
+    text = REFLECTION.sub("", re.sub("[\ufeff\0]", "", text))
     ends = list(THOUGHT_ENDS.finditer(text))
     text = text[ends[-1].end() :] if ends else text
     start = THOUGHT_STARTS.search(text)

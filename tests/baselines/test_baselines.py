@@ -583,10 +583,10 @@ def test_a_policy_is_no_reward_model(world, start):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "chosen": "b"}, "row 2: rejected must be a text"),
+        ({"prompt": "a", "chosen": "b"}, "row 2: no column rejected"),
         ({"chosen": "b", "rejected": "c"}, "row 2: no column prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "row 2: rejected must be a text"),
-        ({"query": [5], "sample0": [6], "sample1": [7], "best": 0}, "row 2: chosen must be a text"),
+        ({"query": [5], "sample0": [6], "sample1": [7], "best": 0}, "row 2: no column chosen"),
     ],
 )
 def test_bad_pairs_are_refused_with_file_and_row(row, message, start, tmp_path):

@@ -695,19 +695,21 @@ def test_copies_of_the_policy_along_the_way(run):
     assert not same(weights(folder / "policy_1"), weights(folder / "policy"))
 
 
-@pytest.mark.parametrize("normalize, error", [(True, SystemExit), (False, ValueError)])
-def test_a_reward_that_is_not_finite_stops_the_run(run, module, normalize, error):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_reward_that_is_not_finite_stops_the_run(run, module, normalize):
     source = (
         "def reward(prompts, responses, rows):\n    return [float('nan')] + [1.0] * (len(responses) - 1)\n"
     )
     module("nan_reward", source)
-    with pytest.raises(error, match="reward"):
+    with pytest.raises(SystemExit, match="^--reward must return a list of [0-9]+ finite numbers, not .nan"):
         run(reward="nan_reward:reward", normalize_reward=normalize)
 
 
 def test_a_constant_reward_cannot_be_normalised(run, module):
     module("one_reward", "def reward(prompts, responses, rows):\n    return [1.0] * len(responses)\n")
-    with pytest.raises(SystemExit, match="^--normalize_reward: .*deviation 0.0"):
+    with pytest.raises(
+        SystemExit, match="^--reward gives 1.0 for all 16 samples of π_SFT: nothing to learn from"
+    ):
         run(reward="one_reward:reward")
 
 

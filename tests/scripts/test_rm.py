@@ -238,7 +238,7 @@ def test_bad_id_labels_are_refused_with_file_row_and_fix(tmp_path, bad, message)
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "chosen": "x"}, "row 1: rejected must be a text"),
+        ({"prompt": "a", "chosen": "x"}, "row 1: no column rejected"),
         ({"prompt": "a", "chosen": "x", "rejected": 3}, "row 1: rejected must be a text"),
         ({"chosen": "x", "rejected": "y"}, "row 1: no column prompt; it has chosen, rejected"),
         ({"prompt": "a", "chosen": "x", "rejected": IMAGE}, "row 1: rejected must be a text"),

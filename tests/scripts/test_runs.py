@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import read_metrics, rm_settings, same, sft_settings, timeless, tiny_settings, weights
+from transformers import GPT2Config
 
 import pfppo_single as pf
 import rm_single as rm
@@ -342,3 +344,14 @@ def test_json_is_what_args_json_holds(tmp_path):
     )
     held = json.loads((pf.open_run(Accelerator(cpu=True), args) / "args.json").read_text())
     assert held["num_processes"] == 1 and len(held["sha256 of prompts"]) == 64
+
+
+def test_a_dry_run_says_what_the_models_take(run, capsys):
+    # GPT-2 of README's 1.3B: policy and critic 4 + 4 + 8 bytes a weight, reference and reward model 4
+    config = GPT2Config(n_embd=2048, n_layer=24, n_head=16)
+    line = pf.memory_line(Accelerator(cpu=True), config, 2, 2, torch.float32, False)
+    weights = 50257 * 2048 + 1024 * 2048 + 24 * (12 * 2048**2 + 13 * 2048) + 2 * 2048
+    assert f"; {40 * weights / 1e9:.2f} GB a rank for weights, gradients" in line
+    with pytest.raises(FileNotFoundError):  # it writes nothing
+        run(dry_run=True)
+    assert "all checks passed, nothing was written; 0.00 GB a rank" in capsys.readouterr().out
