@@ -88,7 +88,7 @@ class Args:
     small: bool = False
     """8 train, 6 validation and 4 test problems, one update, two methods: does it run here?"""
     keep_checkpoints: bool = False
-    """keep checkpoints (1.6 GB each) of finished runs"""
+    """keep checkpoints (1.6 GB each) and policy_best of finished runs"""
 
 
 def line_end(tokenizer) -> dict[str, str]:
@@ -418,13 +418,12 @@ def main(args: Args) -> None:
     (folder / "test").mkdir(exist_ok=True)
     test_policy(args, tokenizer, args.model, splits["test"], folder / "test/sft.json")
     for step in steps_of(args, folder, line_end(tokenizer)):
-        run_steps([step], args.launcher, folder, dry_run=False)
+        run_steps([step], args.launcher, folder, dry_run=False, keep_checkpoints=args.keep_checkpoints)
         if step.module == "pfppo_single":
             policy, file = str(step.output), folder / f"test/{step.name}.json"
             test_policy(args, tokenizer, policy, splits["test"], file)
             write_results(args, folder, splits["test"])
             if not args.keep_checkpoints:
-                shutil.rmtree(folder / step.name / "checkpoints", ignore_errors=True)
                 shutil.rmtree(folder / step.name / "policy_best", ignore_errors=True)
     print((folder / "results.md").read_text())
 

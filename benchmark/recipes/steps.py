@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -96,8 +97,9 @@ def run_step(step: Step, launcher: str, folder: Path) -> None:
     records.append_row(folder / "steps.jsonl", {**row, "line": step.line(launcher)})
 
 
-def run_steps(steps: list[Step], launcher: str, folder: Path, dry_run: bool) -> None:
-    """All steps in order; one whose output is there is skipped, so the same command goes on after a kill."""
+def run_steps(steps: list[Step], launcher: str, folder: Path, dry_run: bool, keep_checkpoints=False) -> None:
+    """All steps in order; one whose output is there is skipped, so the same command goes on after a kill.
+    A finished step's checkpoints, 1.6 GB each for 135M parameters, are deleted where they are not kept."""
     for number, step in enumerate(steps, 1):
         there = step.output.exists()
         print(f"[{number}/{len(steps)}] {step.name}{': there already' if there else ''}", flush=True)
@@ -106,3 +108,5 @@ def run_steps(steps: list[Step], launcher: str, folder: Path, dry_run: bool) -> 
             print(step.line(launcher), flush=True)
         elif not there:
             run_step(step, launcher, folder)
+        if not dry_run and not keep_checkpoints:
+            shutil.rmtree(step.output.parent / "checkpoints", ignore_errors=True)

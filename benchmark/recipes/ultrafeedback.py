@@ -95,6 +95,8 @@ class Args:
     """held-out prompts of the last comparison"""
     launcher: str = "--num_processes 1"
     """flags of `accelerate launch`; on a CPU --launcher="--cpu --num_processes 1\""""
+    keep_checkpoints: bool = False
+    """keep checkpoints of finished steps (1.5 to 3 GB each for 135M parameters)"""
     dry_run: bool = False
     """make the data, print the commands, check their flags, run nothing"""
     small: bool = False
@@ -387,7 +389,7 @@ def main(args: Args) -> None:
     )
     records.write_rows(folder / "data/eval.jsonl", fits[: args.eval_prompts])
     steps = steps_of(args, folder, tokenizer_path, sizes)
-    run_steps(steps, args.launcher, folder, args.dry_run)
+    run_steps(steps, args.launcher, folder, args.dry_run, args.keep_checkpoints)
     if args.dry_run:
         return
     policies = {"sft": folder / "sft/model", "br": folder / "br/policy", "dpo": folder / "dpo/policy"}

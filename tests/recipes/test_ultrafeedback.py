@@ -115,6 +115,7 @@ def test_small_runs_the_whole_chain_and_goes_on(settings, tmp_path, monkeypatch)
     assert list(found) == ["sft", "br", "dpo"]
     assert found["sft"]["win_rate"] == 0.5 and found["sft"]["kl"] == 0.0
     assert 0 <= found["br"]["win_rate"] <= 1 and found["br"]["kl"] != 0.0
+    assert not list((tmp_path / "out").glob("*/checkpoints"))
     assert "win rate against SFT" in (tmp_path / "out/results.md").read_text()
     assert (tmp_path / "out/samples.md").read_text().count("---") == 5
     ran.clear()
