@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -83,13 +83,14 @@ class Args:
     """shared over ranks; data order, filter, sampling, minibatches: from (seed, update, rank)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
+    log_with: str = "tensorboard"
+    """tracker of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, swanlab, ...; or `none`"""
     # models
     policy: str
     """π_θ at the start and the reference π_SFT: folder or hub id of a causal language model"""
     reward: str
     """R_φ: folder or hub id of a sequence classification model with one label (rm_single.py writes one), or
-    `module:function` of (prompts, responses, rows) -> floats; `module:function@TEXT` adds the keyword
-    source"""
+    `module:function` of (prompts, responses, rows) -> floats; with `@TEXT` behind it, source=TEXT is added"""
     critic: Literal["separate", "shared"] = "separate"
     """a critic of its own, or one linear head (zero at first) on the policy's last hidden state (LMHP)"""
     critic_init: str | None = None
@@ -220,7 +221,7 @@ PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator(args.shard)
+    accelerator = start_accelerator(args.shard, args.log_with, args.output_dir)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     all_sum = partial(accelerator.reduce, reduction="sum")
     num_kept, weights, num_updates = check_args(args, world)
@@ -280,7 +281,7 @@ def main(args: Args) -> None:
             state["reward_mean"], state["reward_std"] = scores.mean().item(), scores.std().item()
             same = f"--reward gives {scores[0]} for all {len(scores)} samples of π_SFT: nothing to learn from"
             refuse((not state["reward_std"] > 0, same))
-    writer = open_metrics(output_dir, state["step"]) if rank == 0 else None
+    open_metrics(accelerator, args, output_dir, state["step"])
     run_start, first_update = time.time(), state["step"]
     for update in range(first_update + 1, num_updates + 2):
         # ---------------- Evaluate and log what was trained so far. This may fail: a checkpoint comes before
@@ -294,7 +295,7 @@ def main(args: Args) -> None:
                 save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy_best")
         if metrics:
             left = time_left(run_start, done - first_update, num_updates - done)
-            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_updates}{left}")
+            log_metrics(accelerator, output_dir, done, metrics, SHOWN, f"/{num_updates}{left}")
         if done == num_updates:
             break
         clock = [time.time()]
@@ -643,8 +644,7 @@ class PolicyAndCritic(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(self, ids: Tensor, mask: Tensor, response_length: int) -> tuple[Tensor, Tensor]:
-        """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R), aligned with the R response
-        tokens."""
+        """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R) of the R response tokens."""
         shared, hidden = isinstance(self.critic, nn.Linear), []
         if shared:  # what the output layer reads; hidden_states[-1] is something else in gemma3n
             backbone = getattr(self.policy, "model", self.policy.base_model)
@@ -822,8 +822,7 @@ def response_logprobs_and_values(
 
 @torch.no_grad()
 def reward_model_scores(model: RewardModel, rollout: dict[str, Tensor], size: int) -> Tensor:
-    """R_φ of every row (rows,): reads the query and the response up to score_mask, the score at the last
-    token."""
+    """R_φ of every row (rows,): the score at the last token of query and response, up to score_mask."""
     scores = torch.zeros(len(rollout["responses"]), device=rollout["responses"].device)
     for rows in micro_batches(rollout, torch.arange(len(scores), device=scores.device), size):
         batch = trim(rollout, rows)
@@ -858,8 +857,7 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
-    itself."""
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args."""
     argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
@@ -874,16 +872,20 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return args
 
 
-def start_accelerator(shard: bool = False) -> Accelerator:
+def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = "") -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
+    here = ["none", *map(str, tracking.get_available_trackers())]
+    refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
     transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp]
+    where = {} if tracker == "none" else {"log_with": tracker, "project_dir": folder}
+    accelerator = Accelerator(kwargs_handlers=handlers, **where)
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -1002,8 +1004,7 @@ def load_pretrained(auto_class, path: str, field: str):
 
 
 def load_config(path: str, field: str):
-    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
-    mode."""
+    """Configuration of a folder or hub id without dropout, layer drop, noise: train mode is eval mode."""
     config, noise = load_pretrained(transformers.AutoConfig, path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
@@ -1159,8 +1160,7 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
-    itself."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, messages its template, which writes BOS itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
@@ -1346,15 +1346,15 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
 
 def open_run(accelerator: Accelerator, args) -> Path:
     """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
-    run of other data or of other settings than those of memory and speed."""
+    run of other data or of other settings than those of memory, speed and tracker."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
+    free = "micro_batch|forward_batch|generation_batch|gradient_checkpointing|checkpoint_every|log_with"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
     for name, path in dataclasses.asdict(args).items():
         if isinstance(path, str) and Path(path).is_file():
             new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     old = json.loads(file.read_text()) if file.is_file() else new
-    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
+    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
@@ -1379,16 +1379,17 @@ def open_run(accelerator: Accelerator, args) -> Path:
     return folder
 
 
-def open_metrics(folder: Path, step: int):
-    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
-    drops from metrics.jsonl and samples.jsonl what will be written once more."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> None:
+    """Starts the tracker of a run that goes on from the checkpoint of `step`, whose line is logged again;
+    drops from metrics.jsonl and samples.jsonl what will be written once more. Trackers end with the process:
+    only then do they know whether it failed."""
     for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
-        if path.is_file():
+        if path.is_file() and accelerator.is_main_process:
             lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    # the name is that of TensorBoard's folder, or of the others' project
+    name, settings = ("tensorboard", None) if args.log_with == "tensorboard" else ("pfppo", vars(args))
+    accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
@@ -1396,14 +1397,12 @@ def time_left(start: float, done: int, to_do: int) -> str:
     return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
 
 
-def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
-    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
-    writer."""
-    if writer is not None:
+def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:
+    """metrics.jsonl, the tracker, and on the console the tags in `shown`; by rank 0 alone."""
+    if accelerator.is_main_process:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
+        accelerator.log(metrics, step)
         values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 

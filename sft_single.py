@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 
@@ -66,6 +66,8 @@ class Args:
     """shared over ranks: weights from scratch, data order"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
+    log_with: str = "tensorboard"
+    """tracker of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, swanlab, ...; or `none`"""
     # model
     model: str | None = None
     """folder or hub id of a causal language model to start from"""
@@ -125,7 +127,7 @@ class Args:
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator(args.shard)
+    accelerator = start_accelerator(args.shard, args.log_with, args.output_dir)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     refuse(
         (args.batch_size < world, f"--batch_size must be at least the {world} processes"),
@@ -149,9 +151,8 @@ def main(args: Args) -> None:
         f"{len(rows)} rows ({left_out} too long: left out), {len(eval_rows)} held-out ({eval_left_out})\n"
         f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
-    show_first(
-        accelerator, tokenizer, rows[0]["prompt"], rows[0]["query_ids"], rows[0]["response_ids"], stop_id
-    )
+    first = rows[0]
+    show_first(accelerator, tokenizer, first["prompt"], first["query_ids"], first["response_ids"], stop_id)
     if args.dry_run:
         accelerator.print(memory_line(accelerator, config, 1, 0, torch.float32, args.shard))
         return
@@ -179,7 +180,7 @@ def main(args: Args) -> None:
     if state is None:
         check_model(accelerator, policy, [row["query_ids"] + row["response_ids"] for row in rows], 0, field)
         state = {"step": 0, "recent": {}, "metrics": {}}
-    writer = open_metrics(output_dir, state["step"]) if rank == 0 else None
+    open_metrics(accelerator, args, output_dir, state["step"])
     run_start, first_step = time.time(), state["step"]
     for step in range(first_step + 1, num_steps + 2):
         # ---------------- 4. held-out loss of what was trained. This may fail: a checkpoint comes before
@@ -188,7 +189,7 @@ def main(args: Args) -> None:
             metrics |= evaluate(accelerator, policy, eval_rows, args.forward_batch_size)
         if metrics:
             left = time_left(run_start, done - first_step, num_steps - done)
-            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_steps}{left}")
+            log_metrics(accelerator, output_dir, done, metrics, SHOWN, f"/{num_steps}{left}")
         if done == num_steps:
             break
         step_start = time.time()
@@ -228,11 +229,8 @@ def main(args: Args) -> None:
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
             state["recent"] = {}
         state |= {"step": step, "metrics": metrics}
-        if (
-            last
-            or stop
-            or any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
-        ):
+        due = any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
+        if due or stop or last:
             save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
         refuse((stop, f"stopped after step {step}, as asked; the same command goes on"))
     save_model(accelerator, policy, tokenizer, stop_id, output_dir / "model")
@@ -341,8 +339,7 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
-    itself."""
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args."""
     argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
@@ -357,16 +354,20 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return args
 
 
-def start_accelerator(shard: bool = False) -> Accelerator:
+def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = "") -> Accelerator:
     """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
     of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
     stopped."""
+    here = ["none", *map(str, tracking.get_available_trackers())]
+    refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
     transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp]
+    where = {} if tracker == "none" else {"log_with": tracker, "project_dir": folder}
+    accelerator = Accelerator(kwargs_handlers=handlers, **where)
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -485,8 +486,7 @@ def load_pretrained(auto_class, path: str, field: str):
 
 
 def load_config(path: str, field: str):
-    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
-    mode."""
+    """Configuration of a folder or hub id without dropout, layer drop, noise: train mode is eval mode."""
     config, noise = load_pretrained(transformers.AutoConfig, path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
@@ -642,8 +642,7 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
-    itself."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, messages its template, which writes BOS itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
@@ -829,15 +828,15 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
 
 def open_run(accelerator: Accelerator, args) -> Path:
     """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
-    run of other data or of other settings than those of memory and speed."""
+    run of other data or of other settings than those of memory, speed and tracker."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
+    free = "micro_batch|forward_batch|generation_batch|gradient_checkpointing|checkpoint_every|log_with"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
     for name, path in dataclasses.asdict(args).items():
         if isinstance(path, str) and Path(path).is_file():
             new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     old = json.loads(file.read_text()) if file.is_file() else new
-    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
+    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
@@ -862,16 +861,17 @@ def open_run(accelerator: Accelerator, args) -> Path:
     return folder
 
 
-def open_metrics(folder: Path, step: int):
-    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
-    drops from metrics.jsonl and samples.jsonl what will be written once more."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> None:
+    """Starts the tracker of a run that goes on from the checkpoint of `step`, whose line is logged again;
+    drops from metrics.jsonl and samples.jsonl what will be written once more. Trackers end with the process:
+    only then do they know whether it failed."""
     for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
-        if path.is_file():
+        if path.is_file() and accelerator.is_main_process:
             lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    # the name is that of TensorBoard's folder, or of the others' project
+    name, settings = ("tensorboard", None) if args.log_with == "tensorboard" else ("pfppo", vars(args))
+    accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
@@ -879,14 +879,12 @@ def time_left(start: float, done: int, to_do: int) -> str:
     return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
 
 
-def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
-    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
-    writer."""
-    if writer is not None:
+def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:
+    """metrics.jsonl, the tracker, and on the console the tags in `shown`; by rank 0 alone."""
+    if accelerator.is_main_process:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
+        accelerator.log(metrics, step)
         values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 

@@ -31,6 +31,8 @@ class Args:
     """data order, sampling and ties get their own generators from (seed, step)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
+    log_with: str = "tensorboard"
+    """tracker of accelerate, as in pfppo_single.py; or `none`"""
     # models
     policy: str
     """π_SFT, the start of π_θ and the reference: folder or hub id of a causal language model"""
@@ -188,8 +190,9 @@ class Run:
 
     def __init__(self, args: Args):
         """Everything that can be refused without weights. `rows`: training prompts, where there are any."""
-        self.args, self.accelerator = args, pfppo.start_accelerator()
         pfppo.check_ranges(args)
+        self.args = args
+        self.accelerator = pfppo.start_accelerator(False, args.log_with, args.output_dir)
         pfppo.refuse(
             (self.accelerator.num_processes > 1, "a baseline runs on one process; use --num_processes 1"),
             (self.accelerator.mixed_precision != "no", "a baseline runs in float32: --mixed_precision no"),
@@ -234,14 +237,14 @@ class Run:
             self.anchor = self.accelerator.prepare(anchor)
         state = pfppo.load_checkpoint(self.accelerator, self.output_dir)
         self.state = state or self.state
-        self.writer = pfppo.open_metrics(self.output_dir, state["step"] + 1 if state else 0)
+        pfppo.open_metrics(self.accelerator, args, self.output_dir, state["step"] + 1 if state else 0)
         self.first_step, self.run_start, self.clock = self.state["step"], time.time(), time.time()
         if self.eval_pairs:
             self.eval_rollout = pair_rollout(self.eval_pairs, self.device)  # (2P, ...)
             self.eval_ref_logprobs = self.logprobs(self.ref_policy, self.eval_rollout)  # (2P,)
         if state is None and self.evaluates:
             results = self.evaluate() | {"episodes": 0, "optimizer_step": 0}
-            pfppo.log_metrics(self.writer, self.output_dir, 0, results, SHOWN, f"/{num_steps}")
+            pfppo.log_metrics(self.accelerator, self.output_dir, 0, results, SHOWN, f"/{num_steps}")
 
     def next_prompts(self, index: int, count: int) -> list[dict]:
         """The index-th `count` rows of the stream of shuffled passes over the training prompts."""
@@ -322,7 +325,7 @@ class Run:
             metrics["seconds/evaluate"] = time.time() - now
         left = (time.time() - self.run_start) / (step - self.first_step) * (self.num_steps - step)
         progress = f"/{self.num_steps}, {left:.0f} s left"
-        pfppo.log_metrics(self.writer, self.output_dir, step, metrics, SHOWN, progress)
+        pfppo.log_metrics(self.accelerator, self.output_dir, step, metrics, SHOWN, progress)
         if checkpoint or last or step % self.args.checkpoint_every == 0:
             pfppo.save_checkpoint(self.accelerator, self.output_dir, step, self.state)
         self.clock = time.time()
@@ -333,7 +336,6 @@ class Run:
 
     def finish(self) -> None:
         """Writes the last policy and says where it is."""
-        self.writer.close()
         self.save_policy("policy")
         episodes, steps = self.state["episodes"], self.state["optimizer_step"]
         print(f"done: {episodes} responses, {steps} optimizer steps; {self.output_dir / 'policy'}")

@@ -642,7 +642,7 @@ def test_launchers_that_shard_weights_are_refused(script, kind, monkeypatch):
     fake = SimpleNamespace(distributed_type=DistributedType(kind))
     monkeypatch.setattr(script, "Accelerator", lambda **_: fake)
     with pytest.raises(SystemExit, match=f"^{kind} does not work here.*--multi_gpu"):
-        script.main(SimpleNamespace(shard=False))
+        script.main(SimpleNamespace(shard=False, log_with="none", output_dir=""))
 
 
 @pytest.mark.parametrize("script", [pf, rm, sft], ids=lambda module: module.__name__)

@@ -340,7 +340,7 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(world, tmp_path, monk
 
 def test_more_processes_than_rows_in_a_batch_are_refused(world, tmp_path, monkeypatch):
     accelerator = SimpleNamespace(device="cpu", process_index=0, num_processes=4)
-    monkeypatch.setattr(sft, "start_accelerator", lambda shard: accelerator)
+    monkeypatch.setattr(sft, "start_accelerator", lambda *_: accelerator)
     with pytest.raises(SystemExit, match="^--batch_size .*4 processes"):
         sft.main(sft.Args(**sft_settings(world, tmp_path / "run", batch_size=3)))
 
