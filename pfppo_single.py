@@ -107,6 +107,8 @@ class Args:
     """training prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
+    chat_template: str | None = None
+    """file with a Jinja template, in place of the tokenizer's own if it has one; saved with the model"""
     query_length: Count = 512
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_start"] = "drop"
@@ -802,8 +804,7 @@ def response_logprobs_and_values(
     model: nn.Module, rollout: dict[str, Tensor], temperature: float, size: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and values (rows, R) of a rollout, `size` rows at a time, 0 behind each response.
-    `model` is a PolicyAndCritic, or a causal LM (values are then 0). The logits are gone when this
-    returns."""
+    `model` is a PolicyAndCritic, or a causal LM (values are then 0). Its logits are gone at the end."""
     logprobs = torch.zeros(rollout["responses"].shape, device=rollout["responses"].device)
     values = torch.zeros_like(logprobs)
     for rows in micro_batches(rollout, torch.arange(len(logprobs), device=logprobs.device), size):
@@ -873,9 +874,8 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
 
 
 def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = "") -> Accelerator:
-    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
-    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
-    stopped."""
+    """Ranks wait two hours for one that saves or grades (NCCL: ten minutes); DDP keeps one copy of gradients,
+    not two. Refuses launchers that shard weights: sampling would wait for ranks that have stopped."""
     here = ["none", *map(str, tracking.get_available_trackers())]
     refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
     transformers.logging.disable_progress_bar()
@@ -991,8 +991,8 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
         yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
-def load_pretrained(auto_class, path: str, field: str):
-    """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
+def load_pretrained(auto_class, path: str, field: str, template: str | None = None):
+    """Configuration, or tokenizer (with a file's template), of a folder or id; refused if there is none."""
     try:
         loaded = auto_class.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -1000,6 +1000,13 @@ def load_pretrained(auto_class, path: str, field: str):
         raise SystemExit(f"--{field} {path}: {hub}{first_line(error)}") from None
     empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
     refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
+    if template:
+        try:
+            loaded.chat_template = Path(template).read_text("utf-8")
+            nothing = f"--chat_template {template}: it renders to nothing; give a Jinja file"
+            refuse((not encode_prompt(loaded, [{"role": "user", "content": "@"}]), nothing))
+        except Exception as error:  # templates raise what they like
+            raise SystemExit(f"--chat_template {template}: {first_line(error)}; give a Jinja file") from None
     return loaded
 
 
@@ -1143,8 +1150,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 
 
 def plain_text(content) -> str | None:
-    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
-    picture)."""
+    """A chat message's content as one text: itself, or its text parts joined; None for others (a picture)."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
@@ -1176,10 +1182,10 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
         try:
             ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
         except Exception as error:  # templates raise what they like
-            text = str(error).partition("\n")[0]
-            raise SystemExit(
-                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
-            ) from None
+            none = "it has no chat template; give --chat_template FILE, or texts"
+            text = first_line(error) if tokenizer.chat_template else none
+            where = f"--{field}, row {number}: {column} is refused by the tokenizer"
+            raise SystemExit(f"{where}: {text}") from None
         encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
     refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
     return encoded
@@ -1281,10 +1287,7 @@ def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens
         (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
         (modes, f"{where} differs between train and eval mode; turn off what is random in its configuration"),
         (padding, f"{where} gives a padded row other numbers than that row alone: padding reaches its state"),
-        (
-            future,
-            f"{where} gives a token other numbers when more follow; lower query_length, response_length",
-        ),
+        (future, f"{where} gives a token other numbers if more follow; lower query_length, response_length"),
     )
 
 
@@ -1380,9 +1383,8 @@ def open_run(accelerator: Accelerator, args) -> Path:
 
 
 def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> None:
-    """Starts the tracker of a run that goes on from the checkpoint of `step`, whose line is logged again;
-    drops from metrics.jsonl and samples.jsonl what will be written once more. Trackers end with the process:
-    only then do they know whether it failed."""
+    """Starts the tracker of a run that goes on from the checkpoint of `step`, whose line is logged again; it
+    ends itself at exit. Drops from metrics.jsonl and samples.jsonl what will be written once more."""
     for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
         if path.is_file() and accelerator.is_main_process:
             lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
@@ -1563,7 +1565,7 @@ def call_function(
 def read_inputs(args: Args, say=print) -> tuple:
     """Tokenizer, stop token, rows of `prompts` and `eval_prompts`; refuses what does not fit the models."""
     config = load_config(args.policy, "policy")
-    tokenizer = load_pretrained(transformers.AutoTokenizer, args.policy, "policy")
+    tokenizer = load_pretrained(transformers.AutoTokenizer, args.policy, "policy", args.chat_template)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     rows, eval_rows = (read_prompts(field, args, tokenizer, say) for field in ("prompts", "eval_prompts"))
     check_rows(config, [[max(stop_id, 0)]], "stop_token")

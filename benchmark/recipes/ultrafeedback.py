@@ -257,31 +257,26 @@ def as_prompt(instruction: str, args: Args, tokenizer):
     return f"{TAGS[0]}{instruction}{TAGS[1]}"
 
 
-def make_tokenizer(args: Args, folder: Path):
-    """The model's tokenizer, with the template of --chat_template; (tokenizer, folder or id that has it)."""
-    tokenizer, where = pfppo.load_pretrained(AutoTokenizer, args.model, "model"), args.model
-    if args.chat_template:
-        file = Path(args.chat_template)
-        pfppo.refuse((not file.is_file(), f"--chat_template {file}: no such file"))
-        tokenizer.chat_template = file.read_text("utf-8")
-        where = str(folder / "tokenizer")
-        tokenizer.save_pretrained(where)
+def load_tokenizer(args: Args):
+    """The model's tokenizer, with the template of --chat_template, which SFT saves with its model."""
+    tokenizer = pfppo.load_pretrained(AutoTokenizer, args.model, "model", args.chat_template)
     need = args.form == "chat" and not tokenizer.chat_template
     pfppo.refuse(
         (need, f"--form chat: {args.model} has no chat template; give --chat_template FILE, or --form tags")
     )
-    return tokenizer, where
+    return tokenizer
 
 
 # ---------------------------------------------------------------- 2. to 4. commands
 
 
-def steps_of(args: Args, folder: Path, tokenizer: str, sizes: dict[str, int]) -> list[Step]:
+def steps_of(args: Args, folder: Path, sizes: dict[str, int]) -> list[Step]:
     data, sft, rm = folder / "data", folder / "sft/model", folder / "rm/model"
     once = {"epochs": 1} if args.small else {}
     text = {"query_length": args.query_length, "response_length": args.response_length}
     common = {**text, "seed": args.seed, "micro_batch_size": args.micro_batch_size}
-    settings = {**SFT, **common, **once, "model": args.model, "tokenizer": tokenizer}
+    template = args.chat_template and str(Path(args.chat_template).resolve())
+    settings = {**SFT, **common, **once, "model": args.model, "chat_template": template}
     settings |= {"train_data": data / "sft_train.jsonl", "eval_data": data / "sft_valid.jsonl"}
     steps = math.ceil(sizes["sft_train"] / SFT["batch_size"]) * settings["epochs"]
     settings |= {"warmup_steps": round(WARMUP * steps), "eval_every": max(1, steps // 5)}
@@ -378,7 +373,7 @@ def main(args: Args) -> None:
         args.updates, args.eval_prompts = 1, 8
     transformers.logging.disable_progress_bar()
     folder = Path(args.output_dir)
-    tokenizer, tokenizer_path = make_tokenizer(args, folder)
+    tokenizer = load_tokenizer(args)
     counts = folder / "data/counts.json"
     sizes = json.loads(counts.read_text())["rows"] if counts.is_file() else None
     sizes = sizes or make_data(args, tokenizer, folder / "data")
@@ -388,7 +383,7 @@ def main(args: Args) -> None:
         (not fits, f"every held-out prompt is longer than --query_length {args.query_length}; raise it")
     )
     records.write_rows(folder / "data/eval.jsonl", fits[: args.eval_prompts])
-    steps = steps_of(args, folder, tokenizer_path, sizes)
+    steps = steps_of(args, folder, sizes)
     run_steps(steps, args.launcher, folder, args.dry_run, args.keep_checkpoints)
     if args.dry_run:
         return
