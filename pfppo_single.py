@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator, tracking
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -376,7 +376,7 @@ def main(args: Args) -> None:
         for epoch in range(args.noptepochs if len(selected) else 0):
             generator = random_generator("cpu", args.seed, 5, update, epoch, rank)
             order = torch.randperm(len(mask), generator=generator).to(device)
-            for minibatch in order.tensor_split(num_minibatches):
+            for minibatch in progress(order.tensor_split(num_minibatches), f"epoch {epoch + 1}: minibatch"):
                 idle = len(minibatch) == 0  # a rank with fewer rows than minibatches goes along with weight 0
                 minibatch = order[:1] if idle else minibatch
                 kept["loss_weights"] = torch.zeros_like(kept["values"])
@@ -664,8 +664,7 @@ class PolicyAndCritic(nn.Module):
 
 def make_critic(args: Args, policy: nn.Module, empty: bool = False) -> nn.Module:
     """The critic that `critic` and `critic_init` ask for. It starts from the reward model where there is one:
-    what a state is worth is close to what the reward model says of the text so far. Else its head starts at
-    zero."""
+    what a state is worth is close to what that says of the text so far. Else its head starts at zero."""
     if args.critic == "shared":
         critic = head = RewardModel(getattr(policy, "model", policy.base_model)).scalar_head
     elif args.critic_init or ":" not in args.reward:
@@ -750,12 +749,11 @@ def generate(
 @torch.no_grad()
 def sample_rollout(model, rows, n: int, temperature: float, args: Args, stop_id: int, generator) -> dict:
     """n responses to each row -> queries, query_mask (B*N, Q), responses, response_mask, score_mask (B*N, R),
-    has_stop (B*N,); those of a row are adjacent. response_mask is what is trained on, score_mask what R_φ
-    reads."""
+    has_stop (B*N,), a row's adjacent. response_mask is what is trained on, score_mask what R_φ reads."""
     queries, query_mask = pad_left([row["query_ids"] for row in rows], next(model.parameters()).device)
     length, stop = args.response_length, stop_id if args.mask_after_stop else -1
     size, responses = max(1, (args.generation_batch_size or args.forward_batch_size) // n), []
-    for ids, mask in zip(queries.split(size), query_mask.split(size)):
+    for ids, mask in progress(list(zip(queries.split(size), query_mask.split(size))), "generating: batch"):
         width = int(mask.sum(1).max())
         ids, mask = ids[:, -width:], mask[:, -width:]
         responses.append(generate(model, ids, mask, n, length, temperature, stop, args.stop_after, generator))
@@ -807,7 +805,8 @@ def response_logprobs_and_values(
     `model` is a PolicyAndCritic, or a causal LM (values are then 0). Its logits are gone at the end."""
     logprobs = torch.zeros(rollout["responses"].shape, device=rollout["responses"].device)
     values = torch.zeros_like(logprobs)
-    for rows in micro_batches(rollout, torch.arange(len(logprobs), device=logprobs.device), size):
+    parts = micro_batches(rollout, torch.arange(len(logprobs), device=logprobs.device), size)
+    for rows in progress(parts, "log-probabilities: batch"):
         batch = trim(rollout, rows)
         ids, mask, r = batch["query_responses"], batch["mask"], batch["responses"].shape[1]
         if isinstance(model, PolicyAndCritic):
@@ -825,7 +824,8 @@ def response_logprobs_and_values(
 def reward_model_scores(model: RewardModel, rollout: dict[str, Tensor], size: int) -> Tensor:
     """R_φ of every row (rows,): the score at the last token of query and response, up to score_mask."""
     scores = torch.zeros(len(rollout["responses"]), device=rollout["responses"].device)
-    for rows in micro_batches(rollout, torch.arange(len(scores), device=scores.device), size):
+    parts = micro_batches(rollout, torch.arange(len(scores), device=scores.device), size)
+    for rows in progress(parts, "scoring: batch"):
         batch = trim(rollout, rows)
         mask = batch["read_mask"]
         last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
@@ -1392,6 +1392,16 @@ def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> Non
     # the name is that of TensorBoard's folder, or of the others' project
     name, settings = ("tensorboard", None) if args.log_with == "tensorboard" else ("pfppo", vars(args))
     accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
+
+
+def progress(parts, phase: str):
+    """The parts one by one; where they take longer, rank 0 says every 30 seconds how far the phase is."""
+    said = time.time()
+    for done, part in enumerate(parts):
+        if time.time() - said >= 30 and PartialState().is_main_process:
+            said = time.time()
+            print(f"{phase} {done}/{len(parts)}", flush=True)
+        yield part
 
 
 def time_left(start: float, done: int, to_do: int) -> str:

@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator, tracking
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -332,7 +332,7 @@ def normalize(accelerator, reward_model, sft_policy, queries, args: Args, stop_i
         samples = sample(accelerator, sft_policy, queries, count, args, stop_id, stage, number)
         local_rewards = torch.zeros(len(samples), device=accelerator.device)
         with whole(accelerator, reward_model):
-            for part in micro_batches(samples, args.forward_batch_size):
+            for part in progress(micro_batches(samples, args.forward_batch_size), "scoring: batch"):
                 rewards = label_rewards(reward_model, part, accelerator.device)[0]
                 local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
         rewards = accelerator.gather(local_rewards)
@@ -483,7 +483,7 @@ def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, st
     generator = random_generator(accelerator.device, args.seed, 1, rank, stage, number)
     picks = prompt_order(len(queries), rank * count, count, args.seed + 1000 * stage + number)
     samples, size = [], args.forward_batch_size
-    for part in (picks[i : i + size] for i in range(0, count, size)):
+    for part in progress([picks[i : i + size] for i in range(0, count, size)], "generating: batch"):
         ids, mask = pad_left([queries[i] for i in part], accelerator.device)
         with whole(accelerator, model):
             model.tie_weights()  # to the embedding that is whole now
@@ -1086,6 +1086,16 @@ def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> Non
     accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
 
 
+def progress(parts, phase: str):
+    """The parts one by one; where they take longer, rank 0 says every 30 seconds how far the phase is."""
+    said = time.time()
+    for done, part in enumerate(parts):
+        if time.time() - said >= 30 and PartialState().is_main_process:
+            said = time.time()
+            print(f"{phase} {done}/{len(parts)}", flush=True)
+        yield part
+
+
 def time_left(start: float, done: int, to_do: int) -> str:
     """What the console says of the seconds that are left, nothing before anything is done."""
     return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
@@ -1161,7 +1171,8 @@ def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], siz
     local_labels = labels[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
     with whole(accelerator, model):
-        for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
+        parts = micro_batches(local_labels, max(1, size // len(labels[0]["samples"])))
+        for part in progress(parts, "held-out loss: batch"):
             loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
             sums += torch.stack(loss_and_accuracy).double() * len(part)
     loss, accuracy = accelerator.reduce(sums, "sum").tolist()

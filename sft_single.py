@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from accelerate import Accelerator, tracking
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 
@@ -877,6 +877,16 @@ def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> Non
     accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
 
 
+def progress(parts, phase: str):
+    """The parts one by one; where they take longer, rank 0 says every 30 seconds how far the phase is."""
+    said = time.time()
+    for done, part in enumerate(parts):
+        if time.time() - said >= 30 and PartialState().is_main_process:
+            said = time.time()
+            print(f"{phase} {done}/{len(parts)}", flush=True)
+        yield part
+
+
 def time_left(start: float, done: int, to_do: int) -> str:
     """What the console says of the seconds that are left, nothing before anything is done."""
     return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
@@ -921,7 +931,7 @@ def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dic
     device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=device, dtype=torch.float64)
     with whole(accelerator, policy):
-        for part in micro_batches(local_rows, size):
+        for part in progress(micro_batches(local_rows, size), "held-out loss: batch"):
             total -= response_logprobs(policy, part, device).double().sum()
     tokens = sum(len(row["response_ids"]) for row in rows)
     total = accelerator.reduce(total, "sum").item()

@@ -326,3 +326,32 @@ def test_a_tracker_that_is_not_installed_is_refused_first(monkeypatch, tmp_path,
     message = f"^--log_with {name}: here are none, tensorboard; pip install {name}$"
     with pytest.raises(SystemExit, match=message):
         script.main(SimpleNamespace(**names))
+
+
+# ---------------------------------------------------------------- progress
+
+
+def spoken(monkeypatch, capsys, seconds: list[float], rank: int = 0) -> list[str]:
+    """What is said of a phase whose parts take so long; the parts come out as they went in."""
+    now, state = [100.0], SimpleNamespace(is_main_process=rank == 0)
+    monkeypatch.setattr(pf, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(pf, "PartialState", lambda: state)
+    came = []
+    for i in pf.progress(range(len(seconds)), "scoring: batch"):
+        came.append(i)
+        now[0] += seconds[i]
+    assert came == list(range(len(seconds)))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_long_phase_says_every_30_seconds_how_far_it_is(monkeypatch, capsys):
+    # 12, 24, 36, 48, 60, 72 seconds in: at 36, and 36 later
+    assert spoken(monkeypatch, capsys, [12.0] * 7) == ["scoring: batch 3/7", "scoring: batch 6/7"]
+
+
+def test_a_phase_under_30_seconds_says_nothing(monkeypatch, capsys):
+    assert spoken(monkeypatch, capsys, [0.1] * 299) == []
+
+
+def test_other_ranks_say_nothing(monkeypatch, capsys):
+    assert spoken(monkeypatch, capsys, [31.0] * 3, rank=1) == []
