@@ -9,7 +9,7 @@
 
 Needs:   at the published size (gpt2, 64k prompts, 1024 tokens) a GPU of 24 GB and about a day: not run by us.
          With `--limit 300` and short answers one CPU core and half an hour, 10 GB of memory: run, see Found.
-         The English filter needs a package: pip install langdetect
+         The English filter needs a package: pip install -e '.[recipes]'
 Run:     python -m benchmark.recipes.ultrafeedback --data openbmb/UltraFeedback:train --model gpt2 \\
            --output_dir output/ultrafeedback --launcher="--num_processes 1 --mixed_precision bf16"
          `--dry_run` makes the data, prints the commands and stops. The same command goes on after a kill.
@@ -111,7 +111,7 @@ def english_detector() -> Callable[[str], bool]:
     try:
         langdetect = importlib.import_module("langdetect")
     except ImportError:
-        message = "--english needs a package: pip install langdetect; or give --no-english"
+        message = "--english needs a package: pip install -e '.[recipes]'; or give --no-english"
         raise SystemExit(message) from None
     langdetect.DetectorFactory.seed = 0
 

@@ -140,7 +140,7 @@ def test_published_settings_reach_the_commands(settings, capsys, monkeypatch):
 def test_english_needs_a_package_and_says_so(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "langdetect", None)
     with pytest.raises(
-        SystemExit, match="^--english needs a package: pip install langdetect; or give --no-english$"
+        SystemExit, match=r"^--english needs a package: pip install -e '.\[recipes\]'; or give --no-english$"
     ):
         uf.main(uf.Args(**{**settings, "english": True}))
 
