@@ -116,7 +116,7 @@ class Args:
     response_length: Count = 512
     """longest response in tokens with stop token: longer labels are left out, samples cut"""
     stop_token: str = "eos"
-    """ends a sample: `eos`, `none`, a token or an id; special tokens also close text labels"""
+    """ends a sample: `eos`, `none`, a token, a text that is one, an id; special ones also end text labels"""
     # training
     epochs: Count = 1
     """passes over the labels (PAPER: 1)"""
@@ -903,10 +903,13 @@ def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[
 
 
 def stop_token_id(tokenizer, token: str) -> int:
-    """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
+    """Id of `eos`, of a token, of an id in digits or of a text that is one token; -1 for `none`."""
     ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
-    token_id = int(token) if token.isdigit() else ids.get(token)
-    refuse((token_id is None, f"--stop_token {token}: no such token in the tokenizer; give one, or `none`"))
+    pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
+    one = pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
+    token_id = int(token) if token.isdigit() else ids.get(token, one)
+    tokens = tokenizer.convert_ids_to_tokens(pieces)
+    refuse((token_id is None, f"--stop_token {token!r} is no token, but {tokens}; give one token, or `none`"))
     return token_id
 
 
