@@ -2,8 +2,9 @@
 
 Everything that pfppo_single.py does as a function is taken from there, so a response is tokenised, generated,
 scored and evaluated here exactly as under PPO: same prompts, same stop token, same reward, same eval/* tags
-and seeds. One process (CPU or one GPU), float32, no dropout; π_SFT is the start, the reference of every loss
-and of eval/kl.
+and seeds. One process (CPU or one GPU), no dropout; π_SFT is the start, the reference of every loss and of
+eval/kl. Weights are float32, and --mixed_precision bf16 of accelerate is autocast around every model: policy and
+reference are rounded alike, so that log-ratios start at 0.
 """
 
 import math
@@ -46,7 +47,7 @@ class Args:
     response_length: Count = 48
     """longest response in tokens, the stop token included"""
     stop_token: str = "eos"
-    """token that ends a response: `eos`, `none`, a token or an id"""
+    """token that ends a response: `eos`, `none`, a token, a text that is one, or an id"""
     temperature: Positive = 1.0
     """divides the logits of policy and reference alike, in sampling and in log-probabilities"""
     forward_batch_size: Count = 64
@@ -195,7 +196,7 @@ class Run:
         self.accelerator = pfppo.start_accelerator(False, args.log_with, args.output_dir)
         pfppo.refuse(
             (self.accelerator.num_processes > 1, "a baseline runs on one process; use --num_processes 1"),
-            (self.accelerator.mixed_precision != "no", "a baseline runs in float32: --mixed_precision no"),
+            (self.accelerator.scaler is not None, "a baseline takes --mixed_precision bf16 or no, not fp16"),
             (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
         )
         self.device, self.config = self.accelerator.device, pfppo.load_config(args.policy, "policy")
@@ -257,13 +258,15 @@ class Run:
         """n responses to each row -> rollout with prompt_ids, those of a row adjacent; `key` seeds it."""
         args, generator = self.args, pfppo.random_generator(self.device, self.args.seed, *key)
         model = self.policy if model is None else model
-        rollout = pfppo.sample_rollout(model, rows, n, args.temperature, args, self.stop_id, generator)
+        with self.accelerator.autocast():
+            rollout = pfppo.sample_rollout(model, rows, n, args.temperature, args, self.stop_id, generator)
         return rollout | {"prompt_ids": torch.arange(len(rows), device=self.device).repeat_interleave(n)}
 
     def score(self, rows: list[dict], rollout: dict[str, Tensor]) -> Tensor:
         """R_φ of every response (rows,)."""
         texts = pfppo.decode_responses(self.tokenizer, rollout)
-        return pfppo.score_rollout(self.reward, rows, rollout, texts, self.args)
+        with self.accelerator.autocast():
+            return pfppo.score_rollout(self.reward, rows, rollout, texts, self.args)
 
     def rank_scores(self, scores: Tensor, rollout: dict[str, Tensor]) -> Tensor:
         """Scores for ranking (rows,): a response that never stops is worse than every other (-inf), as it is
@@ -275,7 +278,8 @@ class Run:
     def logprobs(self, model: nn.Module, rollout: dict[str, Tensor]) -> Tensor:
         """log π(y|c) of every row (rows,), without gradient."""
         temperature, size = self.args.temperature, self.args.forward_batch_size
-        return pfppo.response_logprobs_and_values(model, rollout, temperature, size)[0].sum(1)
+        with self.accelerator.autocast():
+            return pfppo.response_logprobs_and_values(model, rollout, temperature, size)[0].sum(1)
 
     def evaluate(self) -> dict[str, float]:
         """pfppo_single.py's eval/* after the current step, and the held-out pairs'; keeps the policy where it

@@ -298,10 +298,7 @@ def steps_of(args: Args, folder: Path, sizes: dict[str, int]) -> list[Step]:
     text = [
         {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()} for *_, settings, _ in made
     ]
-    return [
-        Step(name, module, flags, out, float32="baselines" in module)
-        for (name, module, _, out), flags in zip(made, text)
-    ]
+    return [Step(name, module, flags, out) for (name, module, _, out), flags in zip(made, text)]
 
 
 # ---------------------------------------------------------------- 5. evaluate
