@@ -709,12 +709,12 @@ def generate(
     stop_id,
     stop_after=0,
     generator=None,
-    record=None,
+    seen=None,
 ) -> Tensor:
     """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, length), 0 behind
     the stop token, those of a query adjacent. Temperature 0 is greedy. The query is read once for its N
     responses, and rows that have stopped leave the batch. Nothing is taken from a generation_config: samples
-    are π_θ's at this temperature. `record` is a list for the logits of every step."""
+    are π_θ's at this temperature. The logits (rows, V) of every step are added to a list `seen`."""
     # transformers 5.24 renamed the cache
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = growing_cache(model.config)
@@ -727,13 +727,12 @@ def generate(
     if num_responses > 1:
         copies = torch.arange(len(queries), device=queries.device).repeat_interleave(num_responses)
         cache.reorder_cache(copies)
-    read_token = DecodingStep(model, cache, settings, mask, width + length - 1)
     rows = torch.arange(len(mask), device=queries.device)  # rows still in the batch
     done = torch.zeros_like(rows, dtype=torch.bool)
     responses = torch.zeros(len(mask), length, dtype=torch.long, device=queries.device)
     for t in range(length):
-        if record is not None:
-            record.append(logits.clone())
+        if seen is not None:
+            seen.append(logits)
         tokens = logits.argmax(-1)
         if temperature > 0:
             probabilities = (logits.float() / temperature).softmax(-1)
@@ -743,11 +742,14 @@ def generate(
             done = done | (tokens == stop_id)
         if t + 1 == length or done.all():
             break
-        if done.sum() >= max(1, len(done) * read_token.share):  # dropping costs, so not for every single row
+        if done.sum() >= max(1, len(done) // 8):  # dropping copies the cache, so not for every single row
             alive = (~done).nonzero().squeeze(1)
-            read_token.keep(alive)
-            rows, done, tokens = rows[alive], done[alive], tokens[alive]
-        logits = read_token(tokens)
+            cache.reorder_cache(alive)
+            rows, done, mask, tokens = rows[alive], done[alive], mask[alive], tokens[alive]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        positions = mask.sum(1, keepdim=True) - 1
+        step = {"input_ids": tokens.unsqueeze(1), "attention_mask": mask.long(), "position_ids": positions}
+        logits = model(**step, **settings).logits[:, -1]
     return responses
 
 
@@ -1448,26 +1450,16 @@ def growing_cache(config):
     """The cache of a model; its ordinary layers have room for more tokens behind those that they hold."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    methods = {"update": write_behind, "get_seq_length": columns_held, "column": None}
-    growing_layer = type("GrowingLayer", (DynamicLayer,), methods)
+    growing_layer = type("GrowingLayer", (DynamicLayer,), {"update": write_behind})
     cache = DynamicCache(config=config)
     cache.layers = [growing_layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-def columns_held(layer) -> int:
-    """Columns of a layer before the one that is read next; a recorded step reads the last one."""
-    return layer.keys.shape[2] - (layer.column is not None) if layer.is_initialized else 0
 
 
 def write_behind(layer, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
     """Adds keys, values (rows, heads, new columns, head size) to a layer -> all that it holds. Those so far
     are copied only where the room ends. In autocast's precision: rotary keys are float32 and would double
     it."""
-    if layer.column is not None:
-        layer.keys.index_copy_(2, layer.column, keys.to(layer.keys.dtype))
-        layer.values.index_copy_(2, layer.column, values.to(layer.values.dtype))
-        return layer.keys, layer.values
     kind, old, end = keys.device.type, layer.get_seq_length(), layer.get_seq_length() + keys.shape[2]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
     if old == 0:
@@ -1483,63 +1475,6 @@ def write_behind(layer, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[
         held[:, :, old:] = new
         setattr(layer, name, held)
     return layer.keys, layer.values
-
-
-RECORDED = ("cuda",)  # devices whose steps are recorded
-
-
-class DecodingStep:
-    """tokens (rows,) -> logits (rows, V) behind them, from the cache. On a GPU starting the kernels of a step one
-    by one takes longer than their work, so they are recorded as a CUDA graph and started together. It reads
-    all `columns` at fixed places: what is not written yet is masked."""
-
-    def __init__(self, model, cache, settings: dict, mask: Tensor, columns: int):
-        self.model, self.cache, self.settings, self.mask, self.columns = model, cache, settings, mask, columns
-        layers, kind = {type(layer).__name__ for layer in cache.layers}, mask.device.type
-        self.recorded, self.column, self.steps = kind in RECORDED and layers == {"GrowingLayer"}, None, 0
-        self.share = 1 / 2 if self.recorded else 1 / 8  # of the rows that have stopped before they leave
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        if not self.recorded:
-            self.mask = F.pad(self.mask, (0, 1), value=True)
-            return self.forward(tokens)
-        if self.column is None:
-            self.make_room()
-        if self.steps == 0:  # as it is: what is recorded must have run before
-            self.tokens = tokens.clone()
-            self.step()
-        else:
-            self.tokens.copy_(tokens)
-            if self.steps == 1:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.step()
-            self.graph.replay()
-        self.steps += 1
-        return self.logits
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        inputs = {"input_ids": tokens.unsqueeze(1), "attention_mask": self.mask.long()}
-        inputs["position_ids"] = self.mask.sum(1, keepdim=True) - 1
-        return self.model(**inputs, **self.settings).logits[:, -1]
-
-    def make_room(self) -> None:
-        self.column = torch.tensor([self.mask.shape[1]], device=self.mask.device)
-        more = self.columns - self.mask.shape[1]
-        self.mask = F.pad(self.mask, (0, more))
-        for layer in self.cache.layers:
-            layer.keys, layer.values = (F.pad(x, (0, 0, 0, more)) for x in (layer.keys, layer.values))
-            layer.column = self.column
-
-    def step(self) -> None:
-        self.mask.index_fill_(1, self.column, True)
-        self.logits = self.forward(self.tokens)
-        self.column += 1
-
-    def keep(self, rows: Tensor) -> None:
-        """From now on only these rows."""
-        self.cache.reorder_cache(rows)
-        self.mask, self.steps, self.graph, self.logits = self.mask[rows], 0, None, None
 
 
 def evaluate(accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int) -> dict:
@@ -1751,7 +1686,7 @@ def check_cache(accelerator, policy: nn.Module, queries: list[list[int]], field:
     policy.eval()
     try:
         with whole(accelerator, policy), torch.autocast(accelerator.device.type, enabled=False):
-            responses = generate(policy, ids, mask, 2, 8, 0.0, -1, record=steps)
+            responses = generate(policy, ids, mask, 2, 8, 0.0, -1, seen=steps)
             ids, mask = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
             inputs = model_inputs(torch.cat([ids, responses], 1), F.pad(mask, (0, 8), value=True))
             logits = policy(**inputs, use_cache=False, logits_to_keep=9).logits[:, :-1].float()

@@ -1,7 +1,6 @@
 """Speed and memory of PPO updates of a model of published size, random weights, on one GPU under bf16.
 
     python -m benchmark.study.gpu_speed --model qwen2.5-0.5b --output_dir output/gpu
-    python -m benchmark.study.gpu_speed --model qwen2.5-0.5b --no-recorded --output_dir output/gpu_eager
 
 Prints seconds by phase, tokens per second of generation beside what reading the weights allows, training beside
 the rate of large matrix products (both measured here), the largest memory of every phase beside that of
@@ -80,14 +79,12 @@ class Args:
     """rows in a pass without gradient"""
     gradient_checkpointing: bool = False
     """recompute activations"""
-    recorded: bool = True
-    """decoding steps as CUDA graphs; off: kernel by kernel"""
     profile: bool = False
     """one more update under torch's profiler"""
 
 
 def rates() -> dict[str, float]:
-    """This device: bytes per second of a copy (read and written), operations per second of a bf16 product."""
+    """This device: bytes per second read and written, operations per second of a bf16 product."""
     cuda = torch.cuda.is_available()
     device, size = ("cuda", 8192) if cuda else ("cpu", 512)
     x, y = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -103,8 +100,10 @@ def rates() -> dict[str, float]:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    copy = best(lambda: z.copy_(z.roll(1)) if not cuda else torch.add(z, 1, out=z))
-    return {"bandwidth": 2 * z.numel() * 4 / copy, "products": 2 * size**3 / best(lambda: x @ y)}
+    return {
+        "bandwidth": 8 * z.numel() / best(lambda: torch.add(z, 1, out=z)),
+        "products": 2 * size**3 / best(lambda: x @ y),
+    }
 
 
 def bounds(config, args: Args, weights: int, rate: dict) -> dict[str, float]:
@@ -181,8 +180,6 @@ def measure(args: Args, folder: Path) -> dict:
         checkpoint_every=10**6,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    if not args.recorded:
-        pfppo.RECORDED = ()
     pfppo.check_model = lambda *_: None  # random weights are not what it is made for
     pfppo.save_checkpoint = pfppo.save_model = lambda *_: None
     peaks, script = {}, pfppo.Args(**settings)
@@ -207,8 +204,7 @@ def report(args: Args, found: dict, rate: dict) -> str:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     lines = [
         f"{args.model}: {found['weights'] / 1e9:.2f}e9 weights, {args.prompts} prompts x 5, {args.query_length} + "
-        f"{args.response_length} tokens, filter {args.filter}, micro-batch {args.micro_batch_size}, "
-        f"{'recorded' if args.recorded else 'kernel by kernel'}",
+        f"{args.response_length} tokens, filter {args.filter}, micro-batch {args.micro_batch_size}",
         f"{name}: {rate['bandwidth'] / 1e12:.2f} TB/s, {rate['products'] / 1e12:.0f} TFLOP/s in bf16; "
         f"{records.hardware()}; commit {records.commit()}",
         f"generation {tokens / seconds['generate']:.0f} tokens/s, bound {tokens / bound['generate']:.0f}",
