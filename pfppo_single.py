@@ -700,21 +700,12 @@ def stop_masks(responses: Tensor, stop_token_id: int, stop_after: int) -> tuple[
 
 @torch.no_grad()
 def generate(
-    model,
-    queries,
-    query_mask,
-    num_responses,
-    length,
-    temperature,
-    stop_id,
-    stop_after=0,
-    generator=None,
-    seen=None,
+    model, queries, query_mask, num_responses, length, temperature, stop_id, stop_after=0, generator=None
 ) -> Tensor:
     """Plain ancestral sampling: queries, query_mask (B, Q) padded left -> responses (B*N, length), 0 behind
     the stop token, those of a query adjacent. Temperature 0 is greedy. The query is read once for its N
     responses, and rows that have stopped leave the batch. Nothing is taken from a generation_config: samples
-    are π_θ's at this temperature. The logits (rows, V) of every step are added to a list `seen`."""
+    are π_θ's at this temperature."""
     # transformers 5.24 renamed the cache
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = growing_cache(model.config)
@@ -731,8 +722,6 @@ def generate(
     done = torch.zeros_like(rows, dtype=torch.bool)
     responses = torch.zeros(len(mask), length, dtype=torch.long, device=queries.device)
     for t in range(length):
-        if seen is not None:
-            seen.append(logits)
         tokens = logits.argmax(-1)
         if temperature > 0:
             probabilities = (logits.float() / temperature).softmax(-1)
@@ -1684,9 +1673,11 @@ def check_cache(accelerator, policy: nn.Module, queries: list[list[int]], field:
     """Refuses a policy whose logits, as `generate` samples from them, are not those without its cache."""
     (ids, mask), steps = pad_left(some_rows(queries), accelerator.device), []
     policy.eval()
+    hook = policy.register_forward_hook(lambda module, inputs, output: steps.append(output.logits[:, -1:]))
     try:
         with whole(accelerator, policy), torch.autocast(accelerator.device.type, enabled=False):
-            responses = generate(policy, ids, mask, 2, 8, 0.0, -1, seen=steps)
+            responses = generate(policy, ids, mask, 2, 8, 0.0, -1)
+            hook.remove()
             ids, mask = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
             inputs = model_inputs(torch.cat([ids, responses], 1), F.pad(mask, (0, 8), value=True))
             logits = policy(**inputs, use_cache=False, logits_to_keep=9).logits[:, :-1].float()
@@ -1694,7 +1685,9 @@ def check_cache(accelerator, policy: nn.Module, queries: list[list[int]], field:
         raise SystemExit(
             f"--{field}: the model cannot be sampled with a cache: {first_line(error)}"
         ) from error
-    steps = torch.stack(steps, 1).float()
+    finally:
+        hook.remove()
+    steps = torch.cat([steps[0].repeat_interleave(2, 0), *steps[1:]], 1).float()
     same = logits.shape == steps.shape and within_rounding(accelerator, policy, logits - steps, logits.std())
     refuse((not same, f"--{field}: logits with the cache are not those without; take another model"))
 
