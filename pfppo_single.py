@@ -50,12 +50,10 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 import tyro
 from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 # Shapes: B prompts per update, N responses per prompt, K rows kept by the filter, Q query length, R response
 # length, V vocabulary. A rollout is a dict of tensors whose first axis is the response.
@@ -711,8 +709,7 @@ def generate(
     are π_θ's at this temperature."""
     # transformers 5.24 renamed the cache
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache = growing_cache(model.config)
     settings = {cache_name: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(**model_inputs(queries, query_mask), **settings).logits[:, -1]
     logits, mask = logits.repeat_interleave(num_responses, 0), query_mask.repeat_interleave(num_responses, 0)
@@ -878,7 +875,6 @@ def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = 
     not two. Refuses launchers that shard weights: sampling would wait for ranks that have stopped."""
     here = ["none", *map(str, tracking.get_available_trackers())]
     refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
-    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -991,10 +987,13 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
         yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
-def load_pretrained(auto_class, path: str, field: str, template: str | None = None):
+def load_pretrained(auto_class: str, path: str, field: str, template: str | None = None):
     """Configuration, or tokenizer (with a file's template), of a folder or id; refused if there is none."""
+    import transformers  # slow to import: not before the settings are checked
+
+    transformers.logging.disable_progress_bar()
     try:
-        loaded = auto_class.from_pretrained(path)
+        loaded = getattr(transformers, auto_class).from_pretrained(path)
     except (OSError, ValueError) as error:
         hub = "" if Path(path).exists() else "no such folder here; as a hub id: "
         raise SystemExit(f"--{field} {path}: {hub}{first_line(error)}") from None
@@ -1012,7 +1011,7 @@ def load_pretrained(auto_class, path: str, field: str, template: str | None = No
 
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id without dropout, layer drop, noise: train mode is eval mode."""
-    config, noise = load_pretrained(transformers.AutoConfig, path, field), ("drop", "jitter")
+    config, noise = load_pretrained("AutoConfig", path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
     for name, value in config.to_dict().items():
@@ -1031,16 +1030,22 @@ def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
 
 def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
     """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
     size = sum(weight.numel() for weight in model.parameters())
     held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
     state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
     return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
-def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read."""
+def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
+    rank 0's weights by `place`."""
+    if empty:
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # loaders raise what they like
@@ -1053,14 +1058,12 @@ def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
 def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    config, auto = load_config(path, field), transformers.AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, field)
     name = ", ".join(config.architectures or [])
     refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
-    if empty:  # `place` gives it rank 0's weights
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype).eval()
-    else:
-        model = load_weights(auto, path, field, config, dtype)
+    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, empty)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1068,10 +1071,12 @@ def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: s
 def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
     """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
     is the pad token too, one inside the embedding, so that other tools can batch."""
+    from transformers import GenerationConfig
+
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
-    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
         once = dict(model.named_parameters())
@@ -1243,7 +1248,7 @@ def some_rows(rows: list[list[int]]) -> list[list[int]]:
 def column_outputs(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """ids, mask (rows, T) -> a language model's logits (rows, T, V), or a reward model's scores (rows, T).
     Rows without a mask are read as the model itself does it, with its own positions."""
-    if isinstance(model, transformers.PreTrainedModel):
+    if not hasattr(model, "lm_backbone"):
         inputs = {"input_ids": ids} if mask is None else model_inputs(ids, mask)
         return model(**inputs, use_cache=False).logits.float()
     return model(ids, torch.ones_like(ids).bool() if mask is None else mask).float()
@@ -1444,32 +1449,35 @@ def run(main, args) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer, in buffers with room for more: a token is written behind the others, and
-    they are not copied for it. In autocast's precision: rotary keys are float32 and would double it."""
+def growing_cache(config):
+    """The cache of a model; its ordinary layers have room for more tokens behind those that they hold."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """keys, values (rows, heads, new columns, head size) -> all keys and values so far."""
-        states, kind = [key_states, value_states], key_states.device.type
-        if torch.is_autocast_enabled(kind):
-            states = [x.to(torch.get_autocast_dtype(kind)) for x in states]
-        old, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if old == 0 or self.keys.stride(1) < end * self.keys.stride(2):  # no room: new buffers, a half longer
-            buffers = [x.new_empty(*x.shape[:2], end + end // 2, x.shape[3]) for x in states]
+    growing_layer = type("GrowingLayer", (DynamicLayer,), {"update": write_behind})
+    cache = DynamicCache(config=config)
+    cache.layers = [growing_layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def write_behind(layer, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    """Adds keys, values (rows, heads, new columns, head size) to a layer -> all that it holds. Those so far
+    are copied only where the room ends. In autocast's precision: rotary keys are float32 and would double
+    it."""
+    kind, old, end = keys.device.type, layer.get_seq_length(), layer.get_seq_length() + keys.shape[2]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
+    if old == 0:
+        layer.lazy_initialization(keys.to(dtype), values.to(dtype))
+    for name, new in (("keys", keys), ("values", values)):
+        held = getattr(layer, name)
+        if old == 0 or held.stride(1) < end * held.stride(2):  # no room: a new buffer, a half longer
+            room = new.new_empty(*new.shape[:2], end + end // 2, new.shape[3], dtype=dtype)
             if old:
-                buffers[0][:, :, :old], buffers[1][:, :, :old] = self.keys, self.values
-            else:
-                self.lazy_initialization(*states)
-            self.buffers = buffers
-        for buffer, state in zip(self.buffers, states):
-            buffer[:, :, old:end] = state
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def reorder_cache(self, rows: Tensor) -> None:
-        """Copies the given rows; the buffers go first, or all layers would keep theirs."""
-        self.buffers = None
-        super().reorder_cache(rows)
+                room[:, :, :old] = held
+            held = room
+        held = held.as_strided((*new.shape[:2], end, new.shape[3]), held.stride())
+        held[:, :, old:] = new
+        setattr(layer, name, held)
+    return layer.keys, layer.values
 
 
 def evaluate(accelerator, policy, judges, rows, tokenizer, stop_id, args: Args, update: int) -> dict:
@@ -1578,7 +1586,7 @@ def call_function(
 def read_inputs(args: Args, say=print) -> tuple:
     """Tokenizer, stop token, rows of `prompts` and `eval_prompts`; refuses what does not fit the models."""
     config = load_config(args.policy, "policy")
-    tokenizer = load_pretrained(transformers.AutoTokenizer, args.policy, "policy", args.chat_template)
+    tokenizer = load_pretrained("AutoTokenizer", args.policy, "policy", args.chat_template)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     rows, eval_rows = (read_prompts(field, args, tokenizer, say) for field in ("prompts", "eval_prompts"))
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
@@ -1632,16 +1640,17 @@ def load_models(accelerator: Accelerator, args: Args) -> tuple:
 def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> RewardModel:
     """R_φ from a sequence classification model with one label, of rm_single.py or of others (which have gain
     1, bias 0 and no bound), of a folder or the hub. A head is never made up."""
-    config, auto = load_config(path, "reward"), transformers.AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(path, "reward")
     bound = getattr(config, "reward_bound", "none")
-    if empty:  # `place` gives it rank 0's weights
-        with torch.device("meta"):
-            return RewardModel(auto.from_config(config, dtype=dtype).base_model, bound)
-    classifier = load_weights(auto, path, "reward", config, "auto")
+    classifier = load_weights(AutoModelForSequenceClassification, path, "reward", config, "auto", empty)
     model = RewardModel(classifier.base_model, bound)
     model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
     for parameter in model.lm_backbone.parameters():  # the head stays float32
         parameter.data = parameter.data.to(dtype)
+    if empty:
+        return model
     model.scalar_head.weight.data.copy_(classifier.score.weight)
     model.scalar_head.bias.data.fill_(getattr(config, "score_bias", 0.0))
     model.reward_gain.data.fill_(getattr(config, "reward_gain", 1.0))
@@ -1652,6 +1661,8 @@ def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool
 def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]], new_tokens: int) -> None:
     """Refuses, before weights are loaded, what load_reward_model cannot read, and a model with other tokens
     than the policy's (it is handed the policy's ids) or too few positions."""
+    from transformers import AutoModelForSequenceClassification
+
     old, convert = Path(path, "reward_head.safetensors"), "python -m benchmark.recipes.convert_reward_model"
     refuse((old.is_file(), f"--{field} {path}: an older form; convert it: {convert} {path} {path}_converted"))
     config, where = load_config(path, field), f"--{field} {path}"
@@ -1659,11 +1670,11 @@ def check_reward_model(path: str, field: str, tokenizer, queries: list[list[int]
     head = None
     if name.endswith("ForSequenceClassification") and config.num_labels == 1:
         with torch.device("meta"):
-            head = getattr(transformers.AutoModelForSequenceClassification.from_config(config), "score", None)
+            head = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
     advice = "give a sequence classification model with one label and a layer `score`, or module:function"
     refuse((not isinstance(head, nn.Linear), f"{where}: a {name} is no reward model; {advice}"))
     check_rows(config, queries, field, new_tokens)
-    own = load_pretrained(transformers.AutoTokenizer, path, field).get_vocab()
+    own = load_pretrained("AutoTokenizer", path, field).get_vocab()
     differ = [t for t, i in tokenizer.get_vocab().items() if own.get(t) != i and t != tokenizer.pad_token]
     such = f"{len(differ)} tokens such as {differ[:1]}"
     refuse((differ != [], f"{where}: its tokenizer differs from --policy's, in {such}"))

@@ -39,7 +39,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import transformers
 import tyro
 from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
@@ -135,10 +134,12 @@ def main(args: Args) -> None:
         (args.batch_size < world, f"--batch_size must be at least the {world} processes"),
         ((args.model is None) == (args.model_config is None), "give either --model or --model_config"),
     )
+    from transformers import AutoModelForCausalLM  # slow to import: not before the settings are checked
+
     source, field = (args.model, "model") if args.model else (args.model_config, "model_config")
     config = load_config(source, field)
     path, named = (args.tokenizer, "tokenizer") if args.tokenizer else (source, field)
-    tokenizer = load_pretrained(transformers.AutoTokenizer, path, named, args.chat_template)
+    tokenizer = load_pretrained("AutoTokenizer", path, named, args.chat_template)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
@@ -167,7 +168,7 @@ def main(args: Args) -> None:
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         with torch.device("meta" if empty else "cpu"):
-            policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
     policy = place(accelerator, args.shard, policy)
     if args.gradient_checkpointing:
@@ -361,7 +362,6 @@ def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = 
     not two. Refuses launchers that shard weights: sampling would wait for ranks that have stopped."""
     here = ["none", *map(str, tracking.get_available_trackers())]
     refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
-    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -474,10 +474,13 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
         yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
-def load_pretrained(auto_class, path: str, field: str, template: str | None = None):
+def load_pretrained(auto_class: str, path: str, field: str, template: str | None = None):
     """Configuration, or tokenizer (with a file's template), of a folder or id; refused if there is none."""
+    import transformers  # slow to import: not before the settings are checked
+
+    transformers.logging.disable_progress_bar()
     try:
-        loaded = auto_class.from_pretrained(path)
+        loaded = getattr(transformers, auto_class).from_pretrained(path)
     except (OSError, ValueError) as error:
         hub = "" if Path(path).exists() else "no such folder here; as a hub id: "
         raise SystemExit(f"--{field} {path}: {hub}{first_line(error)}") from None
@@ -495,7 +498,7 @@ def load_pretrained(auto_class, path: str, field: str, template: str | None = No
 
 def load_config(path: str, field: str):
     """Configuration of a folder or hub id without dropout, layer drop, noise: train mode is eval mode."""
-    config, noise = load_pretrained(transformers.AutoConfig, path, field), ("drop", "jitter")
+    config, noise = load_pretrained("AutoConfig", path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
     for name, value in config.to_dict().items():
@@ -514,16 +517,22 @@ def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
 
 def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
     """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
     size = sum(weight.numel() for weight in model.parameters())
     held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
     state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
     return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
-def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read."""
+def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
+    rank 0's weights by `place`."""
+    if empty:
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # loaders raise what they like
@@ -536,14 +545,12 @@ def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
 def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
-    config, auto = load_config(path, field), transformers.AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, field)
     name = ", ".join(config.architectures or [])
     refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
-    if empty:  # `place` gives it rank 0's weights
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype).eval()
-    else:
-        model = load_weights(auto, path, field, config, dtype)
+    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, empty)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -551,10 +558,12 @@ def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: s
 def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, folder: Path) -> None:
     """One folder as plain transformers loads it, renamed when whole. Generation ends at the stop token; that
     is the pad token too, one inside the embedding, so that other tools can batch."""
+    from transformers import GenerationConfig
+
     stop = stop_token_id if stop_token_id >= 0 else model.config.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     model.config.pad_token_id = stop
-    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop)
+    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
         once = dict(model.named_parameters())
@@ -726,7 +735,7 @@ def some_rows(rows: list[list[int]]) -> list[list[int]]:
 def column_outputs(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """ids, mask (rows, T) -> a language model's logits (rows, T, V), or a reward model's scores (rows, T).
     Rows without a mask are read as the model itself does it, with its own positions."""
-    if isinstance(model, transformers.PreTrainedModel):
+    if not hasattr(model, "lm_backbone"):
         inputs = {"input_ids": ids} if mask is None else model_inputs(ids, mask)
         return model(**inputs, use_cache=False).logits.float()
     return model(ids, torch.ones_like(ids).bool() if mask is None else mask).float()

@@ -259,7 +259,7 @@ def as_prompt(instruction: str, args: Args, tokenizer):
 
 def load_tokenizer(args: Args):
     """The model's tokenizer, with the template of --chat_template, which SFT saves with its model."""
-    tokenizer = pfppo.load_pretrained(AutoTokenizer, args.model, "model", args.chat_template)
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.model, "model", args.chat_template)
     need = args.form == "chat" and not tokenizer.chat_template
     pfppo.refuse(
         (need, f"--form chat: {args.model} has no chat template; give --chat_template FILE, or --form tags")

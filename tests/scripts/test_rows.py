@@ -192,7 +192,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}={{ m['content'] }}\n{% endfor
 def bare_model(world, tmp_path, name: str = "gpt2") -> str:
     """A model of the world whose tokenizer has no chat template."""
     shutil.copytree(world / name, tmp_path / name, ignore=shutil.ignore_patterns("chat_template.jinja"))
-    assert pf.load_pretrained(AutoTokenizer, str(tmp_path / name), "model").chat_template is None
+    assert pf.load_pretrained("AutoTokenizer", str(tmp_path / name), "model").chat_template is None
     return str(tmp_path / name)
 
 
@@ -202,7 +202,7 @@ def template_file(tmp_path, text: str = TEMPLATE) -> str:
 
 
 def test_a_template_replaces_the_tokenizers_own(world, tmp_path):
-    tokenizer = pf.load_pretrained(AutoTokenizer, str(world / "gpt2"), "model", template_file(tmp_path))
+    tokenizer = pf.load_pretrained("AutoTokenizer", str(world / "gpt2"), "model", template_file(tmp_path))
     assert tokenizer.decode(pf.encode_prompt(tokenizer, [USER])) == "user=two\n"
 
 
@@ -245,7 +245,7 @@ def test_pfppo_saves_the_template_with_the_policy(run, world, tmp_path):
 def test_a_template_that_does_not_render_is_refused_in_one_line(world, tmp_path, text, message):
     path = str(tmp_path / "none.jinja") if text is None else template_file(tmp_path, text)
     with pytest.raises(SystemExit, match=f"^--chat_template {path}: {message}$"):
-        pf.load_pretrained(AutoTokenizer, str(world / "gpt2"), "policy", path)
+        pf.load_pretrained("AutoTokenizer", str(world / "gpt2"), "policy", path)
 
 
 @pytest.mark.parametrize("script", [sft, rm, pf], ids=lambda module: module.__name__)
