@@ -137,7 +137,8 @@ def launch(script: str, settings: dict, log: Path, say: Callable | None = None, 
         "ACCELERATE_USE_CPU": "true",
         "ACCELERATE_MIXED_PRECISION": "no",
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",  # a thread that waits must not hold a core that others use
+        # a thread that waits holds its core for less than a millisecond: others may need it (default: 20)
+        "GOMP_SPINCOUNT": "10000",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",

@@ -221,7 +221,7 @@ def main(args: Args) -> dict:
         return out
 
     say, sizes = progress.line, ("num_sft", "num_preference", "num_valid", "num_test", "max_operations")
-    both = dict(say=say, threads=args.parallel)
+    both = dict(say=say, threads=args.parallel, micro_batch_size=32 if args.parallel > 1 else 16)
     own = dict(epochs=args.sft_epochs, **(FAST_SFT if args.fast else {}))
     try:
         stage("world", pipeline.world, folder, seed, **{name: getattr(args, name) for name in sizes})
