@@ -85,13 +85,13 @@ SIDE_BY_SIDE = (
     + "; test problems, looked at once: two at a time"
 )
 STAGES = {
-    "world": Stage("world: problems with hidden tests", (), 6, 2, ("num_sft",)),
-    "sft": Stage("SFT", ("sft",), 100, 8, ("num_sft", "sft_epochs")),
+    "world": Stage("world: problems with hidden tests", (), 5, 2, ("num_sft",)),
+    "sft": Stage("SFT", ("sft",), 98, 8, ("num_sft", "sft_epochs")),
     "preferences": Stage(
-        "preference data: sample, execute, pair", ("preferences",), 15, 1, ("num_preference",)
+        "preference data: sample, execute, pair", ("preferences",), 14, 1, ("num_preference",)
     ),
-    "rm": Stage("reward model (Eq. 1, 2)", ("rm",), 28, 8, ("num_preference",)),
-    "ppo": Stage(SIDE_BY_SIDE, (*METHODS, "test"), 120, 25, ("updates",)),
+    "rm": Stage("reward model (Eq. 1, 2)", ("rm",), 26, 8, ("num_preference",)),
+    "ppo": Stage(SIDE_BY_SIDE, (*METHODS, "test"), 97, 30, ("updates",)),
 }
 
 

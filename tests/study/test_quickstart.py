@@ -27,7 +27,7 @@ def test_planned_seconds_grow_with_the_sizes():
     stage = quickstart.STAGES["ppo"]
     assert half["ppo"] == stage.fixed + (stage.seconds - stage.fixed) / 2 and half["sft"] == usual["sft"]
     fast = quickstart.with_fast_sizes(quickstart.Args(fast=True))
-    assert 90 < sum(quickstart.planned_seconds(fast).values()) < 150  # "about two minutes"
+    assert 80 < sum(quickstart.planned_seconds(fast).values()) < 120  # "under two minutes"
 
 
 def test_time_left_follows_the_lines_of_the_runs(monkeypatch, capsys):
@@ -87,8 +87,22 @@ def test_a_failing_script_ends_with_its_own_last_line(tmp_path):
         pipeline.launch("sft_single.py", settings, tmp_path / "sft.log", said.append)
     assert str(error.value).startswith(f"sft_single.py: --model {tmp_path}/none")
     assert str(error.value).endswith(f"(log: {tmp_path}/sft.log)") and "\n" not in str(error.value)
-    assert "Traceback" not in " ".join(said) and "Traceback" in (tmp_path / "sft.log").read_text()
     assert "sft_single.py --model" in (tmp_path / "sft.sh").read_text()
+
+
+def test_a_traceback_is_in_the_log_alone(tmp_path):
+    said, script = [], tmp_path / "broken.py"
+    script.write_text("print('begins', flush=True)\nraise ValueError('out of numbers')\n")
+    with pytest.raises(SystemExit) as error:
+        pipeline.launch(str(script), {}, tmp_path / "x.log", said.append)
+    assert str(error.value) == f"{script}: ValueError: out of numbers (log: {tmp_path}/x.log)"
+    assert said[1:] == ["begins"] and "Traceback" in (tmp_path / "x.log").read_text()
+
+
+def test_the_kept_command_says_how_many_threads():
+    one, two = (pipeline.command_line("sft_single.py", {"seed": 1}, threads) for threads in (1, 2))
+    assert one == "accelerate launch --cpu --num_processes 1 sft_single.py --seed 1"
+    assert two == f"OMP_NUM_THREADS=2 {one}"
 
 
 def test_too_few_pairs_are_said(tmp_path, monkeypatch):
