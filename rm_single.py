@@ -736,8 +736,8 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
 
 
 def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
-    rank 0's weights by `place`."""
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
+    rank 0's weights in `place`."""
     if empty:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
