@@ -406,16 +406,11 @@ def main(args: Args) -> None:
         metrics |= sample_metrics(all_scores, all_shaped, all_lengths, all_stop, selected)
         if len(selected):  # thresholds can leave nothing to take a mean of; 0 would pass for a KL of 0
             metrics |= kept_metrics(kept, kl, non_score_reward, all_sum)
-            metrics |= dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
-            metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}  # before clipping
-            metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()
-            metrics["ppo/policy/first_ratio_max"] = first_ratio_max.item()  # both 1: nothing has moved yet
+            metrics |= training_metrics(stats, norms, first_ratio_max)
         if args.kl_target:
             mean_kl, fraction = metrics["objective/kl"], args.batch_size * n / args.kl_horizon
             state["kl_coef"] = next_kl_coef(state["kl_coef"], mean_kl, args.kl_target, fraction)
-        for part, seconds in zip(("generate", "score", "logprobs", "train"), np.diff(clock)):
-            metrics[f"seconds/{part}"] = float(seconds)
-        metrics["seconds/update"] = clock[-1] - clock[0]
+        metrics |= phase_seconds(clock)
         if rank == 0 and args.print_samples_every and update % args.print_samples_every == 0:
             show_sample(output_dir, update, batch_rows[0][args.prompt_field], texts[0], raw_scores[0].item())
         if args.save_policy_every and update % args.save_policy_every == 0:
@@ -430,8 +425,6 @@ def main(args: Args) -> None:
     accelerator.print(f"done: {output_dir / 'policy'}")
 
 
-SHOWN = ("objective/score", "filter/score", "objective/kl", "eval/sampled_reward", "eval/kl")
-SHOWN += ("eval/greedy_pass1", "seconds/update")
 STATS = ("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total", "ppo/policy/entropy", "ppo/policy/approxkl")
 STATS += ("ppo/policy/clipfrac", "ppo/policy/ratio", "ppo/val/clipfrac", "ppo/val/vpred", "ppo/val/error")
 
@@ -1448,6 +1441,9 @@ def run(main, args) -> None:
 # Plumbing of this script alone
 # ------------------------------------------------------------------------------------------------------------
 
+SHOWN = ("objective/score", "filter/score", "objective/kl", "eval/sampled_reward", "eval/kl")
+SHOWN += ("eval/greedy_pass1", "seconds/update")
+
 
 def growing_cache(config):
     """The cache of a model; its ordinary layers have room for more tokens behind those that they hold."""
@@ -1742,6 +1738,21 @@ def kept_metrics(kept: dict[str, Tensor], kl: Tensor, non_score_reward: Tensor, 
         variance = (second - first**2 / tokens) / max(tokens - 1, 1)
         metrics |= {f"{name}/mean": first / tokens, f"{name}/var": variance}
     return metrics
+
+
+def training_metrics(stats: list[Tensor], norms: list[float], first_ratio_max: Tensor) -> dict[str, float]:
+    """Means of the STATS and of gradient norms before clipping over optimizer steps, and the ratio of the first
+    step, where nothing has moved yet: mean and largest are 1."""
+    metrics = dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
+    metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}
+    metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()
+    return metrics | {"ppo/policy/first_ratio_max": first_ratio_max.item()}
+
+
+def phase_seconds(clock: list[float]) -> dict[str, float]:
+    """Times of the start and of the ends of four phases -> seconds of each one and of all."""
+    parts = zip(("generate", "score", "logprobs", "train"), np.diff(clock))
+    return {f"seconds/{part}": float(x) for part, x in parts} | {"seconds/update": clock[-1] - clock[0]}
 
 
 def show_sample(folder: Path, step: int, prompt, response: str, score: float) -> None:
