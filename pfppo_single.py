@@ -1741,8 +1741,8 @@ def kept_metrics(kept: dict[str, Tensor], kl: Tensor, non_score_reward: Tensor, 
 
 
 def training_metrics(stats: list[Tensor], norms: list[float], first_ratio_max: Tensor) -> dict[str, float]:
-    """Means of the STATS and of gradient norms before clipping over optimizer steps, and the ratio of the first
-    step, where nothing has moved yet: mean and largest are 1."""
+    """Means of the STATS and of gradient norms before clipping over optimizer steps, and the ratio of the
+    first step, where nothing has moved yet: mean and largest are 1."""
     metrics = dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
     metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}
     metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()
