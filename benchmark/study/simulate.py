@@ -209,19 +209,17 @@ def sample_once(model, rows: int, plan: Plan) -> None:
     args, n = plan.args, getattr(plan.args, "num_responses", 1)
     q, r, prompts = args.query_length, args.response_length, max(1, rows // n)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    made = pfppo.DynamicCache(config=model.config)
-    made.layers = [pfppo.GrowingLayer() if type(x) is pfppo.DynamicLayer else x for x in made.layers]
+    made = pfppo.growing_cache(model.config)
     settings = {name: made, "use_cache": True, "logits_to_keep": 1}
     mask = torch.ones(rows, q + r, dtype=torch.bool)
     inputs = pfppo.model_inputs(mask.long(), mask)
     model(**{key: x[:prompts, :q] for key, x in inputs.items()}, **settings)
     for layer in made.layers:
-        if isinstance(layer, pfppo.GrowingLayer):
+        if type(layer).__name__ == "GrowingLayer":
             heads, size, kind = layer.keys.shape[1], layer.keys.shape[3], layer.keys.dtype
-            layer.buffers = [torch.zeros(0)] * 2  # the old ones are gone before the new ones are there
-            layer.keys = layer.values = None
-            layer.buffers = [torch.zeros(rows, heads, columns(q, r, n), size, dtype=kind) for _ in range(2)]
-            layer.keys, layer.values = (x[:, :, : q + r - 2] for x in layer.buffers)
+            layer.keys = layer.values = None  # the old ones are gone before the new ones are there
+            rooms = [torch.zeros(rows, heads, columns(q, r, n), size, dtype=kind) for _ in range(2)]
+            layer.keys, layer.values = (x[:, :, : q + r - 2] for x in rooms)
     for width in (q + r - 1, q + r):
         step = {key: x[:, width - 1 : width] for key, x in inputs.items()}
         step["attention_mask"] = inputs["attention_mask"][:, :width]

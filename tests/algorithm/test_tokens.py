@@ -292,25 +292,29 @@ def test_the_cache_is_as_small_as_autocast_allows_and_gives_the_same_tokens(name
     model, caches = causal_lm(name, seed=4), []
     queries = pf.pad_left([[1, 2], [3, 0, 2, 1]], "cpu")
 
-    def kept(config):
-        caches.append(DynamicCache(config=config))
+    def kept(config, make=pf.growing_cache):
+        caches.append(make(config))
         return caches[-1]
 
     def sampled():
         with torch.autocast("cpu", torch.bfloat16):
             return pf.generate(model, *queries, 3, 12, 1.0, -1, 0, torch.Generator().manual_seed(0))
 
-    monkeypatch.setattr(pf, "DynamicCache", kept)
+    monkeypatch.setattr(pf, "growing_cache", kept)
     responses = sampled()
     assert {tensor.dtype for layer in caches[0].layers for tensor in (layer.keys, layer.values)} == {
         torch.bfloat16
     }
-    monkeypatch.setattr(pf, "GrowingLayer", DynamicLayer)
+    monkeypatch.setattr(pf, "growing_cache", lambda config: DynamicCache(config=config))
     assert torch.equal(sampled(), responses)
 
 
+def growing_layer():
+    return pf.growing_cache(causal_lm("gpt2").config).layers[0]
+
+
 def test_a_token_is_written_behind_the_others_which_are_not_copied():
-    layer, dynamic = pf.GrowingLayer(), DynamicLayer()
+    layer, dynamic = growing_layer(), DynamicLayer()
     generator, places = torch.Generator().manual_seed(0), []
     for columns in (5, 1, 1, 1, 1):  # room for 7 columns at first, then for 12
         keys, values = (torch.randn(3, 2, columns, 4, generator=generator) for _ in range(2))
@@ -322,7 +326,7 @@ def test_a_token_is_written_behind_the_others_which_are_not_copied():
 
 @pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [2, 0], [1]])
 def test_repeated_and_cut_rows_go_on_alike(rows):
-    layer, dynamic, generator = pf.GrowingLayer(), DynamicLayer(), torch.Generator().manual_seed(0)
+    layer, dynamic, generator = growing_layer(), DynamicLayer(), torch.Generator().manual_seed(0)
     for cache in (layer, dynamic):
         generator.manual_seed(0)
         cache.update(*(torch.randn(3, 2, 5, 4, generator=generator) for _ in range(2)))

@@ -6,7 +6,11 @@ import importlib
 import inspect
 import math
 import re
+import subprocess
+import sys
+import textwrap
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -227,3 +231,31 @@ def test_importing_args_needs_no_flags(name):
     # other programs build Args by keyword, required fields included
     with pytest.raises(TypeError, match="required keyword-only"):
         importlib.import_module(name).Args()
+
+
+REFUSED = {
+    "sft_single": "--train_data x --model x --model_config y",
+    "rm_single": "--train_data x --model x --lr nan",
+    "pfppo_single": "--policy x --reward a:b --prompts x --minibatch_size 7",
+}
+
+
+@pytest.mark.parametrize("script", REFUSED)
+def test_settings_are_refused_before_transformers_is_imported(script):
+    # it takes as long as torch itself, and a user who mistyped a flag waits for it
+    code = f"""
+        import sys
+        import {script} as script
+        try:
+            script.main(script.parse_args(script.Args, {REFUSED[script].split()}))
+        except SystemExit as refusal:
+            print(refusal.code, "transformers" in sys.modules)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=Path(pf.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.startswith("--") or ran.stdout.startswith("give"), ran.stderr
+    assert ran.stdout.endswith(" False\n")

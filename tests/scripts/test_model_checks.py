@@ -92,7 +92,7 @@ class Refusing(LlamaForCausalLM):
     [
         (Noisy, "differs between train and eval mode"),
         (Recurrent, "padding reaches its state"),
-        (Ahead, "when more follow"),
+        (Ahead, "if more follow"),
         (Infinite, "NaN or infinity"),
         (Refusing, "fails on your own rows: .*position_ids"),
     ],

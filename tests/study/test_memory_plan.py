@@ -90,13 +90,13 @@ def test_cache_holds_grouped_heads_and_room_to_grow():
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_columns_are_those_of_the_cache_itself(n):
-    layer, rows = pf.GrowingLayer(), torch.zeros(2, 1, 1, 4)
+    layer, rows = pf.growing_cache(model_config("gpt2")).layers[0], torch.zeros(2, 1, 1, 4)
     layer.update(rows.expand(2, 1, 11, 4), rows.expand(2, 1, 11, 4))
     if n > 1:
         layer.reorder_cache(torch.arange(2).repeat_interleave(n))
     for _ in range(40):
         layer.update(rows.repeat(n, 1, 1, 1), rows.repeat(n, 1, 1, 1))
-    assert layer.buffers[0].shape[2] == simulate.columns(11, 40, n)
+    assert layer.keys.stride(1) // 4 == simulate.columns(11, 40, n)
 
 
 def test_logits_are_counted_with_the_exponentials_of_logsumexp():
