@@ -43,7 +43,7 @@ class Args:
     seed: Whole = 1
     """seed of the world, of every training stage and of all sampling"""
     fast: bool = False
-    """a smaller and easier world and fewer updates, in about three minutes; sizes given as flags win"""
+    """a smaller and easier world and fewer updates, in about two minutes; sizes given as flags win"""
     parallel: Count = 2
     """what runs at a time: threads of SFT and reward model, then processes of one thread each"""
     # sizes
