@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import causal_lm, make_rollout, reward_model
+from tiny import causal_lm, make_rollout, reward_model
 
 import pfppo_single as pf
 

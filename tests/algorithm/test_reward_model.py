@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, model_config, reward_model
+from tiny import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, model_config, reward_model
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 

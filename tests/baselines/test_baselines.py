@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import EOS, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
+from tiny import EOS, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
 from transformers import AutoTokenizer
 
 import pfppo_single as pf

@@ -130,11 +130,12 @@ def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(tmp_path,
         assert [row[tag] for row in ours] == expected, tag
 
 
-def test_another_architecture_and_other_sizes_are_reproduced(llama_world):  # PITFALLS RM-5
-    command = [sys.executable, "benchmark/compare_reference.py", str(llama_world)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "0 untested, 0 names within rounding, 0 names past their tolerance" in result.stdout
+def test_another_architecture_and_other_sizes_are_reproduced(llama_world, forks, tmp_path):  # PITFALLS RM-5
+    command = ["benchmark/compare_reference.py", str(llama_world)]
+    answer = forks("fork_server", "run_command", command, folder=tmp_path)
+    (printed,) = answer["printed"]
+    assert answer["codes"] == [0], printed
+    assert "0 untested, 0 names within rounding, 0 names past their tolerance" in printed
 
 
 def test_an_unchanged_update_passes(late_update):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import causal_lm, make_tokenizer, write_jsonl
+from tiny import causal_lm, make_tokenizer, write_jsonl
 from in_process import run_in_process
 
 from benchmark.recipes import mbpp

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import causal_lm, make_tokenizer
+from tiny import causal_lm, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmark.recipes import smollm2

@@ -5,7 +5,7 @@ import sys
 import types
 
 import pytest
-from conftest import causal_lm, make_tokenizer, write_jsonl
+from tiny import causal_lm, make_tokenizer, write_jsonl
 from in_process import run_in_process
 
 from benchmark.recipes import ultrafeedback as uf

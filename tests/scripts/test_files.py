@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import EOS, make_tokenizer, write_jsonl
+from tiny import EOS, make_tokenizer, write_jsonl
 from safetensors.torch import load_file
 
 import pfppo_single as pf

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import causal_lm, make_tokenizer, model_config, reward_model
+from tiny import causal_lm, make_tokenizer, model_config, reward_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig

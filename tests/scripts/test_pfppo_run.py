@@ -15,7 +15,7 @@ from accelerate import DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from conftest import (
+from tiny import (
     EOS,
     Spies,
     causal_lm,

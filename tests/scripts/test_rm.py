@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import (
+from tiny import (
     EOS,
     HELD_OUT_PAIRS,
     PAIRS,

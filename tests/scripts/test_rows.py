@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
+from tiny import CHAT_TEMPLATE, make_tokenizer, write_jsonl
 
 import pfppo_single as pf
 import rm_single as rm
@@ -64,7 +64,7 @@ def test_a_text_prompt_is_read_as_it_is(tmp_path):
 def test_every_form_of_a_preference_gives_the_same_label(tmp_path, row):
     path, tokenizer = write_jsonl(tmp_path / "pairs.jsonl", [row]), make_tokenizer()
     args = rm.Args(model="none", train_data=str(path))
-    config = __import__("conftest").model_config("gpt2")
+    config = __import__("tiny").model_config("gpt2")
     (label,), left_out = rm.read_labels("train_data", args, tokenizer, config, tokenizer.eos_token_id)
     assert tokenizer.decode(label["query"]) == "two<eos>=" and left_out == 0 and label["best"] == 0
     assert [tokenizer.decode(sample) for sample in label["samples"]] == ["good<eos>", "bad<eos>"]
@@ -75,7 +75,7 @@ def test_conversations_with_other_prompts_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": [USER, GOOD], "rejected": [other, BAD]}])
     args, tokenizer = rm.Args(model="none", train_data=str(path)), make_tokenizer()
     with pytest.raises(SystemExit, match=r"--train_data .*row 1: .*differ"):
-        rm.read_labels("train_data", args, tokenizer, __import__("conftest").model_config("gpt2"), 1)
+        rm.read_labels("train_data", args, tokenizer, __import__("tiny").model_config("gpt2"), 1)
 
 
 def write_csv(path, rows):

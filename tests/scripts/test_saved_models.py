@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import (
+from tiny import (
     EOS,
     causal_lm,
     make_tokenizer,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import (
+from tiny import (
     EOS,
     causal_lm,
     make_tokenizer,
@@ -19,8 +19,8 @@ from conftest import (
     weights,
     write_jsonl,
 )
-from conftest import HELD_OUT_ROWS as HELD_OUT
-from conftest import SFT_ROWS as ROWS
+from tiny import HELD_OUT_ROWS as HELD_OUT
+from tiny import SFT_ROWS as ROWS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_single as sft

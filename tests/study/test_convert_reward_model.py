@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_rollout, make_tokenizer, reward_model
+from tiny import make_rollout, make_tokenizer, reward_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 

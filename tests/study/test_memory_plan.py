@@ -1,13 +1,10 @@
 """The memory plan: counted by hand where that is possible, and the same as real tensors need."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, causal_lm, model_config
+from tiny import VOCAB_SIZE, causal_lm, model_config
 
 import pfppo_single as pf
 import rm_single as rm
@@ -15,8 +12,7 @@ import sft_single as sft
 from benchmark import memory_plan as mp
 from benchmark.study import simulate
 
-ROOT = Path(__file__).resolve().parents[2]
-# the Llama of conftest: 2 layers x (2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 48 + 2 x 32) + 2 x 43 x 32 + 32
+# the Llama of tiny.py: 2 layers x (2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 48 + 2 x 32) + 2 x 43 x 32 + 32
 LLAMA = 2 * (2 * 1024 + 2 * 512 + 3 * 1536 + 64) + 2 * VOCAB_SIZE * 32 + 32
 OUTPUT = VOCAB_SIZE * 32  # the output layer, which a reward model lacks
 
@@ -164,10 +160,9 @@ def test_every_phase_of_every_script_has_a_row(script):
 
 
 @pytest.mark.parametrize("command", [["benchmark/memory_plan.py"], ["-m", "benchmark.memory_plan"]])
-def test_command_works_as_file_and_as_module(command, tmp_path):
+def test_command_works_as_file_and_as_module(command, forks, tmp_path):
     model_config("llama").save_pretrained(tmp_path)
-    flags = (
-        f"--policy {tmp_path} --processes 8 --gpu_gb 80 --shard --query_length 5 --response_length 7".split()
-    )
-    done = subprocess.run([sys.executable, *command, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1].endswith("it fits"), done.stderr
+    flags = "--script sft --processes 8 --gpu_gb 80 --shard --query_length 5 --response_length 7".split()
+    command = [*command, "--policy", str(tmp_path), *flags]
+    (printed,) = forks("fork_server", "run_command", command, folder=tmp_path / "log")["printed"]
+    assert printed.splitlines()[-1].endswith("it fits"), printed
