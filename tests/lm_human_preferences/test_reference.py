@@ -94,7 +94,7 @@ def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(GenerationMixin, "generate", kept)
         peer_policy.main(
-            peer_policy.Args(world=str(SHARED), output_dir=str(tmp_path / "peer"), seed=11, updates=6)
+            peer_policy.Args(world=str(SHARED), output_dir=str(tmp_path / "peer"), seed=11, updates=4)
         )
     import_reference.main(SHARED, tmp_path / "reward")
     flags = (
@@ -124,7 +124,7 @@ def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(tmp_path,
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("peer", "ours")
     )
-    assert len(peer) == len(ours) == 6
+    assert len(peer) == len(ours) == 4
     for tag in peer[0].keys():
         expected = pytest.approx([row[tag] for row in peer], rel=1e-3, abs=1e-4)
         assert [row[tag] for row in ours] == expected, tag

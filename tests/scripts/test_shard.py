@@ -47,6 +47,7 @@ def settings_of_runs(world: Path, folder: Path) -> dict[str, dict]:
     reward |= dict(response_length=6, normalize_before=True)
     ppo = tiny_settings(world, folder)
     ppo |= dict(minibatch_size=8, lr=1e-4, critic_lr=1e-4, eval_prompts=str(folder / "one_prompt.jsonl"))
+    ppo |= dict(normalize_samples=8)
     kept = dict(ppo, filter="top", thresholds=(-0.3, 0.3), normalize_reward=False, total_episodes=16)
     own_reward = dict(ppo, policy=str(world / "llama"), reward="shard_rewards:first_rank", critic_init=None)
     return {
