@@ -1032,8 +1032,12 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
     return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
-def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read."""
+def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
+    rank 0's weights by `place`."""
+    if empty:
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # loaders raise what they like
@@ -1051,11 +1055,7 @@ def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: s
     config = load_config(path, field)
     name = ", ".join(config.architectures or [])
     refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
-    if empty:  # `place` gives it rank 0's weights
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    else:
-        model = load_weights(AutoModelForCausalLM, path, field, config, dtype)
+    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, empty)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1630,15 +1630,13 @@ def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool
 
     config = load_config(path, "reward")
     bound = getattr(config, "reward_bound", "none")
-    if empty:  # `place` gives it rank 0's weights
-        with torch.device("meta"):
-            classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-            return RewardModel(classifier.base_model, bound)
-    classifier = load_weights(AutoModelForSequenceClassification, path, "reward", config, "auto")
+    classifier = load_weights(AutoModelForSequenceClassification, path, "reward", config, "auto", empty)
     model = RewardModel(classifier.base_model, bound)
     model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
     for parameter in model.lm_backbone.parameters():  # the head stays float32
         parameter.data = parameter.data.to(dtype)
+    if empty:
+        return model
     model.scalar_head.weight.data.copy_(classifier.score.weight)
     model.scalar_head.bias.data.fill_(getattr(config, "score_bias", 0.0))
     model.reward_gain.data.fill_(getattr(config, "reward_gain", 1.0))

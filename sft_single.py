@@ -519,8 +519,12 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
     return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
-def load_weights(auto_class, path: str, field: str, config, dtype) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read."""
+def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
+    rank 0's weights by `place`."""
+    if empty:
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # loaders raise what they like
@@ -538,11 +542,7 @@ def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: s
     config = load_config(path, field)
     name = ", ".join(config.architectures or [])
     refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
-    if empty:  # `place` gives it rank 0's weights
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    else:
-        model = load_weights(AutoModelForCausalLM, path, field, config, dtype)
+    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, empty)
     model.get_input_embeddings().padding_idx = None
     return model
 

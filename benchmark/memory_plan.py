@@ -10,7 +10,7 @@ sft); files of rows need not exist, and a reward model that does not exist yet i
 State is counted: weights, gradients and Adam's moments of what trains take 4 + 4 + 8 bytes a number, frozen
 weights 2 or 4, divided by the processes under --shard. What comes and goes is simulated (study/simulate.py), for
 rows as long as query_length + response_length allows, so real runs need less. Linux processes needed what
-is planned here within 15% (results/2026-11-26-memory-plan); no GPU was measured.
+is planned here within 15% (results/2026-11-26-memory-plan), an H100 within 2% (results/2026-11-26-gpu-speed).
 """
 
 import argparse

@@ -26,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
 from transformers import logging as transformers_logging
 
 import pfppo_single as pfppo
@@ -180,7 +179,7 @@ def last_words(text: str) -> str:
 def load(folder: Path | str):
     """Policy folder -> (model in eval mode, tokenizer)."""
     transformers_logging.disable_progress_bar()
-    tokenizer = pfppo.load_pretrained(AutoTokenizer, str(folder), "policy")
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", str(folder), "policy")
     return pfppo.load_causal_lm(str(folder)).eval(), tokenizer
 
 

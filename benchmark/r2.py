@@ -29,7 +29,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 import pfppo_single as pfppo
 from benchmark import records
@@ -110,7 +109,7 @@ def main(args: Args) -> dict:
     names += " forward_batch_size generation_batch_size"
     settings = pfppo.Args(**{name: getattr(args, name) for name in names.split()})
     config = pfppo.load_config(args.policy, "policy")
-    tokenizer = pfppo.load_pretrained(AutoTokenizer, args.policy, "policy")
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy")
     stop_id = pfppo.stop_token_id(tokenizer, args.stop_token)
     rows = pfppo.read_prompts("prompts", settings, tokenizer)[: args.num_prompts or None]
     fewest = len(rows) * size // n  # rows that BoN leaves

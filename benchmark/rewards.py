@@ -57,12 +57,11 @@ def reward_model(folder, device=""):
     """(model, tokenizer) of a sequence classification model with one label (rm_single.py writes one), loaded
     once per process."""
     import torch
-    from transformers import AutoTokenizer
 
     import pfppo_single as pfppo
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = pfppo.load_pretrained(AutoTokenizer, folder, "reward")
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", folder, "reward")
     pfppo.check_reward_model(folder, "reward", tokenizer, [[0]], new_tokens=0)
     return pfppo.load_reward_model(folder).to(device).eval(), tokenizer
 

@@ -15,7 +15,6 @@ from typing import ClassVar, Literal
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 import pfppo_single as pfppo
 import rm_single as rm
@@ -196,7 +195,7 @@ class Run:
             (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
         )
         self.device, self.config = self.accelerator.device, pfppo.load_config(args.policy, "policy")
-        self.tokenizer = pfppo.load_pretrained(AutoTokenizer, args.policy, "policy")
+        self.tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy")
         self.stop_id = pfppo.stop_token_id(self.tokenizer, args.stop_token)
         self.rows = pfppo.read_prompts("prompts", args, self.tokenizer)
         self.eval_rows = pfppo.read_prompts("eval_prompts", args, self.tokenizer)

@@ -393,13 +393,13 @@ def generate(args, problems, kept, keep):
     id, sample, completion) for each. Prompts, padding, positions and sampling are those of pfppo_single.py; a
     completion ends at any stop token that the model's folder or its tokenizer names."""
     import torch
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     import pfppo_single as pfppo
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = pfppo.load_pretrained(AutoTokenizer, args.model, "model")
+        tokenizer = pfppo.load_pretrained("AutoTokenizer", args.model, "model")
         config = pfppo.load_config(args.model, "model")
         if args.prompt_style == "chat" and not tokenizer.chat_template:
             raise InputError(f"--model {args.model}: no chat template there; use --prompt_style completion")

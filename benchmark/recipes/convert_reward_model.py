@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 import rm_single as rm
 
@@ -35,7 +35,7 @@ def convert(old: Path, new: Path) -> None:
         (new.exists(), f"{new} is there already; name a new folder"),
     )
     accelerator = rm.start_accelerator()
-    tokenizer = rm.load_pretrained(AutoTokenizer, str(old), "OLD")
+    tokenizer = rm.load_pretrained("AutoTokenizer", str(old), "OLD")
     stop_id = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     new.parent.mkdir(parents=True, exist_ok=True)
     rm.save_model(accelerator, rm.as_classifier(load_old(old)), tokenizer, stop_id, new)

@@ -37,7 +37,6 @@ from typing import Literal
 import numpy as np
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 import pfppo_single as pfppo
 from benchmark import r2, records
@@ -385,7 +384,7 @@ def main(args: Args) -> None:
     transformers.logging.disable_progress_bar()
     folder = Path(args.output_dir)
     data = folder / "data"
-    tokenizer = pfppo.load_pretrained(AutoTokenizer, args.model, "model")
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.model, "model")
     splits = make_data(args, tokenizer)
     print(", ".join(f"{len(rows)} {split} problems" for split, rows in splits.items()), flush=True)
     if args.dry_run:

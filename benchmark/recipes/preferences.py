@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer
 
 import pfppo_single as pfppo
 from benchmark import minicode, r2, records
@@ -67,7 +66,7 @@ def main(args: Args) -> None:
     names += " generation_batch_size"
     given = {name: getattr(args, name) for name in names.split()}
     settings = pfppo.Args(reward=f"{__name__}:no_score", **given)
-    tokenizer = pfppo.load_pretrained(AutoTokenizer, args.policy, "policy")
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy")
     rows = pfppo.read_prompts("prompts", settings, tokenizer, accelerator.print)
     grader = pfppo.load_function(args.actual_score, "actual_score")
     folder = pfppo.open_run(accelerator, args)

@@ -259,7 +259,7 @@ def as_prompt(instruction: str, args: Args, tokenizer):
 
 def make_tokenizer(args: Args, folder: Path):
     """The model's tokenizer, with the template of --chat_template; (tokenizer, folder or id that has it)."""
-    tokenizer, where = pfppo.load_pretrained(AutoTokenizer, args.model, "model"), args.model
+    tokenizer, where = pfppo.load_pretrained("AutoTokenizer", args.model, "model"), args.model
     if args.chat_template:
         file = Path(args.chat_template)
         pfppo.refuse((not file.is_file(), f"--chat_template {file}: no such file"))
