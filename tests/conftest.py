@@ -4,6 +4,7 @@ files or tests by name run in this process. `-n 0` runs everything in it, `-n 2 
 tiny.py, which imports torch and transformers, is loaded into the processes that run tests: under xdist the one that
 hands tests out is none of them."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def pytest_configure(config):
         import tiny
 
         config.pluginmanager.register(tiny)
+        gc.freeze()  # a million objects of libraries, which a full collection would look through for half a second
 
 
 def pytest_collection_modifyitems(config, items):
