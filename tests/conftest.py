@@ -28,7 +28,8 @@ def is_worker(config) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    if whole and not is_worker(config) and getattr(config.option, "numprocesses", 0) is None:
+    alone = is_worker(config) or config.option.usepdb or config.option.collectonly
+    if whole and not alone and getattr(config.option, "numprocesses", 0) is None:  # not given; 0: no xdist
         config.option.numprocesses, config.option.dist = 2, "loadfile"
         config.option.loadscopereorder = False
 

@@ -142,15 +142,19 @@ def warm_up() -> None:
 
     torch.set_num_threads(1)
     config = GPT2Config(n_layer=1, n_embd=4, n_head=1, vocab_size=4, bos_token_id=0, eos_token_id=0)
-    with tempfile.TemporaryDirectory() as folder:
+    bars = contextlib.redirect_stderr(io.StringIO())  # of progress
+    with tempfile.TemporaryDirectory() as folder, bars:
         for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
             auto_class.from_config(config).save_pretrained(folder)
             auto_class.from_pretrained(folder)
 
 
-def answer_requests(requests, answers) -> None:
-    """Serves until `requests` ends, as it does when the process of the tests has gone."""
-    for line in requests:
+def answer_requests(requests, answers, prepare=lambda: None) -> None:
+    """Prepares at the first request; serves until `requests` ends, as it does when the process of the tests has
+    gone."""
+    for i, line in enumerate(requests):
+        if i == 0:
+            prepare()
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
 
 
@@ -167,10 +171,8 @@ def fork_here() -> tuple:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end us
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
         os.environ.update(ENVIRONMENT)
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
-            warm_up()
         with os.fdopen(theirs_in) as requests, os.fdopen(theirs_out, "w") as answers:
-            answer_requests(requests, answers)
+            answer_requests(requests, answers, warm_up)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -39,7 +39,7 @@ def settings_of_runs(world: Path, folder: Path) -> dict[str, dict]:
         write_jsonl(folder / f"{name}.jsonl", data)
     write_jsonl(folder / "one_prompt.jsonl", [{"prompt": "held out", "n": 0}])
     # batches of 7 and of 1: ranks with unequal numbers of micro-batches, then one with no row
-    common = dict(batch_size=7, micro_batch_size=1, lr=1e-4, log_every=1, checkpoint_every=1, eval_every=2)
+    common = dict(batch_size=7, micro_batch_size=1, lr=1e-4, log_every=1, checkpoint_every=9, eval_every=2)
     tuning = dict(common, model=str(world / "llama"), epochs=2, train_data=str(folder / "rows.jsonl"))
     tuning |= dict(eval_data=str(folder / "one_row.jsonl"))
     reward = dict(common, model=str(world / "gpt2"), epochs=2, train_data=str(folder / "labels.jsonl"))
@@ -47,7 +47,7 @@ def settings_of_runs(world: Path, folder: Path) -> dict[str, dict]:
     reward |= dict(response_length=6, normalize_before=True)
     ppo = tiny_settings(world, folder)
     ppo |= dict(minibatch_size=8, lr=1e-4, critic_lr=1e-4, eval_prompts=str(folder / "one_prompt.jsonl"))
-    ppo |= dict(normalize_samples=8)
+    ppo |= dict(normalize_samples=8, checkpoint_every=9)
     kept = dict(ppo, filter="top", thresholds=(-0.3, 0.3), normalize_reward=False, total_episodes=16)
     own_reward = dict(ppo, policy=str(world / "llama"), reward="shard_rewards:first_rank", critic_init=None)
     return {
@@ -79,7 +79,9 @@ def launched(world, tmp_path_factory, forks):
             settings = {**case["settings"], "shard": shard, **extra}
             runs.append({**case, "name": f"{name}_{'shard' if shard else 'ddp'}", "settings": settings})
         if name in RESUMED:
-            runs.append({**runs[-1], "name": f"{name}_resumed", "dies_at": RESUMED[name]})
+            settings = {**runs[-1]["settings"], "checkpoint_every": 1}
+            dying = {"name": f"{name}_resumed", "settings": settings, "dies_at": RESUMED[name]}
+            runs.append({**runs[-1], **dying})
     half = {**cases["ppo"]["settings"], "shard": True, "lr": 5e-7, "eps": 1e-8, "noptepochs": 1}
     half |= {"total_episodes": 16, "eval_prompts": None}
     runs.append(dict(name="half", script="pfppo", settings=half, precision="bf16"))
