@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import fork_server
 import pfppo_single as pf
 import rm_single as rm
 

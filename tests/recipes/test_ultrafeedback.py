@@ -5,8 +5,8 @@ import sys
 import types
 
 import pytest
-from tiny import causal_lm, make_tokenizer, write_jsonl
 from in_process import run_in_process
+from tiny import causal_lm, make_tokenizer, write_jsonl
 
 from benchmark.recipes import ultrafeedback as uf
 

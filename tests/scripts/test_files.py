@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import EOS, make_tokenizer, write_jsonl
 from safetensors.torch import load_file
+from tiny import EOS, make_tokenizer, write_jsonl
 
 import pfppo_single as pf
 

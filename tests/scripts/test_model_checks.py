@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import causal_lm, make_tokenizer, model_config, reward_model
 from safetensors.torch import load_file, save_file
+from tiny import causal_lm, make_tokenizer, model_config, reward_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig
 

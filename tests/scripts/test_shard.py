@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import shard_driver
 import torch
-from tiny import read_metrics, same, sft_settings, timeless, tiny_settings, weights, write_jsonl
 from safetensors.torch import load_file
+from tiny import read_metrics, same, sft_settings, timeless, tiny_settings, weights, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import pfppo_single as pf
