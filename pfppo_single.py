@@ -51,7 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
 
@@ -81,13 +81,14 @@ class Args:
     """shared over ranks; data order, filter, sampling, minibatches: from (seed, update, rank)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
+    log_with: str = "tensorboard"
+    """tracker of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, swanlab, ...; or `none`"""
     # models
     policy: str
     """π_θ at the start and the reference π_SFT: folder or hub id of a causal language model"""
     reward: str
     """R_φ: folder or hub id of a sequence classification model with one label (rm_single.py writes one), or
-    `module:function` of (prompts, responses, rows) -> floats; `module:function@TEXT` adds the keyword
-    source"""
+    `module:function` of (prompts, responses, rows) -> floats; with `@TEXT` behind it, source=TEXT is added"""
     critic: Literal["separate", "shared"] = "separate"
     """a critic of its own, or one linear head (zero at first) on the policy's last hidden state (LMHP)"""
     critic_init: str | None = None
@@ -104,6 +105,8 @@ class Args:
     """training prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
+    chat_template: str | None = None
+    """file with a Jinja template, in place of the tokenizer's own if it has one; saved with the model"""
     query_length: Count = 512
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_start"] = "drop"
@@ -122,7 +125,7 @@ class Args:
     temperature: Positive = 1.0
     """divides the logits of policy, old policy and reference alike; there is no top-k or top-p"""
     stop_token: str = "eos"
-    """token that ends a response: `eos`, `none`, a token or an id; it alone decides truncation and masks"""
+    """ends a response: `eos`, `none`, a token, a text that is one, an id; decides truncation and masks"""
     stop_after: Whole = 0
     """a stop token counts only at this response index (from 0) or later (LMHP)"""
     mask_after_stop: bool = True
@@ -218,7 +221,7 @@ PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator(args.shard)
+    accelerator = start_accelerator(args.shard, args.log_with, args.output_dir)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     all_sum = partial(accelerator.reduce, reduction="sum")
     num_kept, weights, num_updates = check_args(args, world)
@@ -278,7 +281,7 @@ def main(args: Args) -> None:
             state["reward_mean"], state["reward_std"] = scores.mean().item(), scores.std().item()
             same = f"--reward gives {scores[0]} for all {len(scores)} samples of π_SFT: nothing to learn from"
             refuse((not state["reward_std"] > 0, same))
-    writer = open_metrics(output_dir, state["step"]) if rank == 0 else None
+    open_metrics(accelerator, args, output_dir, state["step"])
     run_start, first_update = time.time(), state["step"]
     for update in range(first_update + 1, num_updates + 2):
         # ---------------- Evaluate and log what was trained so far. This may fail: a checkpoint comes before
@@ -292,7 +295,7 @@ def main(args: Args) -> None:
                 save_model(accelerator, policy, tokenizer, stop_id, output_dir / "policy_best")
         if metrics:
             left = time_left(run_start, done - first_update, num_updates - done)
-            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_updates}{left}")
+            log_metrics(accelerator, output_dir, done, metrics, SHOWN, f"/{num_updates}{left}")
         if done == num_updates:
             break
         clock = [time.time()]
@@ -371,7 +374,7 @@ def main(args: Args) -> None:
         for epoch in range(args.noptepochs if len(selected) else 0):
             generator = random_generator("cpu", args.seed, 5, update, epoch, rank)
             order = torch.randperm(len(mask), generator=generator).to(device)
-            for minibatch in order.tensor_split(num_minibatches):
+            for minibatch in progress(order.tensor_split(num_minibatches), f"epoch {epoch + 1}: minibatch"):
                 idle = len(minibatch) == 0  # a rank with fewer rows than minibatches goes along with weight 0
                 minibatch = order[:1] if idle else minibatch
                 kept["loss_weights"] = torch.zeros_like(kept["values"])
@@ -403,16 +406,11 @@ def main(args: Args) -> None:
         metrics |= sample_metrics(all_scores, all_shaped, all_lengths, all_stop, selected)
         if len(selected):  # thresholds can leave nothing to take a mean of; 0 would pass for a KL of 0
             metrics |= kept_metrics(kept, kl, non_score_reward, all_sum)
-            metrics |= dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
-            metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}  # before clipping
-            metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()
-            metrics["ppo/policy/first_ratio_max"] = first_ratio_max.item()  # both 1: nothing has moved yet
+            metrics |= training_metrics(stats, norms, first_ratio_max)
         if args.kl_target:
             mean_kl, fraction = metrics["objective/kl"], args.batch_size * n / args.kl_horizon
             state["kl_coef"] = next_kl_coef(state["kl_coef"], mean_kl, args.kl_target, fraction)
-        for part, seconds in zip(("generate", "score", "logprobs", "train"), np.diff(clock)):
-            metrics[f"seconds/{part}"] = float(seconds)
-        metrics["seconds/update"] = clock[-1] - clock[0]
+        metrics |= phase_seconds(clock)
         if rank == 0 and args.print_samples_every and update % args.print_samples_every == 0:
             show_sample(output_dir, update, batch_rows[0][args.prompt_field], texts[0], raw_scores[0].item())
         if args.save_policy_every and update % args.save_policy_every == 0:
@@ -427,8 +425,6 @@ def main(args: Args) -> None:
     accelerator.print(f"done: {output_dir / 'policy'}")
 
 
-SHOWN = ("objective/score", "filter/score", "objective/kl", "eval/sampled_reward", "eval/kl")
-SHOWN += ("eval/greedy_pass1", "seconds/update")
 STATS = ("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total", "ppo/policy/entropy", "ppo/policy/approxkl")
 STATS += ("ppo/policy/clipfrac", "ppo/policy/ratio", "ppo/val/clipfrac", "ppo/val/vpred", "ppo/val/error")
 
@@ -641,8 +637,7 @@ class PolicyAndCritic(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(self, ids: Tensor, mask: Tensor, response_length: int) -> tuple[Tensor, Tensor]:
-        """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R), aligned with the R response
-        tokens."""
+        """ids, mask (rows, Q+R) -> logits (rows, R, V) and values (rows, R) of the R response tokens."""
         shared, hidden = isinstance(self.critic, nn.Linear), []
         if shared:  # what the output layer reads; hidden_states[-1] is something else in gemma3n
             backbone = getattr(self.policy, "model", self.policy.base_model)
@@ -660,8 +655,7 @@ class PolicyAndCritic(nn.Module):
 
 def make_critic(args: Args, policy: nn.Module, empty: bool = False) -> nn.Module:
     """The critic that `critic` and `critic_init` ask for. It starts from the reward model where there is one:
-    what a state is worth is close to what the reward model says of the text so far. Else its head starts at
-    zero."""
+    what a state is worth is close to what that says of the text so far. Else its head starts at zero."""
     if args.critic == "shared":
         critic = head = RewardModel(getattr(policy, "model", policy.base_model)).scalar_head
     elif args.critic_init or ":" not in args.reward:
@@ -745,12 +739,11 @@ def generate(
 @torch.no_grad()
 def sample_rollout(model, rows, n: int, temperature: float, args: Args, stop_id: int, generator) -> dict:
     """n responses to each row -> queries, query_mask (B*N, Q), responses, response_mask, score_mask (B*N, R),
-    has_stop (B*N,); those of a row are adjacent. response_mask is what is trained on, score_mask what R_φ
-    reads."""
+    has_stop (B*N,), a row's adjacent. response_mask is what is trained on, score_mask what R_φ reads."""
     queries, query_mask = pad_left([row["query_ids"] for row in rows], next(model.parameters()).device)
     length, stop = args.response_length, stop_id if args.mask_after_stop else -1
     size, responses = max(1, (args.generation_batch_size or args.forward_batch_size) // n), []
-    for ids, mask in zip(queries.split(size), query_mask.split(size)):
+    for ids, mask in progress(list(zip(queries.split(size), query_mask.split(size))), "generating: batch"):
         width = int(mask.sum(1).max())
         ids, mask = ids[:, -width:], mask[:, -width:]
         responses.append(generate(model, ids, mask, n, length, temperature, stop, args.stop_after, generator))
@@ -799,11 +792,11 @@ def response_logprobs_and_values(
     model: nn.Module, rollout: dict[str, Tensor], temperature: float, size: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and values (rows, R) of a rollout, `size` rows at a time, 0 behind each response.
-    `model` is a PolicyAndCritic, or a causal LM (values are then 0). The logits are gone when this
-    returns."""
+    `model` is a PolicyAndCritic, or a causal LM (values are then 0). Its logits are gone at the end."""
     logprobs = torch.zeros(rollout["responses"].shape, device=rollout["responses"].device)
     values = torch.zeros_like(logprobs)
-    for rows in micro_batches(rollout, torch.arange(len(logprobs), device=logprobs.device), size):
+    parts = micro_batches(rollout, torch.arange(len(logprobs), device=logprobs.device), size)
+    for rows in progress(parts, "log-probabilities: batch"):
         batch = trim(rollout, rows)
         ids, mask, r = batch["query_responses"], batch["mask"], batch["responses"].shape[1]
         if isinstance(model, PolicyAndCritic):
@@ -819,10 +812,10 @@ def response_logprobs_and_values(
 
 @torch.no_grad()
 def reward_model_scores(model: RewardModel, rollout: dict[str, Tensor], size: int) -> Tensor:
-    """R_φ of every row (rows,): reads the query and the response up to score_mask, the score at the last
-    token."""
+    """R_φ of every row (rows,): the score at the last token of query and response, up to score_mask."""
     scores = torch.zeros(len(rollout["responses"]), device=rollout["responses"].device)
-    for rows in micro_batches(rollout, torch.arange(len(scores), device=scores.device), size):
+    parts = micro_batches(rollout, torch.arange(len(scores), device=scores.device), size)
+    for rows in progress(parts, "scoring: batch"):
         batch = trim(rollout, rows)
         mask = batch["read_mask"]
         last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
@@ -855,8 +848,7 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
-    itself."""
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args."""
     argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
@@ -871,15 +863,18 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return args
 
 
-def start_accelerator(shard: bool = False) -> Accelerator:
-    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
-    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
-    stopped."""
+def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = "") -> Accelerator:
+    """Ranks wait two hours for one that saves or grades (NCCL: ten minutes); DDP keeps one copy of gradients,
+    not two. Refuses launchers that shard weights: sampling would wait for ranks that have stopped."""
+    here = ["none", *map(str, tracking.get_available_trackers())]
+    refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp]
+    where = {} if tracker == "none" else {"log_with": tracker, "project_dir": folder}
+    accelerator = Accelerator(kwargs_handlers=handlers, **where)
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -985,8 +980,8 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
         yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
-def load_pretrained(auto_class: str, path: str, field: str):
-    """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
+def load_pretrained(auto_class: str, path: str, field: str, template: str | None = None):
+    """Configuration, or tokenizer (with a file's template), of a folder or id; refused if there is none."""
     import transformers  # slow to import: not before the settings are checked
 
     transformers.logging.disable_progress_bar()
@@ -997,12 +992,18 @@ def load_pretrained(auto_class: str, path: str, field: str):
         raise SystemExit(f"--{field} {path}: {hub}{first_line(error)}") from None
     empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
     refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
+    if template:
+        try:
+            loaded.chat_template = Path(template).read_text("utf-8")
+            nothing = f"--chat_template {template}: it renders to nothing; give a Jinja file"
+            refuse((not encode_prompt(loaded, [{"role": "user", "content": "@"}]), nothing))
+        except Exception as error:  # templates raise what they like
+            raise SystemExit(f"--chat_template {template}: {first_line(error)}; give a Jinja file") from None
     return loaded
 
 
 def load_config(path: str, field: str):
-    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
-    mode."""
+    """Configuration of a folder or hub id without dropout, layer drop, noise: train mode is eval mode."""
     config, noise = load_pretrained("AutoConfig", path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
@@ -1033,8 +1034,8 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
 
 
 def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
-    rank 0's weights by `place`."""
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
+    rank 0's weights in `place`."""
     if empty:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
@@ -1147,8 +1148,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 
 
 def plain_text(content) -> str | None:
-    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
-    picture)."""
+    """A chat message's content as one text: itself, or its text parts joined; None for others (a picture)."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
@@ -1164,8 +1164,7 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
-    itself."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, messages its template, which writes BOS itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
@@ -1181,10 +1180,10 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
         try:
             ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
         except Exception as error:  # templates raise what they like
-            text = str(error).partition("\n")[0]
-            raise SystemExit(
-                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
-            ) from None
+            none = "it has no chat template; give --chat_template FILE, or texts"
+            text = first_line(error) if tokenizer.chat_template else none
+            where = f"--{field}, row {number}: {column} is refused by the tokenizer"
+            raise SystemExit(f"{where}: {text}") from None
         encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
     refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
     return encoded
@@ -1210,10 +1209,13 @@ def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[
 
 
 def stop_token_id(tokenizer, token: str) -> int:
-    """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
+    """Id of `eos`, of a token, of an id in digits or of a text that is one token; -1 for `none`."""
     ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
-    token_id = int(token) if token.isdigit() else ids.get(token)
-    refuse((token_id is None, f"--stop_token {token}: no such token in the tokenizer; give one, or `none`"))
+    pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
+    one = pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
+    token_id = int(token) if token.isdigit() else ids.get(token, one)
+    tokens = tokenizer.convert_ids_to_tokens(pieces)
+    refuse((token_id is None, f"--stop_token {token!r} is no token, but {tokens}; give one token, or `none`"))
     return token_id
 
 
@@ -1286,10 +1288,7 @@ def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens
         (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
         (modes, f"{where} differs between train and eval mode; turn off what is random in its configuration"),
         (padding, f"{where} gives a padded row other numbers than that row alone: padding reaches its state"),
-        (
-            future,
-            f"{where} gives a token other numbers when more follow; lower query_length, response_length",
-        ),
+        (future, f"{where} gives a token other numbers if more follow; lower query_length, response_length"),
     )
 
 
@@ -1351,15 +1350,15 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
 
 def open_run(accelerator: Accelerator, args) -> Path:
     """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
-    run of other data or of other settings than those of memory and speed."""
+    run of other data or of other settings than those of memory, speed and tracker."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
+    free = "micro_batch|forward_batch|generation_batch|gradient_checkpointing|checkpoint_every|log_with"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
     for name, path in dataclasses.asdict(args).items():
         if isinstance(path, str) and Path(path).is_file():
             new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     old = json.loads(file.read_text()) if file.is_file() else new
-    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
+    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
@@ -1384,16 +1383,26 @@ def open_run(accelerator: Accelerator, args) -> Path:
     return folder
 
 
-def open_metrics(folder: Path, step: int):
-    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
-    drops from metrics.jsonl and samples.jsonl what will be written once more."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> None:
+    """Starts the tracker of a run that goes on from the checkpoint of `step`, whose line is logged again; it
+    ends itself at exit. Drops from metrics.jsonl and samples.jsonl what will be written once more."""
     for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
-        if path.is_file():
+        if path.is_file() and accelerator.is_main_process:
             lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    # the name is that of TensorBoard's folder, or of the others' project
+    name, settings = ("tensorboard", None) if args.log_with == "tensorboard" else ("pfppo", vars(args))
+    accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
+
+
+def progress(parts, phase: str):
+    """The parts one by one; where they take longer, rank 0 says every 30 seconds how far the phase is."""
+    said = time.time()
+    for done, part in enumerate(parts):
+        if time.time() - said >= 30 and PartialState().is_main_process:
+            said = time.time()
+            print(f"{phase} {done}/{len(parts)}", flush=True)
+        yield part
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
@@ -1401,14 +1410,12 @@ def time_left(start: float, done: int, to_do: int) -> str:
     return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
 
 
-def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
-    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
-    writer."""
-    if writer is not None:
+def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:
+    """metrics.jsonl, the tracker, and on the console the tags in `shown`; by rank 0 alone."""
+    if accelerator.is_main_process:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
+        accelerator.log(metrics, step)
         values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
@@ -1433,6 +1440,9 @@ def run(main, args) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing of this script alone
 # ------------------------------------------------------------------------------------------------------------
+
+SHOWN = ("objective/score", "filter/score", "objective/kl", "eval/sampled_reward", "eval/kl")
+SHOWN += ("eval/greedy_pass1", "seconds/update")
 
 
 def growing_cache(config):
@@ -1572,7 +1582,7 @@ def call_function(
 def read_inputs(args: Args, say=print) -> tuple:
     """Tokenizer, stop token, rows of `prompts` and `eval_prompts`; refuses what does not fit the models."""
     config = load_config(args.policy, "policy")
-    tokenizer = load_pretrained("AutoTokenizer", args.policy, "policy")
+    tokenizer = load_pretrained("AutoTokenizer", args.policy, "policy", args.chat_template)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     rows, eval_rows = (read_prompts(field, args, tokenizer, say) for field in ("prompts", "eval_prompts"))
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
@@ -1728,6 +1738,21 @@ def kept_metrics(kept: dict[str, Tensor], kl: Tensor, non_score_reward: Tensor, 
         variance = (second - first**2 / tokens) / max(tokens - 1, 1)
         metrics |= {f"{name}/mean": first / tokens, f"{name}/var": variance}
     return metrics
+
+
+def training_metrics(stats: list[Tensor], norms: list[float], first_ratio_max: Tensor) -> dict[str, float]:
+    """Means of the STATS and of gradient norms before clipping over optimizer steps, and the ratio of the
+    first step, where nothing has moved yet: mean and largest are 1."""
+    metrics = dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
+    metrics |= {"ppo/grad_norm": float(np.mean(norms))} if norms else {}
+    metrics["ppo/policy/first_ratio"] = stats[0][STATS.index("ppo/policy/ratio")].item()
+    return metrics | {"ppo/policy/first_ratio_max": first_ratio_max.item()}
+
+
+def phase_seconds(clock: list[float]) -> dict[str, float]:
+    """Times of the start and of the ends of four phases -> seconds of each one and of all."""
+    parts = zip(("generate", "score", "logprobs", "train"), np.diff(clock))
+    return {f"seconds/{part}": float(x) for part, x in parts} | {"seconds/update": clock[-1] - clock[0]}
 
 
 def show_sample(folder: Path, step: int, prompt, response: str, score: float) -> None:

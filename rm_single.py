@@ -49,7 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 
@@ -76,6 +76,8 @@ class Args:
     """shared over ranks: output layer, data order; sampling gets its own generators from (seed, rank)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
+    log_with: str = "tensorboard"
+    """tracker of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, swanlab, ...; or `none`"""
     # models
     model: str
     """π_SFT: causal language model, folder or hub id; R_φ starts from it, and it is sampled to normalise"""
@@ -99,6 +101,8 @@ class Args:
     """token-id labels: id that pads them in the file, stripped on reading; -1: none"""
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
+    chat_template: str | None = None
+    """file with a Jinja template, in place of the tokenizer's own if it has one; saved with the model"""
     chosen_field: str = "chosen"
     """column with the better response: a text, or messages that end with it (earlier ones are the prompt)"""
     rejected_field: str = "rejected"
@@ -110,7 +114,7 @@ class Args:
     response_length: Count = 512
     """longest response in tokens with stop token: longer labels are left out, samples cut"""
     stop_token: str = "eos"
-    """ends a sample: `eos`, `none`, a token or an id; special tokens also close text labels"""
+    """ends a sample: `eos`, `none`, a token, a text that is one, an id; special ones also end text labels"""
     # training
     epochs: Count = 1
     """passes over the labels (PAPER: 1)"""
@@ -170,7 +174,7 @@ PRESETS = {"pfppo": "", "lm_human_preferences": LM_HUMAN_PREFERENCES}
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator(args.shard)
+    accelerator = start_accelerator(args.shard, args.log_with, args.output_dir)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     refuse((args.batch_size < world, f"--batch_size must be at least the {world} processes"))
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
@@ -185,7 +189,7 @@ def main(args: Args) -> None:
         (not known, f"--model {args.model}: transformers has no sequence classification form of it"),
         (not isinstance(head, nn.Linear), f"--model {args.model}: that form of it has no layer `score`"),
     )
-    tokenizer = load_pretrained("AutoTokenizer", args.model, "model")
+    tokenizer = load_pretrained("AutoTokenizer", args.model, "model", args.chat_template)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
@@ -212,15 +216,8 @@ def main(args: Args) -> None:
         f"{len(eval_labels)} held-out ({eval_left_out} left out), {len(queries)} prompts to normalise on\n"
         f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
-    first = labels[0]
-    show_first(
-        accelerator,
-        tokenizer,
-        first.get("prompt", []),
-        first["query"],
-        first["samples"][first["best"]],
-        stop_id,
-    )
+    first, best = labels[0], labels[0]["samples"][labels[0]["best"]]
+    show_first(accelerator, tokenizer, first.get("prompt", []), first["query"], best, stop_id)
     frozen_dtype = frozen_precision(accelerator, args.frozen_dtype)
     if args.dry_run:
         accelerator.print(memory_line(accelerator, config, 1, 1, frozen_dtype, args.shard))
@@ -244,7 +241,7 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------ Continue a killed run; 2. or normalise first
     state = load_checkpoint(accelerator, output_dir, model, optimizer)
-    writer = open_metrics(output_dir, state["step"] if state else 0) if rank == 0 else None
+    open_metrics(accelerator, args, output_dir, state["step"] if state else 0)
     if state is None:
         rows = [label["query"] + label["samples"][0] for label in labels]
         check_model(accelerator, reward_model, rows, 0, "model")
@@ -253,7 +250,7 @@ def main(args: Args) -> None:
         state = {"step": 0, "optimizer_step": 0, "recent": {}, "metrics": {}}
         if args.normalize_before:
             metrics = normalize(accelerator, reward_model, sft_policy, queries, args, stop_id, stage=0)
-            log_metrics(writer, output_dir, 0, metrics, ("normalize_before/gain",), "")
+            log_metrics(accelerator, output_dir, 0, metrics, ("normalize_before/gain",), "")
     run_start, first_step = time.time(), state["step"]
     for step in range(first_step + 1, num_steps + 2):
         # ---------------- 5. held-out loss and accuracy. This may fail: a checkpoint comes before
@@ -263,7 +260,7 @@ def main(args: Args) -> None:
             metrics |= backbone_kl(accelerator, trained_lm, sft_policy, queries, args, stop_id, done)
         if metrics:
             left = time_left(run_start, done - first_step, num_steps - done)
-            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_steps}{left}")
+            log_metrics(accelerator, output_dir, done, metrics, SHOWN, f"/{num_steps}{left}")
         if done == num_steps:
             break
         step_start = time.time()
@@ -307,18 +304,15 @@ def main(args: Args) -> None:
             metrics["train/bias"] = full(reward_model.reward_bias).item()
             state["recent"] = {}
         state |= {"step": step, "metrics": metrics}
-        if (
-            last
-            or stop
-            or any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
-        ):
+        due = any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
+        if due or stop or last:
             save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
         refuse((stop, f"stopped after step {step}, as asked; the same command goes on"))
 
     # ------------------------------------------------ 6. normalise again, save
     if args.normalize_after:
         metrics = normalize(accelerator, reward_model, sft_policy, queries, args, stop_id, stage=1)
-        log_metrics(writer, output_dir, num_steps + 1, metrics, ("normalize_after/gain",), "")
+        log_metrics(accelerator, output_dir, num_steps + 1, metrics, ("normalize_after/gain",), "")
     save_model(accelerator, as_classifier(reward_model), tokenizer, stop_id, output_dir / "model")
     accelerator.print(f"done: {output_dir / 'model'}")
 
@@ -339,7 +333,7 @@ def normalize(accelerator, reward_model, sft_policy, queries, args: Args, stop_i
         samples = sample(accelerator, sft_policy, queries, count, args, stop_id, stage, number)
         local_rewards = torch.zeros(len(samples), device=accelerator.device)
         with whole(accelerator, reward_model):
-            for part in micro_batches(samples, args.forward_batch_size):
+            for part in progress(micro_batches(samples, args.forward_batch_size), "scoring: batch"):
                 rewards = label_rewards(reward_model, part, accelerator.device)[0]
                 local_rewards[[label["row"] for label in part]] = rewards.squeeze(1)
         rewards = accelerator.gather(local_rewards)
@@ -489,7 +483,7 @@ def sample(accelerator, model, queries, count: int, args: Args, stop_id: int, st
     generator = random_generator(accelerator.device, args.seed, 1, rank, stage, number)
     picks = prompt_order(len(queries), rank * count, count, args.seed + 1000 * stage + number)
     samples, size = [], args.forward_batch_size
-    for part in (picks[i : i + size] for i in range(0, count, size)):
+    for part in progress([picks[i : i + size] for i in range(0, count, size)], "generating: batch"):
         ids, mask = pad_left([queries[i] for i in part], accelerator.device)
         with whole(accelerator, model):
             model.tie_weights()  # to the embedding that is whole now
@@ -556,8 +550,7 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
-    itself."""
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args."""
     argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
@@ -572,15 +565,18 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return args
 
 
-def start_accelerator(shard: bool = False) -> Accelerator:
-    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
-    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
-    stopped."""
+def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = "") -> Accelerator:
+    """Ranks wait two hours for one that saves or grades (NCCL: ten minutes); DDP keeps one copy of gradients,
+    not two. Refuses launchers that shard weights: sampling would wait for ranks that have stopped."""
+    here = ["none", *map(str, tracking.get_available_trackers())]
+    refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp]
+    where = {} if tracker == "none" else {"log_with": tracker, "project_dir": folder}
+    accelerator = Accelerator(kwargs_handlers=handlers, **where)
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -686,8 +682,8 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
         yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
-def load_pretrained(auto_class: str, path: str, field: str):
-    """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
+def load_pretrained(auto_class: str, path: str, field: str, template: str | None = None):
+    """Configuration, or tokenizer (with a file's template), of a folder or id; refused if there is none."""
     import transformers  # slow to import: not before the settings are checked
 
     transformers.logging.disable_progress_bar()
@@ -698,12 +694,18 @@ def load_pretrained(auto_class: str, path: str, field: str):
         raise SystemExit(f"--{field} {path}: {hub}{first_line(error)}") from None
     empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
     refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
+    if template:
+        try:
+            loaded.chat_template = Path(template).read_text("utf-8")
+            nothing = f"--chat_template {template}: it renders to nothing; give a Jinja file"
+            refuse((not encode_prompt(loaded, [{"role": "user", "content": "@"}]), nothing))
+        except Exception as error:  # templates raise what they like
+            raise SystemExit(f"--chat_template {template}: {first_line(error)}; give a Jinja file") from None
     return loaded
 
 
 def load_config(path: str, field: str):
-    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
-    mode."""
+    """Configuration of a folder or hub id without dropout, layer drop, noise: train mode is eval mode."""
     config, noise = load_pretrained("AutoConfig", path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
@@ -734,8 +736,8 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
 
 
 def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
-    rank 0's weights by `place`."""
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
+    rank 0's weights in `place`."""
     if empty:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
@@ -848,8 +850,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 
 
 def plain_text(content) -> str | None:
-    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
-    picture)."""
+    """A chat message's content as one text: itself, or its text parts joined; None for others (a picture)."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
@@ -865,8 +866,7 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
-    itself."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, messages its template, which writes BOS itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
@@ -882,10 +882,10 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
         try:
             ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
         except Exception as error:  # templates raise what they like
-            text = str(error).partition("\n")[0]
-            raise SystemExit(
-                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
-            ) from None
+            none = "it has no chat template; give --chat_template FILE, or texts"
+            text = first_line(error) if tokenizer.chat_template else none
+            where = f"--{field}, row {number}: {column} is refused by the tokenizer"
+            raise SystemExit(f"{where}: {text}") from None
         encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
     refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
     return encoded
@@ -911,10 +911,13 @@ def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[
 
 
 def stop_token_id(tokenizer, token: str) -> int:
-    """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
+    """Id of `eos`, of a token, of an id in digits or of a text that is one token; -1 for `none`."""
     ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
-    token_id = int(token) if token.isdigit() else ids.get(token)
-    refuse((token_id is None, f"--stop_token {token}: no such token in the tokenizer; give one, or `none`"))
+    pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
+    one = pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
+    token_id = int(token) if token.isdigit() else ids.get(token, one)
+    tokens = tokenizer.convert_ids_to_tokens(pieces)
+    refuse((token_id is None, f"--stop_token {token!r} is no token, but {tokens}; give one token, or `none`"))
     return token_id
 
 
@@ -987,10 +990,7 @@ def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens
         (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
         (modes, f"{where} differs between train and eval mode; turn off what is random in its configuration"),
         (padding, f"{where} gives a padded row other numbers than that row alone: padding reaches its state"),
-        (
-            future,
-            f"{where} gives a token other numbers when more follow; lower query_length, response_length",
-        ),
+        (future, f"{where} gives a token other numbers if more follow; lower query_length, response_length"),
     )
 
 
@@ -1052,15 +1052,15 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
 
 def open_run(accelerator: Accelerator, args) -> Path:
     """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
-    run of other data or of other settings than those of memory and speed."""
+    run of other data or of other settings than those of memory, speed and tracker."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
+    free = "micro_batch|forward_batch|generation_batch|gradient_checkpointing|checkpoint_every|log_with"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
     for name, path in dataclasses.asdict(args).items():
         if isinstance(path, str) and Path(path).is_file():
             new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     old = json.loads(file.read_text()) if file.is_file() else new
-    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
+    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
@@ -1085,16 +1085,26 @@ def open_run(accelerator: Accelerator, args) -> Path:
     return folder
 
 
-def open_metrics(folder: Path, step: int):
-    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
-    drops from metrics.jsonl and samples.jsonl what will be written once more."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> None:
+    """Starts the tracker of a run that goes on from the checkpoint of `step`, whose line is logged again; it
+    ends itself at exit. Drops from metrics.jsonl and samples.jsonl what will be written once more."""
     for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
-        if path.is_file():
+        if path.is_file() and accelerator.is_main_process:
             lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    # the name is that of TensorBoard's folder, or of the others' project
+    name, settings = ("tensorboard", None) if args.log_with == "tensorboard" else ("pfppo", vars(args))
+    accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
+
+
+def progress(parts, phase: str):
+    """The parts one by one; where they take longer, rank 0 says every 30 seconds how far the phase is."""
+    said = time.time()
+    for done, part in enumerate(parts):
+        if time.time() - said >= 30 and PartialState().is_main_process:
+            said = time.time()
+            print(f"{phase} {done}/{len(parts)}", flush=True)
+        yield part
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
@@ -1102,14 +1112,12 @@ def time_left(start: float, done: int, to_do: int) -> str:
     return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
 
 
-def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
-    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
-    writer."""
-    if writer is not None:
+def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:
+    """metrics.jsonl, the tracker, and on the console the tags in `shown`; by rank 0 alone."""
+    if accelerator.is_main_process:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
+        accelerator.log(metrics, step)
         values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
@@ -1177,7 +1185,8 @@ def evaluate(accelerator: Accelerator, model: nn.Module, labels: list[dict], siz
     local_labels = labels[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
     with whole(accelerator, model):
-        for part in micro_batches(local_labels, max(1, size // len(labels[0]["samples"]))):
+        parts = micro_batches(local_labels, max(1, size // len(labels[0]["samples"])))
+        for part in progress(parts, "held-out loss: batch"):
             loss_and_accuracy = best_of_k_loss(*label_rewards(model, part, accelerator.device))
             sums += torch.stack(loss_and_accuracy).double() * len(part)
     loss, accuracy = accelerator.reduce(sums, "sum").tolist()

@@ -40,7 +40,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 
@@ -65,6 +65,8 @@ class Args:
     """shared over ranks: weights from scratch, data order"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
+    log_with: str = "tensorboard"
+    """tracker of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, swanlab, ...; or `none`"""
     # model
     model: str | None = None
     """folder or hub id of a causal language model to start from"""
@@ -83,6 +85,8 @@ class Args:
     """held-out rows, same columns; none: no held-out loss"""
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
+    chat_template: str | None = None
+    """file with a Jinja template, in place of the tokenizer's own if it has one; saved with the model"""
     response_field: str = "response"
     """column with the answer: a text, or messages that end with the assistant's (earlier ones are the
     prompt); where a file lacks it: `completion` or `messages`"""
@@ -91,7 +95,7 @@ class Args:
     response_length: Count = 512
     """longest response in tokens, the stop token included; rows with a longer one are left out and counted"""
     stop_token: str = "eos"
-    """token that closes every response: `eos`, `none`, a token or an id"""
+    """token that closes every response: `eos`, `none`, a token, a text that is one, or an id"""
     # training
     epochs: Count = 5
     """passes over the rows (PAPER: 5)"""
@@ -124,7 +128,7 @@ class Args:
 
 def main(args: Args) -> None:
     # ------------------------------------------------ Setup: what can be refused is refused here
-    accelerator = start_accelerator(args.shard)
+    accelerator = start_accelerator(args.shard, args.log_with, args.output_dir)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     refuse(
         (args.batch_size < world, f"--batch_size must be at least the {world} processes"),
@@ -134,8 +138,8 @@ def main(args: Args) -> None:
 
     source, field = (args.model, "model") if args.model else (args.model_config, "model_config")
     config = load_config(source, field)
-    named = "tokenizer" if args.tokenizer else field
-    tokenizer = load_pretrained("AutoTokenizer", args.tokenizer or source, named)
+    path, named = (args.tokenizer, "tokenizer") if args.tokenizer else (source, field)
+    tokenizer = load_pretrained("AutoTokenizer", path, named, args.chat_template)
     stop_id = stop_token_id(tokenizer, args.stop_token)
     check_rows(config, [[max(stop_id, 0)]], "stop_token")
 
@@ -150,9 +154,8 @@ def main(args: Args) -> None:
         f"{len(rows)} rows ({left_out} too long: left out), {len(eval_rows)} held-out ({eval_left_out})\n"
         f"{args.epochs} x {steps_per_epoch} = {num_steps} steps of {args.batch_size} on {world} processes"
     )
-    show_first(
-        accelerator, tokenizer, rows[0]["prompt"], rows[0]["query_ids"], rows[0]["response_ids"], stop_id
-    )
+    first = rows[0]
+    show_first(accelerator, tokenizer, first["prompt"], first["query_ids"], first["response_ids"], stop_id)
     if args.dry_run:
         accelerator.print(memory_line(accelerator, config, 1, 0, torch.float32, args.shard))
         return
@@ -180,7 +183,7 @@ def main(args: Args) -> None:
     if state is None:
         check_model(accelerator, policy, [row["query_ids"] + row["response_ids"] for row in rows], 0, field)
         state = {"step": 0, "recent": {}, "metrics": {}}
-    writer = open_metrics(output_dir, state["step"]) if rank == 0 else None
+    open_metrics(accelerator, args, output_dir, state["step"])
     run_start, first_step = time.time(), state["step"]
     for step in range(first_step + 1, num_steps + 2):
         # ---------------- 4. held-out loss of what was trained. This may fail: a checkpoint comes before
@@ -189,7 +192,7 @@ def main(args: Args) -> None:
             metrics |= evaluate(accelerator, policy, eval_rows, args.forward_batch_size)
         if metrics:
             left = time_left(run_start, done - first_step, num_steps - done)
-            log_metrics(writer, output_dir, done, metrics, SHOWN, f"/{num_steps}{left}")
+            log_metrics(accelerator, output_dir, done, metrics, SHOWN, f"/{num_steps}{left}")
         if done == num_steps:
             break
         step_start = time.time()
@@ -229,11 +232,8 @@ def main(args: Args) -> None:
             metrics |= {"train/lr": lr, "train/epoch": step / steps_per_epoch}
             state["recent"] = {}
         state |= {"step": step, "metrics": metrics}
-        if (
-            last
-            or stop
-            or any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
-        ):
+        due = any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
+        if due or stop or last:
             save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
         refuse((stop, f"stopped after step {step}, as asked; the same command goes on"))
     save_model(accelerator, policy, tokenizer, stop_id, output_dir / "model")
@@ -342,8 +342,7 @@ def check_ranges(args) -> None:
 
 
 def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str] | None = None):
-    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args
-    itself."""
+    """Flags over the preset's flags over the defaults. --help shows the groups and sentences of Args."""
     argv = sys.argv[1:] if argv is None else argv
     for name, flags in (presets or {}).items():
         if f"--preset={name}" in argv or f"--preset {name}" in " ".join(argv):
@@ -358,15 +357,18 @@ def parse_args(args_class, argv: list[str] | None = None, presets: dict[str, str
     return args
 
 
-def start_accelerator(shard: bool = False) -> Accelerator:
-    """Ranks wait two hours for one that saves or grades (NCCL's own limit is ten minutes); DDP keeps one copy
-    of the gradients, not two. Refuses launchers that shard weights: sampling would wait for ranks that have
-    stopped."""
+def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = "") -> Accelerator:
+    """Ranks wait two hours for one that saves or grades (NCCL: ten minutes); DDP keeps one copy of gradients,
+    not two. Refuses launchers that shard weights: sampling would wait for ranks that have stopped."""
+    here = ["none", *map(str, tracking.get_available_trackers())]
+    refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp])
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2)), ddp]
+    where = {} if tracker == "none" else {"log_with": tracker, "project_dir": folder}
+    accelerator = Accelerator(kwargs_handlers=handlers, **where)
     kind = accelerator.distributed_type.value
     wrong = shard and (accelerator.num_processes == 1 or accelerator.mixed_precision == "fp16")
     refuse(
@@ -472,8 +474,8 @@ def rounds(accelerator: Accelerator, model: nn.Module, parts: list):
         yield parts[min(i, len(parts) - 1)], float(i < len(parts)), sync
 
 
-def load_pretrained(auto_class: str, path: str, field: str):
-    """Configuration or tokenizer of a folder or hub id; refuses, naming `field`, where there is none."""
+def load_pretrained(auto_class: str, path: str, field: str, template: str | None = None):
+    """Configuration, or tokenizer (with a file's template), of a folder or id; refused if there is none."""
     import transformers  # slow to import: not before the settings are checked
 
     transformers.logging.disable_progress_bar()
@@ -484,12 +486,18 @@ def load_pretrained(auto_class: str, path: str, field: str):
         raise SystemExit(f"--{field} {path}: {hub}{first_line(error)}") from None
     empty = isinstance(loaded, transformers.PreTrainedTokenizerBase) and len(loaded) < 3
     refuse((empty, f"--{field} {path}: there are no files of a tokenizer"))  # some classes need none
+    if template:
+        try:
+            loaded.chat_template = Path(template).read_text("utf-8")
+            nothing = f"--chat_template {template}: it renders to nothing; give a Jinja file"
+            refuse((not encode_prompt(loaded, [{"role": "user", "content": "@"}]), nothing))
+        except Exception as error:  # templates raise what they like
+            raise SystemExit(f"--chat_template {template}: {first_line(error)}; give a Jinja file") from None
     return loaded
 
 
 def load_config(path: str, field: str):
-    """Configuration of a folder or hub id without dropout, layer drop and routing noise: train mode is eval
-    mode."""
+    """Configuration of a folder or hub id without dropout, layer drop, noise: train mode is eval mode."""
     config, noise = load_pretrained("AutoConfig", path, field), ("drop", "jitter")
     if hasattr(config, "output_router_logits"):  # a loss of mixtures of experts that is not ours
         config.output_router_logits = False
@@ -520,8 +528,8 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
 
 
 def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
-    rank 0's weights by `place`."""
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
+    rank 0's weights in `place`."""
     if empty:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
@@ -634,8 +642,7 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
 
 
 def plain_text(content) -> str | None:
-    """A chat message's content as one text: itself, or its text parts joined; None for anything else (a
-    picture)."""
+    """A chat message's content as one text: itself, or its text parts joined; None for others (a picture)."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
@@ -651,8 +658,7 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """Ids of a prompt: text gets the tokenizer's own BOS, chat messages its template, which writes BOS
-    itself."""
+    """Ids of a prompt: text gets the tokenizer's own BOS, messages its template, which writes BOS itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
@@ -668,10 +674,10 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
         try:
             ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
         except Exception as error:  # templates raise what they like
-            text = str(error).partition("\n")[0]
-            raise SystemExit(
-                f"--{field}, row {number}: {column} is refused by the tokenizer: {text}"
-            ) from None
+            none = "it has no chat template; give --chat_template FILE, or texts"
+            text = first_line(error) if tokenizer.chat_template else none
+            where = f"--{field}, row {number}: {column} is refused by the tokenizer"
+            raise SystemExit(f"{where}: {text}") from None
         encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
     refuse((not encoded, f"--{field}: every query is empty or longer than --query_length {length}; raise it"))
     return encoded
@@ -697,10 +703,13 @@ def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[
 
 
 def stop_token_id(tokenizer, token: str) -> int:
-    """Id of `eos`, of a token or of an id written in digits; -1 for `none`. Refuses an unknown token."""
+    """Id of `eos`, of a token, of an id in digits or of a text that is one token; -1 for `none`."""
     ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
-    token_id = int(token) if token.isdigit() else ids.get(token)
-    refuse((token_id is None, f"--stop_token {token}: no such token in the tokenizer; give one, or `none`"))
+    pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
+    one = pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
+    token_id = int(token) if token.isdigit() else ids.get(token, one)
+    tokens = tokenizer.convert_ids_to_tokens(pieces)
+    refuse((token_id is None, f"--stop_token {token!r} is no token, but {tokens}; give one token, or `none`"))
     return token_id
 
 
@@ -773,10 +782,7 @@ def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens
         (not padded.isfinite().all(), f"{where} gives NaN or infinity"),
         (modes, f"{where} differs between train and eval mode; turn off what is random in its configuration"),
         (padding, f"{where} gives a padded row other numbers than that row alone: padding reaches its state"),
-        (
-            future,
-            f"{where} gives a token other numbers when more follow; lower query_length, response_length",
-        ),
+        (future, f"{where} gives a token other numbers if more follow; lower query_length, response_length"),
     )
 
 
@@ -838,15 +844,15 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimize
 
 def open_run(accelerator: Accelerator, args) -> Path:
     """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
-    run of other data or of other settings than those of memory and speed."""
+    run of other data or of other settings than those of memory, speed and tracker."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    free = "micro_batch_size forward_batch_size generation_batch_size gradient_checkpointing checkpoint_every"
+    free = "micro_batch|forward_batch|generation_batch|gradient_checkpointing|checkpoint_every|log_with"
     new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
     for name, path in dataclasses.asdict(args).items():
         if isinstance(path, str) and Path(path).is_file():
             new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     old = json.loads(file.read_text()) if file.is_file() else new
-    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free.split()]
+    other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = not file.is_file() and inside - {"args.json.tmp", "lock"} != set()
@@ -871,16 +877,26 @@ def open_run(accelerator: Accelerator, args) -> Path:
     return folder
 
 
-def open_metrics(folder: Path, step: int):
-    """TensorBoard writer for a run that goes on from the checkpoint of `step`, whose line is logged again;
-    drops from metrics.jsonl and samples.jsonl what will be written once more."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> None:
+    """Starts the tracker of a run that goes on from the checkpoint of `step`, whose line is logged again; it
+    ends itself at exit. Drops from metrics.jsonl and samples.jsonl what will be written once more."""
     for path, last in ((folder / "metrics.jsonl", step - 1), (folder / "samples.jsonl", step)):
-        if path.is_file():
+        if path.is_file() and accelerator.is_main_process:
             lines = path.read_text("utf-8").split("\n")[:-1]  # a line that was cut short has no newline
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    # the name is that of TensorBoard's folder, or of the others' project
+    name, settings = ("tensorboard", None) if args.log_with == "tensorboard" else ("pfppo", vars(args))
+    accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
+
+
+def progress(parts, phase: str):
+    """The parts one by one; where they take longer, rank 0 says every 30 seconds how far the phase is."""
+    said = time.time()
+    for done, part in enumerate(parts):
+        if time.time() - said >= 30 and PartialState().is_main_process:
+            said = time.time()
+            print(f"{phase} {done}/{len(parts)}", flush=True)
+        yield part
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
@@ -888,14 +904,12 @@ def time_left(start: float, done: int, to_do: int) -> str:
     return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
 
 
-def log_metrics(writer, folder: Path, step: int, metrics: dict[str, float], shown=(), left: str = "") -> None:
-    """metrics.jsonl, TensorBoard, and on the console the tags in `shown`; nothing on ranks without a
-    writer."""
-    if writer is not None:
+def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:
+    """metrics.jsonl, the tracker, and on the console the tags in `shown`; by rank 0 alone."""
+    if accelerator.is_main_process:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
+        accelerator.log(metrics, step)
         values = [f"{tag} {metrics[tag]:.4g}" for tag in shown if tag in metrics]
         print("  ".join([f"{folder.name} {step}{left}", *values]), flush=True)
 
@@ -929,7 +943,7 @@ def evaluate(accelerator, policy: nn.Module, rows: list[dict], size: int) -> dic
     device, local_rows = accelerator.device, rows[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=device, dtype=torch.float64)
     with whole(accelerator, policy):
-        for part in micro_batches(local_rows, size):
+        for part in progress(micro_batches(local_rows, size), "held-out loss: batch"):
             total -= response_logprobs(policy, part, device).double().sum()
     tokens = sum(len(row["response_ids"]) for row in rows)
     total = accelerator.reduce(total, "sum").item()

@@ -76,7 +76,7 @@ class Args:
     temperature: Positive = 1.0
     """of the samples, as in the PPO run to come"""
     stop_token: str = "eos"
-    """token that ends a response: `eos`, `none`, a token or an id"""
+    """token that ends a response: `eos`, `none`, a token, a text that is one, or an id"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """weights of policy and reward model"""
     forward_batch_size: Count = 32

@@ -1,10 +1,11 @@
 """How the tests are run. All of them run on two processes where pytest-xdist is there, a file on one of them; some
 files or tests by name run in this process. `-n 0` runs everything in it, `-n 2 --dist loadfile` anything on two.
 
-tiny.py, which imports torch and transformers, is loaded into the processes that run tests: under xdist the one that
-hands tests out is none of them."""
+The fixtures, and what tests take `from conftest`, are those of tiny.py, which imports torch and transformers: it is
+loaded by the processes that run tests, and under xdist the one that hands tests out is none of them."""
 
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ test_runs test_pfppo_run test_baselines""".split()  # begun first, so that no pr
 
 pytest.register_assert_rewrite("tiny")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def __getattr__(name):
+    return getattr(importlib.import_module("tiny"), name)
 
 
 def is_worker(config) -> bool:
@@ -37,9 +42,7 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     hands_out = getattr(config.option, "dist", "no") != "no" and not is_worker(config)
     if not hands_out:
-        import tiny
-
-        config.pluginmanager.register(tiny)
+        config.pluginmanager.register(importlib.import_module("tiny"))
         gc.freeze()  # a million objects of libraries, which a full collection would look through for half a second
 
 

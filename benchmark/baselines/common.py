@@ -2,8 +2,9 @@
 
 Everything that pfppo_single.py does as a function is taken from there, so a response is tokenised, generated,
 scored and evaluated here exactly as under PPO: same prompts, same stop token, same reward, same eval/* tags
-and seeds. One process (CPU or one GPU), float32, no dropout; π_SFT is the start, the reference of every loss
-and of eval/kl.
+and seeds. One process (CPU or one GPU), no dropout; π_SFT is the start, the reference of every loss and of
+eval/kl. Weights are float32, and --mixed_precision bf16 of accelerate is autocast around every model: policy and
+reference are rounded alike, so that log-ratios start at 0.
 """
 
 import math
@@ -30,6 +31,8 @@ class Args:
     """data order, sampling and ties get their own generators from (seed, step)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
+    log_with: str = "tensorboard"
+    """tracker of accelerate, as in pfppo_single.py; or `none`"""
     # models
     policy: str
     """π_SFT, the start of π_θ and the reference: folder or hub id of a causal language model"""
@@ -43,7 +46,7 @@ class Args:
     response_length: Count = 48
     """longest response in tokens, the stop token included"""
     stop_token: str = "eos"
-    """token that ends a response: `eos`, `none`, a token or an id"""
+    """token that ends a response: `eos`, `none`, a token, a text that is one, or an id"""
     temperature: Positive = 1.0
     """divides the logits of policy and reference alike, in sampling and in log-probabilities"""
     forward_batch_size: Count = 64
@@ -187,11 +190,12 @@ class Run:
 
     def __init__(self, args: Args):
         """Everything that can be refused without weights. `rows`: training prompts, where there are any."""
-        self.args, self.accelerator = args, pfppo.start_accelerator()
         pfppo.check_ranges(args)
+        self.args = args
+        self.accelerator = pfppo.start_accelerator(False, args.log_with, args.output_dir)
         pfppo.refuse(
             (self.accelerator.num_processes > 1, "a baseline runs on one process; use --num_processes 1"),
-            (self.accelerator.mixed_precision != "no", "a baseline runs in float32: --mixed_precision no"),
+            (self.accelerator.scaler is not None, "a baseline takes --mixed_precision bf16 or no, not fp16"),
             (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
         )
         self.device, self.config = self.accelerator.device, pfppo.load_config(args.policy, "policy")
@@ -233,14 +237,14 @@ class Run:
             self.anchor = self.accelerator.prepare(anchor)
         state = pfppo.load_checkpoint(self.accelerator, self.output_dir)
         self.state = state or self.state
-        self.writer = pfppo.open_metrics(self.output_dir, state["step"] + 1 if state else 0)
+        pfppo.open_metrics(self.accelerator, args, self.output_dir, state["step"] + 1 if state else 0)
         self.first_step, self.run_start, self.clock = self.state["step"], time.time(), time.time()
         if self.eval_pairs:
             self.eval_rollout = pair_rollout(self.eval_pairs, self.device)  # (2P, ...)
             self.eval_ref_logprobs = self.logprobs(self.ref_policy, self.eval_rollout)  # (2P,)
         if state is None and self.evaluates:
             results = self.evaluate() | {"episodes": 0, "optimizer_step": 0}
-            pfppo.log_metrics(self.writer, self.output_dir, 0, results, SHOWN, f"/{num_steps}")
+            pfppo.log_metrics(self.accelerator, self.output_dir, 0, results, SHOWN, f"/{num_steps}")
 
     def next_prompts(self, index: int, count: int) -> list[dict]:
         """The index-th `count` rows of the stream of shuffled passes over the training prompts."""
@@ -253,13 +257,15 @@ class Run:
         """n responses to each row -> rollout with prompt_ids, those of a row adjacent; `key` seeds it."""
         args, generator = self.args, pfppo.random_generator(self.device, self.args.seed, *key)
         model = self.policy if model is None else model
-        rollout = pfppo.sample_rollout(model, rows, n, args.temperature, args, self.stop_id, generator)
+        with self.accelerator.autocast():
+            rollout = pfppo.sample_rollout(model, rows, n, args.temperature, args, self.stop_id, generator)
         return rollout | {"prompt_ids": torch.arange(len(rows), device=self.device).repeat_interleave(n)}
 
     def score(self, rows: list[dict], rollout: dict[str, Tensor]) -> Tensor:
         """R_φ of every response (rows,)."""
         texts = pfppo.decode_responses(self.tokenizer, rollout)
-        return pfppo.score_rollout(self.reward, rows, rollout, texts, self.args)
+        with self.accelerator.autocast():
+            return pfppo.score_rollout(self.reward, rows, rollout, texts, self.args)
 
     def rank_scores(self, scores: Tensor, rollout: dict[str, Tensor]) -> Tensor:
         """Scores for ranking (rows,): a response that never stops is worse than every other (-inf), as it is
@@ -271,7 +277,8 @@ class Run:
     def logprobs(self, model: nn.Module, rollout: dict[str, Tensor]) -> Tensor:
         """log π(y|c) of every row (rows,), without gradient."""
         temperature, size = self.args.temperature, self.args.forward_batch_size
-        return pfppo.response_logprobs_and_values(model, rollout, temperature, size)[0].sum(1)
+        with self.accelerator.autocast():
+            return pfppo.response_logprobs_and_values(model, rollout, temperature, size)[0].sum(1)
 
     def evaluate(self) -> dict[str, float]:
         """pfppo_single.py's eval/* after the current step, and the held-out pairs'; keeps the policy where it
@@ -321,7 +328,7 @@ class Run:
             metrics["seconds/evaluate"] = time.time() - now
         left = (time.time() - self.run_start) / (step - self.first_step) * (self.num_steps - step)
         progress = f"/{self.num_steps}, {left:.0f} s left"
-        pfppo.log_metrics(self.writer, self.output_dir, step, metrics, SHOWN, progress)
+        pfppo.log_metrics(self.accelerator, self.output_dir, step, metrics, SHOWN, progress)
         if checkpoint or last or step % self.args.checkpoint_every == 0:
             pfppo.save_checkpoint(self.accelerator, self.output_dir, step, self.state)
         self.clock = time.time()
@@ -332,7 +339,6 @@ class Run:
 
     def finish(self) -> None:
         """Writes the last policy and says where it is."""
-        self.writer.close()
         self.save_policy("policy")
         episodes, steps = self.state["episodes"], self.state["optimizer_step"]
         print(f"done: {episodes} responses, {steps} optimizer steps; {self.output_dir / 'policy'}")

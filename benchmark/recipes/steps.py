@@ -6,7 +6,6 @@ prints the lines and checks every flag of them. Seconds and memory of each step 
 
 import importlib
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -37,17 +36,12 @@ class Step:
     """sft_single, rm_single, pfppo_single, or a module of benchmark/"""
     settings: dict = field(repr=False)
     output: Path
-    float32: bool = False
-    """runs without mixed precision, whatever the launcher's flags say (the baselines)"""
-
-    def launcher(self, flags: str) -> str:
-        return re.sub(r"--mixed_precision[ =]\w+", "--mixed_precision no", flags) if self.float32 else flags
 
     def line(self, launcher: str) -> str:
         """What a user types."""
         words = [
             "accelerate launch",
-            self.launcher(launcher),
+            launcher,
             *self.target(),
             shlex.join(flags(self.settings)),
         ]
@@ -70,7 +64,7 @@ def run_step(step: Step, launcher: str, folder: Path) -> None:
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        *shlex.split(step.launcher(launcher)),
+        *shlex.split(launcher),
         *step.target(),
     ]
     with log.open("ab", buffering=0) as file:

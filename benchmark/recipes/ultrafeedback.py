@@ -9,7 +9,7 @@
 
 Needs:   at the published size (gpt2, 64k prompts, 1024 tokens) a GPU of 24 GB and about a day: not run by us.
          With `--limit 300` and short answers one CPU core and half an hour, 10 GB of memory: run, see Found.
-         The English filter needs a package: pip install langdetect
+         The English filter needs a package: pip install -e '.[recipes]'
 Run:     python -m benchmark.recipes.ultrafeedback --data openbmb/UltraFeedback:train --model gpt2 \\
            --output_dir output/ultrafeedback --launcher="--num_processes 1 --mixed_precision bf16"
          `--dry_run` makes the data, prints the commands and stops. The same command goes on after a kill.
@@ -111,7 +111,7 @@ def english_detector() -> Callable[[str], bool]:
     try:
         langdetect = importlib.import_module("langdetect")
     except ImportError:
-        message = "--english needs a package: pip install langdetect; or give --no-english"
+        message = "--english needs a package: pip install -e '.[recipes]'; or give --no-english"
         raise SystemExit(message) from None
     langdetect.DetectorFactory.seed = 0
 
@@ -257,31 +257,26 @@ def as_prompt(instruction: str, args: Args, tokenizer):
     return f"{TAGS[0]}{instruction}{TAGS[1]}"
 
 
-def make_tokenizer(args: Args, folder: Path):
-    """The model's tokenizer, with the template of --chat_template; (tokenizer, folder or id that has it)."""
-    tokenizer, where = pfppo.load_pretrained("AutoTokenizer", args.model, "model"), args.model
-    if args.chat_template:
-        file = Path(args.chat_template)
-        pfppo.refuse((not file.is_file(), f"--chat_template {file}: no such file"))
-        tokenizer.chat_template = file.read_text("utf-8")
-        where = str(folder / "tokenizer")
-        tokenizer.save_pretrained(where)
+def load_tokenizer(args: Args):
+    """The model's tokenizer, with the template of --chat_template, which SFT saves with its model."""
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.model, "model", args.chat_template)
     need = args.form == "chat" and not tokenizer.chat_template
     pfppo.refuse(
         (need, f"--form chat: {args.model} has no chat template; give --chat_template FILE, or --form tags")
     )
-    return tokenizer, where
+    return tokenizer
 
 
 # ---------------------------------------------------------------- 2. to 4. commands
 
 
-def steps_of(args: Args, folder: Path, tokenizer: str, sizes: dict[str, int]) -> list[Step]:
+def steps_of(args: Args, folder: Path, sizes: dict[str, int]) -> list[Step]:
     data, sft, rm = folder / "data", folder / "sft/model", folder / "rm/model"
     once = {"epochs": 1} if args.small else {}
     text = {"query_length": args.query_length, "response_length": args.response_length}
     common = {**text, "seed": args.seed, "micro_batch_size": args.micro_batch_size}
-    settings = {**SFT, **common, **once, "model": args.model, "tokenizer": tokenizer}
+    template = args.chat_template and str(Path(args.chat_template).resolve())
+    settings = {**SFT, **common, **once, "model": args.model, "chat_template": template}
     settings |= {"train_data": data / "sft_train.jsonl", "eval_data": data / "sft_valid.jsonl"}
     steps = math.ceil(sizes["sft_train"] / SFT["batch_size"]) * settings["epochs"]
     settings |= {"warmup_steps": round(WARMUP * steps), "eval_every": max(1, steps // 5)}
@@ -303,10 +298,7 @@ def steps_of(args: Args, folder: Path, tokenizer: str, sizes: dict[str, int]) ->
     text = [
         {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()} for *_, settings, _ in made
     ]
-    return [
-        Step(name, module, flags, out, float32="baselines" in module)
-        for (name, module, _, out), flags in zip(made, text)
-    ]
+    return [Step(name, module, flags, out) for (name, module, _, out), flags in zip(made, text)]
 
 
 # ---------------------------------------------------------------- 5. evaluate
@@ -378,7 +370,7 @@ def main(args: Args) -> None:
         args.updates, args.eval_prompts = 1, 8
     transformers.logging.disable_progress_bar()
     folder = Path(args.output_dir)
-    tokenizer, tokenizer_path = make_tokenizer(args, folder)
+    tokenizer = load_tokenizer(args)
     counts = folder / "data/counts.json"
     sizes = json.loads(counts.read_text())["rows"] if counts.is_file() else None
     sizes = sizes or make_data(args, tokenizer, folder / "data")
@@ -388,7 +380,7 @@ def main(args: Args) -> None:
         (not fits, f"every held-out prompt is longer than --query_length {args.query_length}; raise it")
     )
     records.write_rows(folder / "data/eval.jsonl", fits[: args.eval_prompts])
-    steps = steps_of(args, folder, tokenizer_path, sizes)
+    steps = steps_of(args, folder, sizes)
     run_steps(steps, args.launcher, folder, args.dry_run, args.keep_checkpoints)
     if args.dry_run:
         return

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import causal_lm, make_rollout, reward_model
+from conftest import causal_lm, make_rollout, reward_model
 
 import pfppo_single as pf
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, model_config, reward_model
 from safetensors.torch import save_file
-from tiny import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, model_config, reward_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import pfppo_single as pf

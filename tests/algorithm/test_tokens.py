@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 import torch
+from conftest import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, reward_model
 from scipy.stats import chisquare
-from tiny import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, reward_model
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 

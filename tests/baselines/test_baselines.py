@@ -7,11 +7,13 @@ import inspect
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
-from tiny import EOS, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
+from accelerate.state import AcceleratorState
+from conftest import EOS, causal_lm, make_rollout, make_tokenizer, read_metrics, write_jsonl
 from transformers import AutoTokenizer
 
 import pfppo_single as pf
@@ -443,6 +445,36 @@ def test_run_leaves_what_pfppo_leaves(name, episodes, start, world):
     assert (folder / "policy" / "tokenizer.json").is_file()
 
 
+@pytest.fixture
+def bf16(monkeypatch):
+    """As under accelerate launch --mixed_precision bf16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name, loss", [("dpo", "dpo"), ("dpo", "ipo"), ("kto", None)])
+def test_bf16_trains_float32_weights_to_nearly_the_same_loss(name, loss, start, request):
+    # the first step is at the reference: policy and reference are rounded alike, so its loss is float32's
+    changes = UNEVALUATED | {"lr": 1e-3} | ({"loss_type": loss} if loss else {})
+    expected, _ = start(name, "float32", **changes)
+    request.getfixturevalue("bf16")
+    metrics, folder = start(name, "bf16", **changes)
+    assert weights(folder / "policy")[NAME].dtype == torch.float32
+    losses, others = ([row["train/loss"] for row in rows] for rows in (metrics, expected))
+    assert losses[0] == pytest.approx(others[0], rel=0.03) and losses != others
+    assert losses == pytest.approx(others, rel=0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["raft", "bond", "iterative_dpo"])
+def test_bf16_samples_and_trains(name, start, bf16, world):
+    metrics, folder = start(name, "run")
+    assert metrics[0]["eval/kl"] == 0 and all(math.isfinite(x) for row in metrics for x in row.values())
+    before, after = weights(world / "gpt2"), weights(folder / "policy")
+    assert after[NAME].dtype == torch.float32 and not torch.equal(before[NAME], after[NAME])
+
+
 # anchor, batches, pairs; the rest is common.py's
 @pytest.mark.parametrize("name", ["bond", "kto", "iterative_dpo"])
 def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
@@ -668,12 +700,16 @@ def test_what_fills_no_batch_and_what_stands_twice_is_said(start, tmp_path, caps
     assert "a pair 0 or 1 times; 2 of 10 never" in out
 
 
-@pytest.mark.parametrize(
-    "field, value, message", [("num_processes", 2, "one process"), ("mixed_precision", "bf16", "float32")]
-)
-def test_another_launch_is_refused(field, value, message, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(pf.Accelerator, field, value)
-    with pytest.raises(SystemExit, match=message):
+def test_several_processes_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(pf.Accelerator, "num_processes", 2)
+    with pytest.raises(SystemExit, match="one process"):
+        common.Run(pair_args(world, tmp_path))
+
+
+def test_fp16_is_refused(world, tmp_path, monkeypatch):
+    fake = SimpleNamespace(num_processes=1, scaler=object())
+    monkeypatch.setattr(pf, "start_accelerator", lambda *_: fake)
+    with pytest.raises(SystemExit, match="--mixed_precision bf16 or no, not fp16"):
         common.Run(pair_args(world, tmp_path))
 
 

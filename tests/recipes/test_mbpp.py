@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from conftest import causal_lm, make_tokenizer, write_jsonl
 from in_process import run_in_process
-from tiny import causal_lm, make_tokenizer, write_jsonl
 
 from benchmark.recipes import mbpp
 

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from tiny import causal_lm, make_tokenizer
+from conftest import causal_lm, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmark.recipes import smollm2
@@ -60,7 +60,9 @@ def test_a_model_without_those_tokens_is_refused(tmp_path):
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="^reading a GGUF file needs a package: pip install gguf$"):
+    with pytest.raises(
+        SystemExit, match=r"^reading a GGUF file needs a package: pip install -e '.\[recipes\]'$"
+    ):
         smollm2.convert(tmp_path / "model.gguf", tmp_path / "new")
 
 

@@ -20,9 +20,10 @@ def test_the_line_is_what_a_shell_takes(tmp_path):
     assert "--prompts 'a b.jsonl' --no-normalize_reward" in line
 
 
-def test_baselines_run_in_float32_whatever_the_launcher_says(tmp_path):
-    dpo = Step("dpo", "benchmark.baselines.dpo", {"policy": "sft", "train_data": "x"}, tmp_path, float32=True)
-    assert "--mixed_precision no -m benchmark.baselines.dpo" in dpo.line("--mixed_precision bf16")
+def test_a_baseline_is_launched_as_a_module(tmp_path):
+    dpo = Step("dpo", "benchmark.baselines.dpo", {"policy": "sft", "train_data": "x"}, tmp_path)
+    line = dpo.line("--mixed_precision bf16")
+    assert line.startswith("accelerate launch --mixed_precision bf16 -m benchmark.baselines.dpo --policy sft")
 
 
 def test_a_flag_that_the_script_does_not_take_is_refused_by_a_dry_run(tmp_path, capsys):

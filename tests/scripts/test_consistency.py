@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import model_config
+from conftest import model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

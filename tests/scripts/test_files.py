@@ -9,11 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
+from accelerate.utils import LoggerType
+from conftest import EOS, make_tokenizer, write_jsonl
 from safetensors.torch import load_file
-from tiny import EOS, make_tokenizer, write_jsonl
 
 import pfppo_single as pf
+import rm_single as rm
+import sft_single as sft
 
 ANSWER = {"role": "assistant", "content": "yes"}
 ARGS = dict(policy="p", reward="r", prompts="rows.jsonl")
@@ -187,6 +190,7 @@ def test_a_new_run_takes_a_new_or_empty_folder(tmp_path, prepare):
         ("generation_batch_size", 4),
         ("gradient_checkpointing", True),
         ("checkpoint_every", 4),
+        ("log_with", "none"),
     ],
 )
 def test_memory_and_speed_may_change_when_a_run_goes_on(tmp_path, field, value):
@@ -212,7 +216,7 @@ def test_every_setting_is_compared(tmp_path):
     settings = json.loads(file.read_text())
     free = {"micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing"}
     fields = {field.name for field in dataclasses.fields(pf.Args)} | {"num_processes"}
-    for name in fields - free - {"checkpoint_every"}:
+    for name in fields - free - {"checkpoint_every", "log_with"}:
         file.write_text(json.dumps({**settings, name: "another"}))
         with pytest.raises(SystemExit, match=rf"holds another run: {name} \('another' there"):
             open_run(tmp_path / "run")
@@ -231,7 +235,7 @@ def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
         write_jsonl(tmp_path / name, [{"step": step, "x": 1.5} for step in range(4)])
         with (tmp_path / name).open("a") as file:
             file.write('{"step": 1, "x"')
-    pf.open_metrics(tmp_path, 2).close()
+    track(tmp_path, 2, tracker="none")
     for name, count in (
         ("metrics.jsonl", 2),
         ("samples.jsonl", 3),
@@ -245,10 +249,9 @@ def test_tensorboard_drops_what_is_behind_the_checkpoint(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, values in ((0, [0, 1, 2, 3]), (2, [20, 30])):
-        writer = pf.open_metrics(tmp_path, start)
+        accelerator = track(tmp_path, start)
         for step, value in enumerate(values, start):
-            pf.log_metrics(writer, tmp_path, step, {"loss": value})
-        writer.close()
+            pf.log_metrics(accelerator, tmp_path, step, {"loss": value})
         time.sleep(1.01)  # files of one second are read in the order of a counter that is compared as text
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -256,14 +259,99 @@ def test_tensorboard_drops_what_is_behind_the_checkpoint(tmp_path):
 
 
 def test_a_console_line_shows_what_it_is_asked_for(tmp_path, capsys):
-    writer = pf.open_metrics(tmp_path / "run", 0)
-    pf.log_metrics(
-        writer, tmp_path / "run", 3, {"a/b": 0.123456, "c": 2.0}, ("a/b", "missing"), "/9, 5 s left"
-    )
-    writer.close()
-    assert capsys.readouterr().out == "run 3/9, 5 s left  a/b 0.1235\n"
+    metrics = {"a/b": 0.123456, "c": 2.0}
+    pf.log_metrics(Accelerator(cpu=True), tmp_path, 3, metrics, ("a/b", "missing"), "/9, 5 s left")
+    assert capsys.readouterr().out == f"{tmp_path.name} 3/9, 5 s left  a/b 0.1235\n"
 
 
-def test_ranks_without_a_writer_write_nothing(tmp_path, capsys):
-    pf.log_metrics(None, tmp_path, 3, {"a": 1.0}, ("a",))
+def test_ranks_other_than_the_first_write_nothing(tmp_path, capsys):
+    pf.log_metrics(SimpleNamespace(is_main_process=False), tmp_path, 3, {"a": 1.0}, ("a",))
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- trackers
+
+
+def track(folder: Path, step: int, tracker: str = "tensorboard") -> Accelerator:
+    """An accelerator whose tracker is open, as at the start of a run that goes on from the checkpoint of
+    `step`."""
+    accelerator = pf.start_accelerator(tracker=tracker, folder=str(folder))
+    args = pf.Args(**ARGS, output_dir=str(folder), log_with=tracker)
+    pf.open_metrics(accelerator, args, folder, step)
+    return accelerator
+
+
+class Notes(tracking.GeneralTracker):
+    """Stands for an installed tracker of accelerate."""
+
+    name, requires_logging_directory, tracker = "wandb", False, None
+
+    def __init__(self, project, **settings):
+        self.said = [("project", project, settings)]
+        super().__init__()
+
+    def store_init_configuration(self, values):
+        self.said.append(("settings", values["lr"], values["critic_init"]))
+
+    def log(self, values, step=None, **_):
+        self.said.append((step, values))
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Notes)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
+
+
+def test_a_tracker_gets_project_settings_and_metrics(notes, tmp_path):
+    accelerator = track(tmp_path, 0, "wandb")
+    pf.log_metrics(accelerator, tmp_path, 3, {"a": 1.0, "b": 2})
+    said = [("project", "pfppo", {}), ("settings", 5e-7, None), (3, {"a": 1.0, "b": 2})]
+    assert accelerator.trackers[0].said == said
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_no_tracker_leaves_metrics_jsonl_alone(tmp_path):
+    pf.log_metrics(track(tmp_path, 0, "none"), tmp_path, 3, {"a": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "a": 1.0}\n'
+
+
+@pytest.mark.parametrize("script", [sft, rm, pf], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("name", ["wandb", "wandbb"])
+def test_a_tracker_that_is_not_installed_is_refused_first(monkeypatch, tmp_path, script, name):
+    # one line that says what is there and what to do, before anything is read
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    names = {"log_with": name, "output_dir": str(tmp_path / "run"), "shard": False}
+    message = f"^--log_with {name}: here are none, tensorboard; pip install {name}$"
+    with pytest.raises(SystemExit, match=message):
+        script.main(SimpleNamespace(**names))
+
+
+# ---------------------------------------------------------------- progress
+
+
+def spoken(monkeypatch, capsys, seconds: list[float], rank: int = 0) -> list[str]:
+    """What is said of a phase whose parts take so long; the parts come out as they went in."""
+    now, state = [100.0], SimpleNamespace(is_main_process=rank == 0)
+    monkeypatch.setattr(pf, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(pf, "PartialState", lambda: state)
+    came = []
+    for i in pf.progress(range(len(seconds)), "scoring: batch"):
+        came.append(i)
+        now[0] += seconds[i]
+    assert came == list(range(len(seconds)))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_long_phase_says_every_30_seconds_how_far_it_is(monkeypatch, capsys):
+    # 12, 24, 36, 48, 60, 72 seconds in: at 36, and 36 later
+    assert spoken(monkeypatch, capsys, [12.0] * 7) == ["scoring: batch 3/7", "scoring: batch 6/7"]
+
+
+def test_a_phase_under_30_seconds_says_nothing(monkeypatch, capsys):
+    assert spoken(monkeypatch, capsys, [0.1] * 299) == []
+
+
+def test_other_ranks_say_nothing(monkeypatch, capsys):
+    assert spoken(monkeypatch, capsys, [31.0] * 3, rank=1) == []

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny import (
+from conftest import (
     HELD_OUT_PAIRS,
     HELD_OUT_ROWS,
     PAIRS,

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import causal_lm, make_tokenizer, model_config, reward_model
 from safetensors.torch import load_file, save_file
-from tiny import causal_lm, make_tokenizer, model_config, reward_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig
 
@@ -92,7 +92,7 @@ class Refusing(LlamaForCausalLM):
     [
         (Noisy, "differs between train and eval mode"),
         (Recurrent, "padding reaches its state"),
-        (Ahead, "when more follow"),
+        (Ahead, "if more follow"),
         (Infinite, "NaN or infinity"),
         (Refusing, "fails on your own rows: .*position_ids"),
     ],

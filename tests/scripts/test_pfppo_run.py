@@ -15,7 +15,7 @@ from accelerate import DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from tiny import (
+from conftest import (
     EOS,
     Spies,
     causal_lm,
@@ -642,7 +642,7 @@ def test_launchers_that_shard_weights_are_refused(script, kind, monkeypatch):
     fake = SimpleNamespace(distributed_type=DistributedType(kind))
     monkeypatch.setattr(script, "Accelerator", lambda **_: fake)
     with pytest.raises(SystemExit, match=f"^{kind} does not work here.*--multi_gpu"):
-        script.main(SimpleNamespace(shard=False))
+        script.main(SimpleNamespace(shard=False, log_with="none", output_dir=""))
 
 
 @pytest.mark.parametrize("script", [pf, rm, sft], ids=lambda module: module.__name__)
@@ -752,7 +752,7 @@ REFUSED = [
     (dict(prompts="nowhere.jsonl"), "--prompts nowhere.jsonl.*No such file"),
     (dict(eval_prompts="nowhere.jsonl"), "--eval_prompts nowhere.jsonl.*No such file"),
     (dict(prompt_field="question"), "--prompts .*prompts.jsonl, row 1: no column question"),
-    (dict(stop_token="nosuch"), "--stop_token nosuch"),
+    (dict(stop_token="nosuch"), "--stop_token .nosuch. is no token"),
     (dict(stop_token="99999"), "--stop_token.*99999"),
     (dict(reward="nomodule:reward"), "--reward nomodule:reward.*nomodule"),
     (dict(reward="json:nofunction"), "--reward json:nofunction.*nofunction"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from tiny import (
+from conftest import (
     EOS,
     HELD_OUT_PAIRS,
     PAIRS,

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from tiny import CHAT_TEMPLATE, make_tokenizer, write_jsonl
+from conftest import CHAT_TEMPLATE, make_tokenizer, rm_settings, sft_settings, tiny_settings, write_jsonl
+from transformers import AutoTokenizer
 
 import pfppo_single as pf
 import rm_single as rm
@@ -64,7 +66,7 @@ def test_a_text_prompt_is_read_as_it_is(tmp_path):
 def test_every_form_of_a_preference_gives_the_same_label(tmp_path, row):
     path, tokenizer = write_jsonl(tmp_path / "pairs.jsonl", [row]), make_tokenizer()
     args = rm.Args(model="none", train_data=str(path))
-    config = __import__("tiny").model_config("gpt2")
+    config = __import__("conftest").model_config("gpt2")
     (label,), left_out = rm.read_labels("train_data", args, tokenizer, config, tokenizer.eos_token_id)
     assert tokenizer.decode(label["query"]) == "two<eos>=" and left_out == 0 and label["best"] == 0
     assert [tokenizer.decode(sample) for sample in label["samples"]] == ["good<eos>", "bad<eos>"]
@@ -75,7 +77,7 @@ def test_conversations_with_other_prompts_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": [USER, GOOD], "rejected": [other, BAD]}])
     args, tokenizer = rm.Args(model="none", train_data=str(path)), make_tokenizer()
     with pytest.raises(SystemExit, match=r"--train_data .*row 1: .*differ"):
-        rm.read_labels("train_data", args, tokenizer, __import__("tiny").model_config("gpt2"), 1)
+        rm.read_labels("train_data", args, tokenizer, __import__("conftest").model_config("gpt2"), 1)
 
 
 def write_csv(path, rows):
@@ -180,3 +182,79 @@ def test_numbers_of_every_kind_are_taken(values):
 def test_other_values_are_refused_with_the_flag(values):
     with pytest.raises(SystemExit, match="^--reward .*must return a list of 2 finite numbers"):
         pf.call_function(lambda prompts, responses, rows: values, ROWS, ["x", "y"], "prompt")
+
+
+# ---------------------------------------------------------------- a chat template of a file
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}={{ m['content'] }}\n{% endfor %}"
+
+
+def bare_model(world, tmp_path, name: str = "gpt2") -> str:
+    """A model of the world whose tokenizer has no chat template."""
+    shutil.copytree(world / name, tmp_path / name, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    assert pf.load_pretrained("AutoTokenizer", str(tmp_path / name), "model").chat_template is None
+    return str(tmp_path / name)
+
+
+def template_file(tmp_path, text: str = TEMPLATE) -> str:
+    (tmp_path / "chat.jinja").write_text(text)
+    return str(tmp_path / "chat.jinja")
+
+
+def test_a_template_replaces_the_tokenizers_own(world, tmp_path):
+    tokenizer = pf.load_pretrained("AutoTokenizer", str(world / "gpt2"), "model", template_file(tmp_path))
+    assert tokenizer.decode(pf.encode_prompt(tokenizer, [USER])) == "user=two\n"
+
+
+CHATS = dict(query_length=64, response_length=16, micro_batch_size=8)
+
+
+def test_later_stages_find_the_template_in_the_model(world, tmp_path):
+    # SFT saves it; the reward model and PPO then read messages without the flag
+    rows = [{"prompt": [USER], "response": "ok", "chosen": "good", "rejected": "bad"}] * 8
+    data = str(write_jsonl(tmp_path / "chats.jsonl", rows))
+    settings = dict(train_data=data, eval_data=None, epochs=1) | CHATS
+    model = dict(model=bare_model(world, tmp_path), chat_template=template_file(tmp_path))
+    sft.main(sft.Args(**sft_settings(world, tmp_path / "sft", **settings, **model)))
+    trained = str(tmp_path / "sft/model")
+    rm.main(rm.Args(**rm_settings(world, tmp_path / "rm", **settings, model=trained)))
+    ppo = dict(policy=trained, reward=str(tmp_path / "rm/model"), prompts=data, dry_run=True) | CHATS
+    pf.main(pf.Args(**tiny_settings(world, tmp_path / "br") | ppo))
+    for folder in (trained, str(tmp_path / "rm/model")):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.decode(pf.encode_prompt(tokenizer, [USER])) == "user=two\n"
+
+
+def test_pfppo_saves_the_template_with_the_policy(run, world, tmp_path):
+    data = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": [USER]}] * 8)
+    settings = dict(policy=bare_model(world, tmp_path), chat_template=template_file(tmp_path))
+    _, folder = run(**settings, prompts=data, total_episodes=16, **CHATS)
+    assert AutoTokenizer.from_pretrained(folder / "policy").chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, r"\[Errno 2\] No such file.*; give a Jinja file"),
+        ("{% for m in messages %}", "Unexpected end of template.*; give a Jinja file"),
+        ("{{ raise_exception('system first') }}", "system first; give a Jinja file"),
+        ("", "it renders to nothing; give a Jinja file"),
+    ],
+    ids=["no file", "no Jinja", "raises", "empty"],
+)
+def test_a_template_that_does_not_render_is_refused_in_one_line(world, tmp_path, text, message):
+    path = str(tmp_path / "none.jinja") if text is None else template_file(tmp_path, text)
+    with pytest.raises(SystemExit, match=f"^--chat_template {path}: {message}$"):
+        pf.load_pretrained("AutoTokenizer", str(world / "gpt2"), "policy", path)
+
+
+@pytest.mark.parametrize("script", [sft, rm, pf], ids=lambda module: module.__name__)
+def test_messages_without_a_template_are_refused_with_the_flag_to_give(world, tmp_path, script):
+    rows = [{"prompt": [USER], "response": "ok", "chosen": "good", "rejected": "bad"}] * 8
+    data, model = str(write_jsonl(tmp_path / "chats.jsonl", rows)), bare_model(world, tmp_path)
+    settings = {sft: sft_settings, rm: rm_settings, pf: tiny_settings}[script](world, tmp_path / "run")
+    settings |= dict(policy=model, prompts=data) if script is pf else dict(model=model, train_data=data)
+    message = "row 1: prompt is refused by the tokenizer: it has no chat template; give --chat_template FILE"
+    with pytest.raises(SystemExit, match=message) as refusal:
+        script.main(script.Args(**settings))
+    assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import (
+from conftest import (
     EOS,
     causal_lm,
     make_tokenizer,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tiny import (
+from conftest import (
     EOS,
     causal_lm,
     make_tokenizer,
@@ -19,9 +19,10 @@ from tiny import (
     weights,
     write_jsonl,
 )
-from tiny import HELD_OUT_ROWS as HELD_OUT
-from tiny import SFT_ROWS as ROWS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import HELD_OUT_ROWS as HELD_OUT
+from conftest import SFT_ROWS as ROWS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import sft_single as sft
 
@@ -77,6 +78,35 @@ def test_stop_token_none_adds_nothing(tokenizer):
 def test_a_stop_token_is_named_or_numbered(tokenizer, text, expected):
     # PITFALLS TOK-5
     assert sft.stop_token_id(tokenizer, text) == expected
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """As GPT-2's: a newline is the token Ċ, and ### is one token, #! two."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "##", "###", "<eos>"]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("#", "#"), ("##", "#")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("text, token", [("\n", "Ċ"), ("###", "###"), (" ", "Ġ"), ("Ċ", "Ċ")])
+def test_a_text_that_is_one_token_stops(text, token):
+    tokenizer = byte_level_tokenizer()
+    assert sft.stop_token_id(tokenizer, text) == tokenizer.get_vocab()[token]
+
+
+@pytest.mark.parametrize(
+    "make, text, tokens",
+    [
+        (byte_level_tokenizer, "###\n", "'###', 'Ċ'"),
+        (make_tokenizer, "no", "'n', 'o'"),
+        (make_tokenizer, "#", "'<unk>'"),
+    ],
+)
+def test_a_text_that_is_several_tokens_or_unknown_is_refused_naming_them(make, text, tokens):
+    with pytest.raises(SystemExit) as refusal:
+        sft.stop_token_id(make(), text)
+    said = f"--stop_token {text!r} is no token, but [{tokens}]; give one token, or `none`"
+    assert str(refusal.value) == said
 
 
 def encode(tokenizer, tmp_path, rows: list[dict], **changes) -> tuple[list[dict], int]:
@@ -307,7 +337,7 @@ REFUSED = [
     (dict(response_field="answer"), "--train_data .*row 1: no column answer; it has"),
     (dict(response_field="number"), "--train_data .*row 1: number must be a text"),
     (dict(batch_size=0), "--batch_size must"),
-    (dict(stop_token="<end>"), "--stop_token <end>"),
+    (dict(stop_token="<end>"), "--stop_token '<end>'"),
     (dict(stop_token="99999"), "--stop_token.*99999"),
     (dict(query_length=2), "--train_data.*--query_length 2"),
     (
@@ -340,7 +370,7 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(world, tmp_path, monk
 
 def test_more_processes_than_rows_in_a_batch_are_refused(world, tmp_path, monkeypatch):
     accelerator = SimpleNamespace(device="cpu", process_index=0, num_processes=4)
-    monkeypatch.setattr(sft, "start_accelerator", lambda shard: accelerator)
+    monkeypatch.setattr(sft, "start_accelerator", lambda *_: accelerator)
     with pytest.raises(SystemExit, match="^--batch_size .*4 processes"):
         sft.main(sft.Args(**sft_settings(world, tmp_path / "run", batch_size=3)))
 

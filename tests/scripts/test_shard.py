@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import shard_driver
 import torch
+from conftest import read_metrics, same, sft_settings, timeless, tiny_settings, weights, write_jsonl
 from safetensors.torch import load_file
-from tiny import read_metrics, same, sft_settings, timeless, tiny_settings, weights, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import pfppo_single as pf
@@ -252,7 +252,7 @@ def test_fp16_is_refused(monkeypatch):
 
 def test_a_killed_rank_ends_all_and_the_command_goes_on(forks, world, tmp_path):
     # PITFALLS SYS-9, through accelerate as README says; one rank gets SIGKILL, its peers wait in a collective
-    settings = sft_settings(world, tmp_path / "run", shard=True, epochs=8, checkpoint_every=2)
+    settings = sft_settings(world, tmp_path / "run", shard=True, epochs=5, checkpoint_every=3)
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += [sft.__file__, *flags]
@@ -267,7 +267,7 @@ def test_a_killed_rank_ends_all_and_the_command_goes_on(forks, world, tmp_path):
     assert launcher.wait(60) != 0
     assert not (tmp_path / "run/model").exists()
     for name in ("run", "whole"):
-        settings = sft_settings(world, tmp_path / name, shard=True, epochs=8, checkpoint_every=2)
+        settings = sft_settings(world, tmp_path / name, shard=True, epochs=5, checkpoint_every=3)
         forks("fork_server", "run_script", "sft_single", settings, folder=tmp_path / name, processes=2)
     assert same(weights(tmp_path / "run/model"), weights(tmp_path / "whole/model"))
     assert timeless(read_metrics(tmp_path / "run")) == timeless(read_metrics(tmp_path / "whole"))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import (
+from conftest import (
     make_rollout,
     read_metrics,
     rm_settings,

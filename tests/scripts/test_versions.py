@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tiny import causal_lm, make_rollout, rm_settings, sft_settings, tiny_settings
+from conftest import causal_lm, make_rollout, rm_settings, sft_settings, tiny_settings
 
 import pfppo_single as pf
 import rm_single as rm

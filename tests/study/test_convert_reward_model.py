@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from conftest import make_rollout, make_tokenizer, reward_model
 from safetensors.torch import save_file
-from tiny import make_rollout, make_tokenizer, reward_model
 from transformers import AutoTokenizer
 
 import pfppo_single as pf

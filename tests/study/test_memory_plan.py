@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, causal_lm, model_config
+from conftest import VOCAB_SIZE, causal_lm, model_config
 
 import pfppo_single as pf
 import rm_single as rm

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_settings
+from conftest import tiny_settings
 
 from benchmark.evaluation.evaluate import Args as EvaluateArgs
 from benchmark.recipes import paper, preferences
