@@ -4,7 +4,6 @@ files or tests by name run in this process. `-n 0` runs everything in it, `-n 2 
 The fixtures, and what tests take `from conftest`, are those of tiny.py, which imports torch and transformers: it is
 loaded by the processes that run tests, and under xdist the one that hands tests out is none of them."""
 
-import gc
 import importlib
 import os
 import sys
@@ -43,7 +42,6 @@ def pytest_configure(config):
     hands_out = getattr(config.option, "dist", "no") != "no" and not is_worker(config)
     if not hands_out:
         config.pluginmanager.register(importlib.import_module("tiny"))
-        gc.freeze()  # a million objects of libraries, which a full collection would look through for half a second
 
 
 def pytest_collection_modifyitems(config, items):

@@ -150,7 +150,7 @@ def warm_up() -> None:
 
 
 def answer_requests(requests, answers, prepare=lambda: None) -> None:
-    """Prepares at the first request; serves until `requests` ends, as it does when the process of the tests has
+    """Prepares at the first request, and serves until `requests` ends, as it does when the process of the tests has
     gone."""
     for i, line in enumerate(requests):
         if i == 0:

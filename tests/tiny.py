@@ -2,6 +2,7 @@
 temporary folders. And the fixtures of all tests: conftest.py loads this module as a plugin."""
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -341,6 +342,9 @@ class Forks:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session):
     """Before any test computes something, since a process with threads is not forked safely."""
+    if hasattr(session.config, "workerinput"):  # all tests are about to run, and need what the server needs
+        fork_server.warm_up()
+    gc.freeze()  # a million objects of libraries, which a full collection would look through for half a second
     session.config.forks = Forks(*fork_server.fork_here())
 
 
