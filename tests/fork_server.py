@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,7 @@ def child(request: dict, rank: int, port: int) -> None:
     """One process of a request; leaves its result in FOLDER.answer_RANK, beside what it printed."""
     log = os.open(request["folder"] + f".log_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1), os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
     try:
         if request["processes"] > 1:
@@ -162,7 +164,9 @@ def fork_here() -> tuple:
     """Forks the server from this process, which has imported what the runs need and has computed nothing yet
     -> its number, a file for requests, a file of answers."""
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    server = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: that of xdist only reads
+        server = os.fork()
     if server:
         os.close(theirs_in), os.close(theirs_out)
         return server, os.fdopen(ours_out, "w"), os.fdopen(ours_in)

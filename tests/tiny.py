@@ -318,9 +318,9 @@ class Forks:
         self, module, function, *arguments, folder, processes=1, kill_at=None, kill_after=None, path=()
     ) -> dict:
         """module.function(*arguments) in `processes` new processes -> {codes, seconds, results, operations,
-        printed}, all but seconds and operations per rank. SIGKILL in place of file operation kill_at of rank 0 in `folder`,
-        or after kill_after seconds; `path` comes first in sys.path. What fails without being killed raises, but
-        for run_command and run_code."""
+        printed}, all but seconds and operations per rank. SIGKILL in place of file operation kill_at of rank 0 in
+        `folder`, or after kill_after seconds; `path` comes first in sys.path. What fails without being killed
+        raises, but for run_command and run_code."""
         request = dict(module=module, function=function, arguments=arguments, folder=str(folder))
         request |= dict(processes=processes, kill_at=kill_at, kill_after=kill_after)
         request["path"] = [*map(str, path), *sys.path]
