@@ -13,7 +13,7 @@ Run on a CPU, one GPU, eight GPUs (sizes are global, so the algorithm is the sam
     --prompts rl.jsonl --output_dir run
   accelerate launch --num_processes 1 --mixed_precision bf16 pfppo_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pfppo_single.py ...
-In:  a causal language model (`--policy`), a reward (`--reward`), JSONL prompts (`--prompts`).
+In:  a causal language model (`--policy`), a reward (`--reward`), prompts (`--prompts`).
 Out: `output_dir/policy` (the last policy), `policy_best` (best on the evaluation prompts), `metrics.jsonl`,
      `tensorboard/`, `samples.jsonl`, `checkpoints/`. The same command continues a killed run.
 
@@ -102,7 +102,7 @@ class Args:
     """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # data
     prompts: str
-    """training prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
+    """training prompts: .jsonl(.gz), .json, .csv, .parquet, a save_to_disk folder, or hub id `name:split`"""
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
     chat_template: str | None = None
@@ -1411,8 +1411,8 @@ def progress(parts, phase: str):
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
-    """What the console says of the seconds that are left, nothing before anything is done."""
-    return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
+    """What the console says of the seconds that are left, nothing at either end."""
+    return f", {(time.time() - start) / done * to_do:.0f} s left" if done and to_do else ""
 
 
 def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:

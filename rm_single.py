@@ -91,8 +91,9 @@ class Args:
     """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # labels
     train_data: str
-    """labels: .jsonl, .json, .parquet, or hub id `name:split`. Either texts (prompt_field, chosen_field,
-    rejected_field), or token ids: `query`, `sample0` .. `sampleK-1` of one length, and `best` in 0 .. K-1"""
+    """labels: .jsonl(.gz), .json, .csv, .parquet, a folder, or hub id `name:split`; texts (prompt_field,
+    chosen_field, rejected_field) or token ids: `query`, `sample0` .. `sampleK-1` of one length, `best` in
+    0 .. K-1"""
     eval_data: str | None = None
     """held-out labels, same columns; none: those behind num_train, if any"""
     num_train: Whole = 0
@@ -311,6 +312,7 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------ 6. normalise again, save
     if args.normalize_after:
+        accelerator.print(f"normalising: {args.normalize_samples} samples, and as many to measure again")
         metrics = normalize(accelerator, reward_model, sft_policy, queries, args, stop_id, stage=1)
         log_metrics(accelerator, output_dir, num_steps + 1, metrics, ("normalize_after/gain",), "")
     save_model(accelerator, as_classifier(reward_model), tokenizer, stop_id, output_dir / "model")
@@ -1113,8 +1115,8 @@ def progress(parts, phase: str):
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
-    """What the console says of the seconds that are left, nothing before anything is done."""
-    return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
+    """What the console says of the seconds that are left, nothing at either end."""
+    return f", {(time.time() - start) / done * to_do:.0f} s left" if done and to_do else ""
 
 
 def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:

@@ -80,7 +80,7 @@ class Args:
     """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # data
     train_data: str
-    """training rows: .jsonl, .json, .parquet, or hub id `name:split`"""
+    """training rows: .jsonl(.gz), .json, .csv, .parquet, a save_to_disk folder, or hub id `name:split`"""
     eval_data: str | None = None
     """held-out rows, same columns; none: no held-out loss"""
     prompt_field: str = "prompt"
@@ -905,8 +905,8 @@ def progress(parts, phase: str):
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
-    """What the console says of the seconds that are left, nothing before anything is done."""
-    return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
+    """What the console says of the seconds that are left, nothing at either end."""
+    return f", {(time.time() - start) / done * to_do:.0f} s left" if done and to_do else ""
 
 
 def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:

@@ -3,11 +3,13 @@
     pip install --no-deps --target /tmp/trl 'trl==1.12.0'     # the last TRL with a PPOTrainer
     PYTHONPATH=/tmp/trl python -m benchmark.study.ppo_speed --output_dir output/speed
     ... --workloads world --world output/quickstart            # the embedded world, a folder of benchmark.quickstart
+    ... --workloads mini --rounds 1 --updates 3 --profile      # where the seconds of one update go, by operation
 
 Workloads are random GPT-2 models (none is trained to anything): `mini` and `small` draw responses of full length,
 `ragged` has a stop token of probability 1/16, so lengths are geometric. All ways start from the same models, with
 the same tokens, epochs and minibatches, in float32 on one thread. TRL samples one response to a prompt, so it is
-given each prompt five times. Each way runs in a process of its own, the ways in turn. The first update of a run is
+given each prompt five times. We sample all responses of an update at once; TRL samples and scores in batches of
+one size, 64 (`mini` takes it as long at 320). Each way runs in a process of its own, the ways in turn. The first update of a run is
 left out. Seconds are medians over the updates of all rounds; the fastest update stands beside them, since other
 work on the machine can only slow one.
 
@@ -19,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -39,6 +42,13 @@ WAYS = {
     "TRL, checkpointing": "trl_checkpointing",
 }
 PHASES = ("generate", "score", "logprobs", "train")
+NAMES = {
+    "matrix products": "::(mm|addmm|bmm|baddbmm)$",
+    "attention": "scaled_dot_product",
+    "layer norms": "native_layer_norm",
+    "drawing tokens": "::exponential_$",
+}
+KINDS = (*NAMES, "activation", "over the vocabulary", "other operations", "between operations")
 EPOCHS, RESPONSES = 3, 5
 
 
@@ -77,6 +87,8 @@ class Args:
     """updates in a run, the first of which is not counted"""
     rounds: int = 3
     """runs of each way"""
+    profile: bool = False
+    """where the seconds of the last update of a run go, in place of the seconds of all"""
     way: str = ""
     """used by the command itself: run this way of the one workload once and print what it took"""
 
@@ -132,6 +144,7 @@ def settings_of(load: Workload | None) -> dict:
         minibatch_size=load.minibatch,
         micro_batch_size=load.micro_batch,
         forward_batch_size=64,
+        generation_batch_size=load.prompts * RESPONSES,
         noptepochs=EPOCHS,
         normalize_samples=2 * RESPONSES,
         lr=1e-5,
@@ -140,26 +153,33 @@ def settings_of(load: Workload | None) -> dict:
     )
 
 
-def our_updates(folder: Path, settings: dict, name: str, updates: int) -> list[dict]:
-    """Metrics of the updates of pfppo_single.py under a filter, in this process."""
+def our_updates(folder: Path, settings: dict, name: str, updates: int, after=lambda: None) -> list[dict]:
+    """Metrics of the updates of pfppo_single.py under a filter, in this process; `after` is called behind each."""
     import torch
 
     import pfppo_single as pfppo
 
     torch.set_num_threads(1)
+    log = pfppo.log_metrics
+    pfppo.log_metrics = lambda *line: (log(*line), after())
     with tempfile.TemporaryDirectory() as out:
         settings = settings | dict(filter=name, checkpoint_every=1000, output_dir=f"{out}/run")
         settings["total_episodes"] = updates * settings["batch_size"] * settings["num_responses"]
         models = dict(
             policy=folder / "sft/model", reward=folder / "rm/model", prompts=folder / "world/rl.jsonl"
         )
-        pfppo.main(pfppo.Args(**settings, **{field: str(path) for field, path in models.items()}))
+        try:
+            pfppo.main(pfppo.Args(**settings, **{field: str(path) for field, path in models.items()}))
+        finally:
+            pfppo.log_metrics = log
         rows = records.read_rows(Path(out) / "run/metrics.jsonl")
     return [row for row in rows if row["step"] > 0]
 
 
-def trl_updates(folder: Path, settings: dict, checkpointing: bool, updates: int) -> list[dict]:
-    """Seconds of the updates of TRL's PPOTrainer with our sizes."""
+def trl_updates(
+    folder: Path, settings: dict, checkpointing: bool, updates: int, after=lambda: None
+) -> list[dict]:
+    """Seconds of the updates of TRL's PPOTrainer with our sizes; `after` is called behind each."""
     import torch
     from datasets import Dataset
     from transformers import (
@@ -185,6 +205,7 @@ def trl_updates(folder: Path, settings: dict, checkpointing: bool, updates: int)
 
         def on_step_end(self, *_, **__):
             starts.append(time.perf_counter())
+            after()
 
     causal, scalar = AutoModelForCausalLM, AutoModelForSequenceClassification
     with tempfile.TemporaryDirectory() as out:
@@ -273,15 +294,59 @@ def floor_seconds(load: Workload, kept: float, length: float) -> float:
     return needed["generate"] / sampling + sum(needed[phase] for phase in PHASES[1:]) / whole
 
 
+def kind_of(operation: str, shapes: list, load: Workload) -> str:
+    """What an operation of torch belongs to, by its name or by the last axis of what it reads."""
+    for kind, pattern in NAMES.items():
+        if re.search(pattern, operation):
+            return kind
+    last = {shape[-1] for shape in shapes if shape and isinstance(shape[-1], int)}
+    if load.vocabulary in last:
+        return "over the vocabulary"
+    return "activation" if 4 * load.width in last else "other operations"
+
+
+class Profile:
+    """Seconds of the last of so many updates by kind of operation, one call behind each update."""
+
+    def __init__(self, updates: int):
+        from torch.profiler import ProfilerActivity, profile
+
+        self.left, self.start = updates, 0.0
+        self.profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 1:
+            self.profiler.start()
+            self.start = time.perf_counter()
+        elif self.left == 0:
+            self.seconds = time.perf_counter() - self.start
+            self.profiler.stop()
+
+    def kinds(self, load: Workload) -> dict[str, float]:
+        """An operation counts without those that it calls; what is left is time between operations."""
+        found = dict.fromkeys(KINDS, 0.0)
+        for event in self.profiler.key_averages(group_by_input_shape=True):
+            if event.key.startswith("Optimizer."):
+                continue
+            found[kind_of(event.key, event.input_shapes, load)] += event.self_cpu_time_total / 1e6
+        found["between operations"] = self.seconds - sum(found.values())
+        return found
+
+
 def measure(args: Args) -> dict:
-    """What one way took: seconds of its updates, by phase where there are phases, megabytes at the peak."""
+    """What one way took: seconds of its updates, by phase where there are phases, megabytes at the peak; or
+    seconds of one update by kind of operation."""
     name = args.workloads[0]
     load, folder = WORKLOADS.get(name), Path(args.world or Path(args.output_dir, name))
     settings = settings_of(load)
+    profile = Profile(args.updates) if args.profile else lambda: None
     if args.way.startswith("trl"):
-        rows = trl_updates(folder, settings, args.way == "trl_checkpointing", args.updates)[1:]
+        rows = trl_updates(folder, settings, args.way == "trl_checkpointing", args.updates, profile)[1:]
     else:
-        rows = our_updates(folder, settings, args.way, args.updates)[1:]
+        rows = our_updates(folder, settings, args.way, args.updates, profile)[1:]
+    if args.profile:
+        return {"seconds": [profile.seconds], **profile.kinds(load)}
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     taken = {"seconds": [row["seconds/update"] for row in rows], "megabytes": megabytes}
     for phase in PHASES:
@@ -310,12 +375,26 @@ def table(name: str, found: dict[str, list[dict]]) -> str:
     return f"{name}\n" + "\n".join(lines)
 
 
+def profile_table(name: str, found: dict[str, list[dict]]) -> str:
+    """One row a kind of operation, one column a way: seconds in one update, medians over the rounds."""
+    lines = [f"| {name} | {' | '.join(found)} |", "|" + "---|" * (1 + len(found))]
+    for kind in (*KINDS, "all"):
+        of_way = [
+            np.median([r["seconds"][0] if kind == "all" else r[kind] for r in rounds])
+            for rounds in found.values()
+        ]
+        lines += [f"| {kind} | {' | '.join(f'{x:.2f}' for x in of_way)} |"]
+    return "\n".join(lines)
+
+
 def main(args: Args) -> None:
     unknown = [name for name in args.workloads if name not in (*WORKLOADS, "world")]
     if unknown:
         raise SystemExit(f"--workloads {unknown[0]}: give some of {', '.join(WORKLOADS)}, world")
     if args.updates < 2 or args.rounds < 1:
         raise SystemExit("--updates must be at least 2 (the first is not counted) and --rounds at least 1")
+    if args.profile and "world" in args.workloads:
+        raise SystemExit("--profile knows the sizes of mini, small and ragged alone")
     for part in ("world/rl.jsonl", "sft/model", "rm/model") if "world" in args.workloads else ():
         if args.world is None or not Path(args.world, part).exists():
             raise SystemExit(f"--world {args.world}: no {part}; give a folder of benchmark.quickstart")
@@ -350,13 +429,14 @@ def main(args: Args) -> None:
                 ]
                 command += ["--updates", str(args.updates), "--output_dir", str(output_dir)]
                 command += ["--world", args.world] if name == "world" else []
+                command += ["--profile"] if args.profile else []
                 done = subprocess.run(command, capture_output=True, text=True, cwd=records.ROOT)
                 if done.returncode:
                     raise SystemExit(f"{name}, {way} failed:\n{done.stderr[-3000:]}")
                 found[way].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{name}, {way}: {np.median(found[way][-1]['seconds']):.2f} s per update", flush=True)
             records.write_json(output_dir / "results.json", results)
-        print(f"\n{table(name, found)}\n", flush=True)
+        print(f"\n{(profile_table if args.profile else table)(name, found)}\n", flush=True)
     print(f"{results['hardware']}, one thread, commit {results['commit']}")
 
 

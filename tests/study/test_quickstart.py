@@ -82,10 +82,10 @@ def test_user_errors_are_one_line(changes, message, tmp_path, monkeypatch):
 
 def test_a_failing_script_ends_with_its_own_last_line(tmp_path):
     said = []
-    settings = dict(model=tmp_path / "none", train_data="none.jsonl", output_dir=tmp_path / "sft")
+    settings = dict(model="none", train_data="none.jsonl", output_dir=tmp_path / "sft", lr="nan")
     with pytest.raises(SystemExit) as error:
         pipeline.launch("sft_single.py", settings, tmp_path / "sft.log", said.append)
-    assert str(error.value).startswith(f"sft_single.py: --model {tmp_path}/none")
+    assert str(error.value).startswith("sft_single.py: --lr must ")
     assert str(error.value).endswith(f"(log: {tmp_path}/sft.log)") and "\n" not in str(error.value)
     assert "sft_single.py --model" in (tmp_path / "sft.sh").read_text()
 

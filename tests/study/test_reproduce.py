@@ -9,7 +9,7 @@ import torch
 
 import pfppo_single as pfppo
 from benchmark import pipeline, records
-from benchmark.study import figures, ppo_speed, reproduce, tables
+from benchmark.study import figures, growth, ppo_speed, reproduce, tables
 from benchmark.study import rewards as study_rewards
 
 # ---------------------------------------------------------------- statistics
@@ -682,3 +682,23 @@ def test_the_table_compares_with_trls_faster_setting():
         "mini", {"ours": [ours], "TRL": [slow], "TRL, checkpointing": [fast]}
     ).splitlines()
     assert lines[0] == "mini" and lines[3].startswith("| ours | 2.00 | 2.00 | 3.00 |")
+
+
+def test_operations_belong_to_a_kind_by_name_or_by_the_last_axis_they_read():
+    load = ppo_speed.Workload(width=64, vocabulary=512)
+    kinds = [
+        ppo_speed.kind_of("aten::addmm", [[256], [3072, 64], [64, 256]], load),
+        ppo_speed.kind_of("aten::gelu", [[64, 48, 256]], load),
+        ppo_speed.kind_of("aten::exp", [[64, 24, 512]], load),
+        ppo_speed.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu", [[64, 2, 48, 32]], load),
+        ppo_speed.kind_of("aten::exponential_", [[320, 512], []], load),
+        ppo_speed.kind_of("aten::copy_", [[64, 48, 64]], load),
+    ]
+    assert kinds[:3] == ["matrix products", "activation", "over the vocabulary"]
+    assert kinds[3:] == ["attention", "drawing tokens", "other operations"]
+
+
+def test_a_line_through_the_seconds_by_hand():
+    assert growth.straightness((1, 2, 4), [3.0, 5.0, 9.0]) == pytest.approx(1.0)
+    # the line through (0, 0), (1, 1), (2, 0) is flat at 1/3: it explains nothing
+    assert growth.straightness((0, 1, 2), [0.0, 1.0, 0.0]) == pytest.approx(0.0)
