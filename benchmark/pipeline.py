@@ -15,10 +15,12 @@ them; the exact command is kept beside the output, in NAME.sh. Stages:
     result       DIR/METHOD_test.json   greedy and sampled pass@1, reward, KL, R² on a split
 """
 
+import ctypes
 import dataclasses
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -156,6 +158,7 @@ def launch(script: str, settings: dict, log: Path, say: Callable | None = None, 
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
         )
         try:
             for line in process.stdout:
@@ -174,6 +177,16 @@ def launch(script: str, settings: dict, log: Path, say: Callable | None = None, 
     if code:
         raise SystemExit(f"{script}: {last_words(log.read_text(errors='replace'))} (log: {log})")
     return time.time() - start
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def end_with_parent() -> None:
+    """Linux kills this process when the thread that began it ends: a job that was killed can begin again at
+    once, and finds nobody writing to its folders."""
+    if hasattr(LIBC, "prctl"):
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def last_words(text: str) -> str:

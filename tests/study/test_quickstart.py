@@ -181,19 +181,26 @@ def test_a_run_that_fails_ends_the_job(lanes):
     assert "test_br" not in lanes.ran
 
 
-def test_workers_end_with_the_job():
-    # the job is killed as the system kills it: nothing of it can clean up
-    script = """
-import os, time
-from benchmark import workers
-if __name__ == "__main__":
-    pool = workers.start(1)
-    print(pool.submit(os.getpid).result(), flush=True)
-    time.sleep(60)
+WORKER = """
+pool = workers.start(1)
+print(pool.submit(os.getpid).result(), flush=True)
+time.sleep(60)
 """
-    command = [sys.executable, "-c", script]
+SCRIPT = """
+folder = pathlib.Path(sys.argv[1])
+(folder / "sleeper.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+pipeline.launch(str(folder / "sleeper.py"), {}, folder / "x.log", lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.parametrize("work", [WORKER, SCRIPT], ids=["worker", "script"])
+def test_what_a_job_begins_ends_with_it(work, tmp_path):
+    # the job is killed as the system kills it: nothing of it can clean up
+    imports = "import os, pathlib, sys, time\nfrom benchmark import pipeline, workers\n"
+    script = imports + "if __name__ == '__main__':" + work.replace("\n", "\n    ")
+    command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pipeline.ROOT) as job:
-        worker = int(job.stdout.readline())
+        worker = int(next(line for line in job.stdout if line.strip().isdigit()))
         job.kill()
     for _ in range(200):
         if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
