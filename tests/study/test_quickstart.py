@@ -27,7 +27,7 @@ def test_planned_seconds_grow_with_the_sizes():
     stage = quickstart.STAGES["ppo"]
     assert half["ppo"] == stage.fixed + (stage.seconds - stage.fixed) / 2 and half["sft"] == usual["sft"]
     fast = quickstart.with_fast_sizes(quickstart.Args(fast=True))
-    assert 80 < sum(quickstart.planned_seconds(fast).values()) < 120  # "under two minutes"
+    assert 80 < sum(quickstart.planned_seconds(fast).values()) < 120
 
 
 def test_time_left_follows_the_lines_of_the_runs(monkeypatch, capsys):
