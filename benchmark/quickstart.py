@@ -1,6 +1,6 @@
 """The main job: from nothing to a trained PF-PPO policy on the embedded world, its table and its pictures.
 
-  python -m benchmark.quickstart --output_dir output/quickstart --seed 1   # under five minutes on two idle cores
+  python -m benchmark.quickstart --output_dir output/quickstart --seed 1   # under five minutes
   python -m benchmark.quickstart --output_dir output/fast --fast           # under three: to see it work
 
 Stages and files are those of benchmark/pipeline.py; the same command continues a killed run. Leaves in the
