@@ -91,8 +91,9 @@ class Args:
     """split weights, gradients and Adam's moments over the processes (FSDP2), for models too large for one"""
     # labels
     train_data: str
-    """labels: .jsonl, .json, .parquet, or hub id `name:split`. Either texts (prompt_field, chosen_field,
-    rejected_field), or token ids: `query`, `sample0` .. `sampleK-1` of one length, and `best` in 0 .. K-1"""
+    """labels: .jsonl(.gz), .json, .csv, .parquet, a folder, or hub id `name:split`; texts (prompt_field,
+    chosen_field, rejected_field) or token ids: `query`, `sample0` .. `sampleK-1` of one length, `best` in
+    0 .. K-1"""
     eval_data: str | None = None
     """held-out labels, same columns; none: those behind num_train, if any"""
     num_train: Whole = 0
@@ -311,6 +312,7 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------ 6. normalise again, save
     if args.normalize_after:
+        accelerator.print(f"normalising: {args.normalize_samples} samples, and as many to measure again")
         metrics = normalize(accelerator, reward_model, sft_policy, queries, args, stop_id, stage=1)
         log_metrics(accelerator, output_dir, num_steps + 1, metrics, ("normalize_after/gain",), "")
     save_model(accelerator, as_classifier(reward_model), tokenizer, stop_id, output_dir / "model")
@@ -569,7 +571,8 @@ def start_accelerator(shard: bool = False, tracker: str = "none", folder: str = 
     """Ranks wait two hours for one that saves or grades (NCCL: ten minutes); DDP keeps one copy of gradients,
     not two. Refuses launchers that shard weights: sampling would wait for ranks that have stopped."""
     here = ["none", *map(str, tracking.get_available_trackers())]
-    refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; pip install {tracker}"))
+    advice = f"pip install {tracker}" if tracker in tracking.LOGGER_TYPE_TO_CLASS else "choose one of them"
+    refuse((tracker not in here, f"--log_with {tracker}: here are {', '.join(here)}; {advice}"))
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     # cuDNN's attention has gradients that are NaN where a padded column attends to nothing
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -736,8 +739,8 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
 
 
 def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one is given
-    rank 0's weights by `place`."""
+    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
+    rank 0's weights in `place`."""
     if empty:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
@@ -882,8 +885,8 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
         try:
             ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
         except Exception as error:  # templates raise what they like
-            none = "it has no chat template; give --chat_template FILE, or texts"
-            text = first_line(error) if tokenizer.chat_template else none
+            none = "it has no chat template; --chat_template FILE of the three scripts saves one with a model"
+            text = first_line(error) if tokenizer.chat_template or isinstance(row[column], str) else none
             where = f"--{field}, row {number}: {column} is refused by the tokenizer"
             raise SystemExit(f"{where}: {text}") from None
         encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
@@ -912,11 +915,12 @@ def show_first(accelerator, tokenizer, prompt, query: list[int], response: list[
 
 def stop_token_id(tokenizer, token: str) -> int:
     """Id of `eos`, of a token, of an id in digits or of a text that is one token; -1 for `none`."""
-    ids = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}
-    pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
-    one = pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
-    token_id = int(token) if token.isdigit() else ids.get(token, one)
-    tokens = tokenizer.convert_ids_to_tokens(pieces)
+    ids, pieces = {**tokenizer.get_vocab(), "eos": tokenizer.eos_token_id, "none": -1}, []
+    if not token.isdecimal() and (token not in ids or not token.isascii()):  # "é" is also byte 0xE9's name
+        pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
+    one = len(pieces) == 1 and tokenizer.decode(pieces, clean_up_tokenization_spaces=False) == token
+    token_id = int(token) if token.isdecimal() else pieces[0] if one else ids.get(token)
+    tokens = tokenizer.convert_ids_to_tokens(pieces) or "missing in the tokenizer"
     refuse((token_id is None, f"--stop_token {token!r} is no token, but {tokens}; give one token, or `none`"))
     return token_id
 
@@ -1094,7 +1098,10 @@ def open_metrics(accelerator: Accelerator, args, folder: Path, step: int) -> Non
             write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
     # the name is that of TensorBoard's folder, or of the others' project
     name, settings = ("tensorboard", None) if args.log_with == "tensorboard" else ("pfppo", vars(args))
-    accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
+    try:
+        accelerator.init_trackers(name, settings, {"tensorboard": {"purge_step": step}})
+    except Exception as error:  # trackers raise what they like, where nobody has logged in for example
+        raise SystemExit(f"--log_with {args.log_with}: {first_line(error)}") from None
 
 
 def progress(parts, phase: str):
@@ -1108,8 +1115,8 @@ def progress(parts, phase: str):
 
 
 def time_left(start: float, done: int, to_do: int) -> str:
-    """What the console says of the seconds that are left, nothing before anything is done."""
-    return f", {(time.time() - start) / done * to_do:.0f} s left" if done else ""
+    """What the console says of the seconds that are left, nothing at either end."""
+    return f", {(time.time() - start) / done * to_do:.0f} s left" if done and to_do else ""
 
 
 def log_metrics(accelerator, folder: Path, step: int, metrics: dict, shown=(), left: str = "") -> None:

@@ -15,14 +15,17 @@ them; the exact command is kept beside the output, in NAME.sh. Stages:
     result       DIR/METHOD_test.json   greedy and sampled pass@1, reward, KL, R² on a split
 """
 
+import ctypes
 import dataclasses
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,22 +121,25 @@ def flags(settings: dict) -> list[str]:
     return out
 
 
-def command_line(script: str, settings: dict) -> str:
+def command_line(script: str, settings: dict, threads: int = 1) -> str:
     """What a user would type for a stage."""
-    return f"accelerate launch --cpu --num_processes 1 {script} {shlex.join(flags(settings))}"
+    prefix = f"OMP_NUM_THREADS={threads} " if threads > 1 else ""
+    return f"{prefix}accelerate launch --cpu --num_processes 1 {script} {shlex.join(flags(settings))}"
 
 
-def launch(script: str, settings: dict, log: Path, say: Callable | None = None) -> float:
-    """Run one of the three scripts as `accelerate launch --cpu --num_processes 1 SCRIPT FLAGS` on one thread;
-    returns seconds. Its lines go to the log, and to `say` up to a traceback. Ends with one line, the script's
-    own last one, when it fails."""
-    launcher = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), str(ROOT / script)]
+def launch(script: str, settings: dict, log: Path, say: Callable | None = None, threads: int = 1) -> float:
+    """Run one of the three scripts as `accelerate launch --cpu --num_processes 1 SCRIPT FLAGS` does, in the
+    environment that it sets but without its own start of two seconds; returns seconds. Lines go to the log,
+    and to `say` up to a traceback. Ends with one line, the script's own last one, when it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.with_suffix(".sh").write_text(command_line(script, settings) + "\n")
+    log.with_suffix(".sh").write_text(command_line(script, settings, threads) + "\n")
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "OMP_NUM_THREADS": str(threads),
+        # a thread that waits holds its core for less than a millisecond: others may need it (default: 20)
+        "GOMP_SPINCOUNT": "10000",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
@@ -147,11 +153,12 @@ def launch(script: str, settings: dict, log: Path, say: Callable | None = None) 
         say(f"{script}; the whole command: {log.with_suffix('.sh')}")
     with log.open("ab", buffering=0) as file:
         process = subprocess.Popen(
-            [*command, *flags(settings)],
+            [sys.executable, str(ROOT / script), *flags(settings)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
         )
         try:
             for line in process.stdout:
@@ -159,6 +166,9 @@ def launch(script: str, settings: dict, log: Path, say: Callable | None = None) 
                 traceback = traceback or line.startswith(b"Traceback ")
                 if say and not traceback:
                     say(line.decode(errors="replace").rstrip())
+        except KeyboardInterrupt:  # the terminal told the script too, which finishes its step and saves
+            file.write(process.stdout.read())
+            raise
         except BaseException:
             process.kill()
             raise
@@ -167,6 +177,16 @@ def launch(script: str, settings: dict, log: Path, say: Callable | None = None) 
     if code:
         raise SystemExit(f"{script}: {last_words(log.read_text(errors='replace'))} (log: {log})")
     return time.time() - start
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def end_with_parent() -> None:
+    """Linux kills this process when the thread that began it ends: a job that was killed can begin again at
+    once, and finds nobody writing to its folders."""
+    if hasattr(LIBC, "prctl"):
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def last_words(text: str) -> str:
@@ -231,7 +251,7 @@ def world(folder: Path, seed: int, **settings) -> Path:
     return folder / "world"
 
 
-def sft(folder: Path, seed: int, say: Callable | None = None, **settings) -> Path:
+def sft(folder: Path, seed: int, say: Callable | None = None, threads: int = 1, **settings) -> Path:
     out = folder / "sft" / "model"
     if not out.is_dir():
         files = dict(
@@ -242,8 +262,17 @@ def sft(folder: Path, seed: int, say: Callable | None = None, **settings) -> Pat
             output_dir=folder / "sft",
             seed=seed,
         )
-        launch("sft_single.py", {**files, **SFT, **settings}, folder / "sft.log", say)
+        launch("sft_single.py", {**files, **SFT, **settings}, folder / "sft.log", say, threads)
     return out
+
+
+def graded_samples(policy_dir: Path, n: int, rows: list[dict], seed: int) -> tuple[list, list]:
+    """n samples of a policy on each row, and whether they pass: both (rows, n)."""
+    policy, tokenizer = load(policy_dir)
+    _, texts = sample(policy, tokenizer, rows, n, 1.0, seed)
+    good = actual_scores(rows, texts) > 0
+    starts = range(0, len(texts), n)
+    return [texts[i : i + n] for i in starts], [good[i : i + n].tolist() for i in starts]
 
 
 def preferences(
@@ -253,22 +282,20 @@ def preferences(
     limit: int | None = None,
     name: str = "preferences",
     say: Callable | None = None,
+    run: Callable = map,
 ) -> Path:
     """Writes NAME.jsonl (prompt, chosen, rejected), NAME_valid.jsonl (every tenth pair) and NAME.json
-    (counts)."""
+    (counts). `run`: in place of map, where other processes share the work; the samples are the same."""
     out = folder / f"{name}.jsonl"
     if not out.is_file():
         rows = read_rows(folder / "world/preference.jsonl", limit)
-        policy, tokenizer = load(folder / "sft/model")
         responses, passed, start = [], [], time.time()
-        for first in range(0, len(rows), 640):
-            part = rows[first : first + 640]
-            _, texts = sample(policy, tokenizer, part, n, 1.0, seed * 100003 + first)
-            good = actual_scores(part, texts) > 0
-            responses += [texts[i : i + n] for i in range(0, len(texts), n)]
-            passed += [good[i : i + n].tolist() for i in range(0, len(texts), n)]
+        firsts = range(0, len(rows), 640)
+        parts, seeds = [rows[i : i + 640] for i in firsts], [seed * 100003 + i for i in firsts]
+        for texts, good in run(partial(graded_samples, folder / "sft/model", n), parts, seeds):
+            responses, passed = responses + texts, passed + good
             if say:
-                done = first + len(part)
+                done = len(responses)
                 left = (time.time() - start) / done * (len(rows) - done)
                 say(f"{name} {done}/{len(rows)} prompts sampled and executed, {left:.0f} s left")
         pairs, dropped = minicode.build_pairs(rows, responses, passed)
@@ -297,6 +324,7 @@ def rm(
     name: str = "rm",
     data: str = "preferences",
     say: Callable | None = None,
+    threads: int = 1,
     **settings,
 ) -> Path:
     out = folder / name / "model"
@@ -309,7 +337,7 @@ def rm(
             output_dir=folder / name,
             seed=seed,
         )
-        launch("rm_single.py", {**files, **RM, **settings}, folder / f"{name}.log", say)
+        launch("rm_single.py", {**files, **RM, **settings}, folder / f"{name}.log", say, threads)
     return out
 
 
@@ -382,7 +410,9 @@ def result(
     actual = actual_scores(rows, texts)
     reward = pfppo.reward_model_scores(load_reward(rm_dir), rollout, FORWARD).numpy()
     logprobs, _ = pfppo.response_logprobs_and_values(policy, rollout, 1.0, FORWARD)
-    ref_logprobs, _ = pfppo.response_logprobs_and_values(load(ref_dir)[0], rollout, 1.0, FORWARD)
+    ref_logprobs = logprobs
+    if policy_dir != ref_dir:
+        ref_logprobs, _ = pfppo.response_logprobs_and_values(load(ref_dir)[0], rollout, 1.0, FORWARD)
     best = reward.reshape(-1, n).argmax(1)
     p = greedy.mean()
     return {

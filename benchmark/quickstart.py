@@ -1,12 +1,15 @@
 """The main job: from nothing to a trained PF-PPO policy on the embedded world, its table and its pictures.
 
-  python -m benchmark.quickstart --output_dir output/quickstart --seed 1   # about eight minutes on two cores
-  python -m benchmark.quickstart --output_dir output/fast --fast           # two minutes: to see it work
+  python -m benchmark.quickstart --output_dir output/quickstart --seed 1   # under five minutes
+  python -m benchmark.quickstart --output_dir output/fast --fast           # under three: to see it work
 
 Stages and files are those of benchmark/pipeline.py; the same command continues a killed run. Leaves in the
 output folder: `summary.json` (methods -> sft, ppo_m, br, bw -> greedy_pass1, greedy_pass1_se, sampled_pass1,
-reward, kl, r2, seconds), `table.md`, `training.png` (Figure 2), `reliability.png` (Figure 1) and `r2.png`,
-the policies in METHOD/policy, and the exact command of every stage in NAME.sh.
+reward, kl, r2, seconds; seconds of every stage), `table.md`, `training.png` (Figure 2), `reliability.png`
+(Figure 1) and `r2.png`, the policies in METHOD/policy, and the exact command of every stage in NAME.sh.
+
+No core is idle for long: SFT and reward model train on two threads, two processes share the preference
+prompts, and from there on R², the PPO runs and the test problems go two at a time.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import shlex
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 import pfppo_single as pfppo
-from benchmark import pipeline, r2, records
+from benchmark import pipeline, r2, records, workers
 from benchmark.study import figures
 from pfppo_single import Count, Whole
 
@@ -40,9 +43,9 @@ class Args:
     seed: Whole = 1
     """seed of the world, of every training stage and of all sampling"""
     fast: bool = False
-    """a smaller and easier world and fewer updates, in about three minutes; sizes given as flags win"""
+    """a smaller and easier world and fewer updates, in under three minutes; sizes given as flags win"""
     parallel: Count = 2
-    """PPO runs at a time, one thread each"""
+    """what runs at a time: threads of SFT and reward model, then processes of one thread each"""
     # sizes
     updates: Count = 20
     """PPO updates per method"""
@@ -76,16 +79,19 @@ class Stage(NamedTuple):
     sizes: tuple[str, ...]
 
 
+SIDE_BY_SIDE = (
+    "R² of every filter, before any RL; PPO: "
+    + ", ".join(map(figures.label, METHODS))
+    + "; test problems, looked at once: two at a time"
+)
 STAGES = {
-    "world": Stage("world: problems with hidden tests", (), 8, 2, ("num_sft",)),
-    "sft": Stage("SFT", ("sft",), 174, 8, ("num_sft", "sft_epochs")),
+    "world": Stage("world: problems with hidden tests", (), 5, 2, ("num_sft",)),
+    "sft": Stage("SFT", ("sft",), 98, 8, ("num_sft", "sft_epochs")),
     "preferences": Stage(
-        "preference data: sample, execute, pair", ("preferences",), 31, 1, ("num_preference",)
+        "preference data: sample, execute, pair", ("preferences",), 14, 1, ("num_preference",)
     ),
-    "rm": Stage("reward model (Eq. 1, 2)", ("rm",), 40, 10, ("num_preference",)),
-    "r2": Stage("R² of every filter, before any RL", (), 20, 2, ("num_valid",)),
-    "ppo": Stage("PPO: " + ", ".join(map(figures.label, METHODS)), METHODS, 119, 20, ("updates",)),
-    "result": Stage("test problems, looked at once", ("test",), 60, 4, ("num_test",)),
+    "rm": Stage("reward model (Eq. 1, 2)", ("rm",), 26, 8, ("num_preference",)),
+    "ppo": Stage(SIDE_BY_SIDE, (*METHODS, "test"), 97, 30, ("updates",)),
 }
 
 
@@ -195,6 +201,7 @@ def main(args: Args) -> dict:
     seconds_file = folder / "seconds.json"
     seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
     torch.set_num_threads(1)
+    pool = workers.start(args.parallel)
     print(
         f"PF-PPO on the embedded world, seed {seed}: {args.num_sft} demonstrations, {args.num_preference} "
         f"preference prompts, {args.updates} updates a method; about {clock(sum(planned.values()))} on two "
@@ -202,30 +209,31 @@ def main(args: Args) -> dict:
         flush=True,
     )
 
+    def record(name: str, taken: float) -> None:
+        with progress.lock:
+            seconds.setdefault(name, round(taken, 1))
+            records.write_json(seconds_file, seconds)
+
     def stage(name: str, work, *arguments, **settings):
         """Run one stage, and remember how long it took when it was first done."""
         out, taken = progress.run(name, work, *arguments, **settings)
-        seconds.setdefault(name, round(taken, 1))
-        records.write_json(seconds_file, seconds)
+        record(name, taken)
         return out
 
     say, sizes = progress.line, ("num_sft", "num_preference", "num_valid", "num_test", "max_operations")
+    both = dict(say=say, threads=args.parallel, micro_batch_size=32 if args.parallel > 1 else 16)
+    own = dict(epochs=args.sft_epochs, **(FAST_SFT if args.fast else {}))
     try:
         stage("world", pipeline.world, folder, seed, **{name: getattr(args, name) for name in sizes})
-        stage(
-            "sft", pipeline.sft, folder, seed, say, epochs=args.sft_epochs, **(FAST_SFT if args.fast else {})
-        )
-        stage("preferences", pipeline.preferences, folder, seed, say=say)
+        stage("sft", pipeline.sft, folder, seed, **both, **own)
+        stage("preferences", pipeline.preferences, folder, seed, say=say, run=pool.map)
         counts = json.loads((folder / "preferences.json").read_text())
         train, valid = counts["train_pairs"], counts["valid_pairs"]
         say(f"{counts['pass_rate']:.1%} of SFT's samples pass; {train} pairs to train on, {valid} held out")
-        stage("rm", pipeline.rm, folder, seed, say=say)
-        found = stage("r2", pipeline.r2_of_sft, folder, seed)
-        r2.draw(found, folder)
-        say(r2.report(found))
-        stage("ppo", train_methods, folder, args, say)
-        methods = stage("result", results, folder, seed, say)
+        stage("rm", pipeline.rm, folder, seed, **both)
+        found, methods = stage("ppo", side_by_side, folder, args, pool, say, record)
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         progress.close()
 
     methods["sft"]["seconds"] = seconds["sft"]
@@ -237,52 +245,98 @@ def main(args: Args) -> dict:
         "methods": methods,
         "r2_sft": found["filters"],
         "preferences": counts,
-        "seconds": seconds,
-        "seconds_total": round(sum(seconds.values()), 1),
+        "seconds": {name: seconds[name] for name in STAGES},
+        "seconds_total": round(sum(seconds[name] for name in STAGES), 1),
+        "seconds_side_by_side": {name: taken for name, taken in seconds.items() if name not in STAGES},
         "settings": asdict(args),
         "commit": records.commit(),
         "hardware": records.hardware(),
     }
     records.write_json(folder / "summary.json", summary)
-    print(f"\n{text}\n\n{closing(folder, args)}\n\n{clock(time.time() - start)} in all", flush=True)
+    print(f"\n{text}\n\n{closing(folder, args)}\n\n{spent(seconds)}", flush=True)
+    print(f"{clock(time.time() - start)} in all", flush=True)
     return summary
 
 
-def train_methods(folder: Path, args: Args, say) -> None:
-    """PPO runs side by side; the first that fails ends the job when those that run have ended."""
-    every = max(1, args.updates // 4)
-    with ThreadPoolExecutor(args.parallel) as pool:
-        runs = [
-            pool.submit(pipeline.ppo, folder, method, args.seed, args.updates, say, eval_every=every)
-            for method in METHODS
-        ]
+def spent(seconds: dict[str, float]) -> str:
+    """Seconds of every stage, and of what went side by side in the last one."""
+    stages, tasks = (
+        ", ".join(f"{name} {taken:.0f}" for name, taken in seconds.items() if (name in STAGES) == whole)
+        for whole in (True, False)
+    )
+    return f"Seconds: {stages}; in the last, side by side: {tasks}"
+
+
+def side_by_side(folder: Path, args: Args, pool: Executor, say, record) -> tuple[dict, dict]:
+    """R² before any RL, PPO, and the test problems, `parallel` at a time -> what r2.json holds, results of
+    every method. The longest run is begun first. The first that fails ends the job when those that run have
+    ended."""
+    seed, every, tested = args.seed, max(1, args.updates // 4), []
+
+    def filters() -> dict:
+        found = pool.submit(r2_of_sft, folder, seed).result()
+        say(r2.report(found))
+        return found
+
+    def train(method: str) -> None:
+        pipeline.ppo(folder, method, seed, args.updates, say, eval_every=every)
+
+    def test(name: str) -> dict:
+        line = pool.submit(test_problems, folder, name, seed).result()
+        tested.append(name)
+        counted = f"test {len(tested)}/{1 + len(METHODS)}"
+        say(f"{counted}  {figures.label(name)} {line['greedy_pass1']:.3f}")
+        return line
+
+    def timed(name: str, work, *arguments, after=None):
+        if after:
+            after.result()
+        begun = time.time()
+        out = work(*arguments)
+        record(name, time.time() - begun)
+        return out
+
+    with ThreadPoolExecutor(args.parallel) as lanes:
+        longest, *others = METHODS
+        trained = {longest: lanes.submit(timed, longest, train, longest)}
+        found = lanes.submit(timed, "r2", filters)
+        trained |= {method: lanes.submit(timed, method, train, method) for method in others}
+        results = {
+            name: lanes.submit(timed, f"test_{name}", test, name, after=trained.get(name))
+            for name in ("sft", *METHODS)
+        }
         try:
-            for run in runs:
-                run.result()
+            for task in wait([*trained.values(), found, *results.values()], None, FIRST_EXCEPTION).done:
+                task.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            lanes.shutdown(cancel_futures=True)
+    return found.result(), {name: task.result() for name, task in results.items()}
 
 
-def results(folder: Path, seed: int, say) -> dict[str, dict]:
-    """Results of every method on the test problems: of the last policy, and of the one that was best on the
+def r2_of_sft(folder: Path, seed: int) -> dict:
+    """pipeline.r2_of_sft with its pictures."""
+    found = pipeline.r2_of_sft(folder, seed)
+    r2.draw(found, folder)
+    return found
+
+
+def test_problems(folder: Path, method: str, seed: int) -> dict:
+    """Results of a method on the test problems: of the last policy, and of the one that was best on the
     validation problems. Kept in METHOD_test.json, the greedy answers in METHOD_answers.jsonl."""
-    test, methods = records.read_rows(folder / "world/test.jsonl"), {}
-    sft, rm = folder / "sft/model", folder / "rm/model"
-    for i, method in enumerate(("sft", *METHODS)):
-        out, answers = folder / f"{method}_test.json", folder / f"{method}_answers.jsonl"
-        if not out.is_file():
-            policy = sft if method == "sft" else folder / method / "policy"
-            line = pipeline.result(policy, sft, rm, test, seed, answers=answers)
-            if method != "sft":
-                metrics = records.read_rows(folder / method / "metrics.jsonl")
-                line["seconds"] = round(sum(row.get("seconds/update", 0.0) for row in metrics), 1)
-                last = pipeline.best_update(metrics) == metrics[-1]["step"]
-                best = folder / method / "policy_best"
-                line["best_checkpoint"] = dict(line) if last else pipeline.result(best, sft, rm, test, seed)
-            records.write_json(out, line)
-        methods[method] = json.loads(out.read_text())
-        say(f"test {i + 1}/{1 + len(METHODS)}  {figures.label(method)} {methods[method]['greedy_pass1']:.3f}")
-    return methods
+    out, answers = folder / f"{method}_test.json", folder / f"{method}_answers.jsonl"
+    if not out.is_file():
+        sft, rm = folder / "sft/model", folder / "rm/model"
+        test = records.read_rows(folder / "world/test.jsonl")
+        policy = sft if method == "sft" else folder / method / "policy"
+        line = pipeline.result(policy, sft, rm, test, seed, answers=answers)
+        if method != "sft":
+            metrics = records.read_rows(folder / method / "metrics.jsonl")
+            line["seconds"] = round(sum(row.get("seconds/update", 0.0) for row in metrics), 1)
+            last = pipeline.best_update(metrics) == metrics[-1]["step"]
+            best = folder / method / "policy_best"
+            line["best_checkpoint"] = dict(line) if last else pipeline.result(best, sft, rm, test, seed)
+        records.write_json(out, line)
+    return json.loads(out.read_text())
 
 
 def training_curve(folder: Path) -> dict[str, list[tuple[float, float]]]:

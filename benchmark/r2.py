@@ -12,7 +12,7 @@
 In:  policy, reward and prompts as pfppo_single.py takes them, and a grader. Prompts that it trains on will do.
 Out: `samples.jsonl` (one line a prompt; the same command goes on where a killed one stopped), `r2.json`,
      `r2.md`, `r2.png`, `reliability.png` in output_dir.
-R² is noisy: the intervals of 3000 graded responses are still about 0.2 to each side. benchmark/README.md says
+R² is noisy: the intervals of 3000 graded responses are still about 0.2 to each side. benchmark/study/README.md says
 what R² did and did not predict in our own runs.
 """
 

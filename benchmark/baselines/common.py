@@ -4,7 +4,7 @@ Everything that pfppo_single.py does as a function is taken from there, so a res
 scored and evaluated here exactly as under PPO: same prompts, same stop token, same reward, same eval/* tags
 and seeds. One process (CPU or one GPU), no dropout; π_SFT is the start, the reference of every loss and of
 eval/kl. Weights are float32, and --mixed_precision bf16 of accelerate is autocast around every model: policy and
-reference are rounded alike, so that log-ratios start at 0.
+reference are rounded alike, so that log-ratios start at 0 up to rounding.
 """
 
 import math

@@ -36,7 +36,7 @@ def ask(question):
     if _worker is None or _owner != os.getpid() or _worker.poll() is not None:  # a fork must not share it
         _owner = os.getpid()
         _worker = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [sys.executable, str(Path(__file__).resolve()), str(CPU_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -82,7 +82,7 @@ def serve():
     out.flush()
     for line in sys.stdin.buffer:
         question = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
         try:
             gold, answer = tree(question["gold"]), tree(question["answer"])
             same = bool(gold) and bool(answer) and verify(gold, answer, timeout_seconds=None)

@@ -15,7 +15,7 @@ parameters passes with 6 to 11% of its samples there, and with next to none else
 
 Needs:   Linux, mbpp.jsonl of google-research, a folder of `benchmark.recipes.smollm2`; 10 GB of memory
          (reward model; PPO 6 GB), 12 GB of disk (checkpoints of finished runs are deleted). On one idle CPU
-         core with bfloat16 instructions (AMX) about three hours: 20 minutes for data, reward model and R²,
+         core with bfloat16 instructions (AMX) about three hours (an estimate): 20 minutes for data, reward model and R²,
          then 5 to 14 a run.
 Run:     python -m benchmark.recipes.mbpp --model output/smollm2 --mbpp mbpp.jsonl --output_dir output/mbpp
          On a GPU: --launcher="--num_processes 1 --mixed_precision bf16". `--dry_run` prints the commands,

@@ -79,7 +79,7 @@ class Args:
     form: Literal["auto", "chat", "tags"] = "auto"
     """prompts as chat messages, or as text between tags; auto: chat where the tokenizer has a template"""
     chat_template: str | None = None
-    """file with a Jinja template, for a tokenizer that has none"""
+    """file with a Jinja template, in place of the tokenizer's own if it has one"""
     query_length: Count = 512
     """longest prompt in tokens; with the response 1024, as in the original"""
     response_length: Count = 512

@@ -4,8 +4,8 @@
         --results_dir benchmark/results/DATE-quickstart
 
 A seed draws a new world, SFT policy, reward model and samples. Each seed's summary, table and pictures are
-copied to results_dir/seed_S; `seeds.md` and `seeds.json` hold mean and 95% t-interval over seeds. A killed
-run continues.
+copied to results_dir/seed_S; `seeds.md` and `seeds.json` hold mean and 95% t-interval over seeds, and the
+seconds of every stage. A killed run continues.
 """
 
 import json
@@ -30,7 +30,7 @@ class Args:
     results_dir: str = "output/quickstart-results"
     """where summaries, tables and pictures go"""
     parallel: int = 2
-    """PPO runs at a time, one thread each"""
+    """as in benchmark.quickstart"""
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
@@ -92,13 +92,19 @@ def main(args: Args) -> None:
         ],
         rows,
     )
+    seconds = {
+        name: [{**s["seconds"], "whole": s["seconds_total"]}[name] for s in summaries.values()]
+        for name in (*quickstart.STAGES, "whole")
+    }
+    lines = [[name, *(f"{each:.0f}" for each in (np.mean(taken), *taken))] for name, taken in seconds.items()]
+    stages = figures.markdown_table(["stage", "seconds", *(f"seed {s}" for s in summaries)], lines)
     results.mkdir(parents=True, exist_ok=True)
-    write_json(results / "seeds.json", table)
+    write_json(results / "seeds.json", {**table, "seconds_of_stages": seconds})
     (results / "seeds.md").write_text(
         f"Mean ± 95% interval over seeds {', '.join(map(str, args.seeds))}; 600 unseen problems "
-        f"each.\n\n{text}\n"
+        f"each.\n\n{text}\n\nSeconds of the stages, mean and each seed:\n\n{stages}\n"
     )
-    print(f"\n{text}")
+    print(f"\n{text}\n\n{stages}")
 
 
 if __name__ == "__main__":

@@ -370,9 +370,9 @@ def module_of(script: str):
     return importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
 
 
-def run_here(script: str, settings: dict, log: Path, say=None) -> float:
+def run_here(script: str, settings: dict, log: Path, say=None, threads: int = 1) -> float:
     """In place of pipeline.launch: run the script's main in this process, as `accelerate launch --cpu
-    --num_processes 1` would."""
+    --num_processes 1` would. `threads` is not read: units run on one."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.with_suffix(".sh").write_text(pipeline.command_line(script, settings) + "\n")
     module, argv, start = module_of(script), pipeline.flags(settings), time.time()

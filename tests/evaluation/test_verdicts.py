@@ -436,7 +436,9 @@ def test_answers_from_any_thread():
     assert Counter(found) == {True: 2, False: 1}
 
 
-def test_no_answer_hangs():
+def test_no_answer_hangs(monkeypatch):
+    monkeypatch.setattr(symbolic, "CPU_SECONDS", 1)
+    monkeypatch.setattr(symbolic, "_worker", None)  # one that is started with it
     for text in (
         r"\boxed{9^{9^{9^{9}}}}",
         r"\boxed{" * 500,

@@ -1,17 +1,12 @@
-"""What test_shard.py runs on every rank. Usage: shard_driver.py RUNS.json FOLDER, RUNS a list of {name,
-script, settings, precision, watch, dies_at, output}. Leaves FOLDER/seen_{world}_{rank}.json and what the runs write."""
+"""What test_shard.py runs on every rank."""
 
 import importlib
 import json
 import os
-import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), sys.argv[2]]
 
 import torch
 import torch.distributed as dist
@@ -28,6 +23,10 @@ class Collectives(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names = []
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # leaves out a wrapper for torch.compile, which takes longer than most operations
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "c10d" in function.namespace:
@@ -62,14 +61,15 @@ def observe(module, seen: dict, undo: list) -> None:
     def whole(original):
         @contextmanager
         def wrapped(*args):
-            with Collectives() as outside, original(*args):
-                before = len(outside.names)
+            with ExitStack() as phase:
+                with Collectives() as before:
+                    phase.enter_context(original(*args))
                 with Collectives() as inside:
                     yield
             if any(
                 isinstance(model, torch.nn.Module) for model in args
             ):  # for a function nothing is gathered
-                seen["gathers"].append(before)
+                seen["gathers"].append(len(before.names))
                 seen["inside"] += inside.names
 
         return wrapped
@@ -147,16 +147,13 @@ def run(
     return {**seen, "seconds": time.time() - start}
 
 
-def main() -> None:
-    folder, runs = Path(sys.argv[2]), json.loads(Path(sys.argv[1]).read_text())
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def main(runs: list[dict], folder: str) -> None:
+    """Runs of {name, script, settings, precision, watch, dies_at, output}; leaves seen_{world}_{rank}.json and
+    what they write."""
+    folder, rank, world = Path(folder), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     original = dist.init_process_group
     dist.init_process_group = lambda *args, **kwargs: original(*args, **{**kwargs, "timeout": TIMEOUT})
     seen = {}
     for settings in runs:
         seen[settings["name"]] = run(folder, **settings)
         (folder / f"seen_{world}_{rank}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main()

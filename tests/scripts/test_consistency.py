@@ -163,7 +163,7 @@ def test_readme_commands_parse(readme):
 
 def test_readmes_lines_of_data_are_rows_of_all_stages(readme, tmp_path, tokenizer):
     # the row it shows is taken by SFT, by the reward model and as a prompt, as its commands name the columns
-    row = next(line for line in commands(readme) if line.startswith("{"))
+    row = re.search(r"^`({.*})`$", readme, re.MULTILINE).group(1)
     (tmp_path / "train.jsonl").write_text(row.lower() + "\n")
     path, modules = (
         str(tmp_path / "train.jsonl"),

@@ -323,7 +323,8 @@ def test_a_tracker_that_is_not_installed_is_refused_first(monkeypatch, tmp_path,
     # one line that says what is there and what to do, before anything is read
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
     names = {"log_with": name, "output_dir": str(tmp_path / "run"), "shard": False}
-    message = f"^--log_with {name}: here are none, tensorboard; pip install {name}$"
+    advice = {"wandb": "pip install wandb", "wandbb": "choose one of them"}[name]
+    message = f"^--log_with {name}: here are none, tensorboard; {advice}$"
     with pytest.raises(SystemExit, match=message):
         script.main(SimpleNamespace(**names))
 

@@ -45,6 +45,7 @@ def settings(world, tmp_path_factory):
             changes |= dict(
                 adam_style="tensorflow", print_samples_every=1, checkpoint_every=2, save_policy_every=2
             )
+            changes |= dict(normalize_samples=8, eval_every=2)
             return tiny_settings(world, output_dir) | changes
         common = dict(output_dir=str(output_dir), model=str(world / "gpt2"), epochs=2, batch_size=8, lr=1e-3)
         common |= dict(train_data=str(folder / "rows.jsonl"), eval_data=str(folder / "held_out.jsonl"))

@@ -138,7 +138,7 @@ def test_scripts_pass_ruff(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_importing_the_scripts_does_nothing():
+def test_importing_the_scripts_does_nothing(bare, tmp_path):
     # PITFALLS SYS-11: no download, no parsing of flags, no device, no optional or slow dependency
     code = (
         "import sys; sys.argv.append('--no_such_flag')\n"
@@ -149,6 +149,5 @@ def test_importing_the_scripts_does_nothing():
         "       'datasets', 'tensorboard'} & set(sys.modules)\n"
         "assert not bad, bad\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    answer = bare("fork_server", "run_code", code, folder=tmp_path)
+    assert (answer["codes"], answer["printed"]) == ([0], [""])

@@ -254,7 +254,7 @@ def test_messages_without_a_template_are_refused_with_the_flag_to_give(world, tm
     data, model = str(write_jsonl(tmp_path / "chats.jsonl", rows)), bare_model(world, tmp_path)
     settings = {sft: sft_settings, rm: rm_settings, pf: tiny_settings}[script](world, tmp_path / "run")
     settings |= dict(policy=model, prompts=data) if script is pf else dict(model=model, train_data=data)
-    message = "row 1: prompt is refused by the tokenizer: it has no chat template; give --chat_template FILE"
+    message = "row 1: prompt is refused by the tokenizer: it has no chat template; --chat_template FILE of the three"
     with pytest.raises(SystemExit, match=message) as refusal:
         script.main(script.Args(**settings))
     assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()

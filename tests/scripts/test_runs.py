@@ -49,7 +49,7 @@ def test_sigterm_saves_a_checkpoint_and_the_command_goes_on(world, tmp_path, mon
     assert timeless(read_metrics(tmp_path / "run")) == timeless(read_metrics(tmp_path / "whole"))
 
 
-def test_a_second_sigterm_ends_the_process_at_once(tmp_path):
+def test_a_second_sigterm_ends_the_process_at_once(bare, tmp_path):
     code = """
     import os, signal, time
     import pfppo_single as pf
@@ -63,10 +63,9 @@ def test_a_second_sigterm_ends_the_process_at_once(tmp_path):
 
     pf.run(main, pf.Args(policy="p", reward="r", prompts="q"))
     """
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == -signal.SIGTERM and done.stdout.split() == ["alive", "alive"]
+    answer = bare("fork_server", "run_code", code, folder=tmp_path)
+    said = [line for line in answer["printed"][0].splitlines() if "alive" in line]
+    assert answer["codes"] == [-signal.SIGTERM] and said == ["alive", "alive"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -274,11 +273,11 @@ def test_a_disk_that_fills_while_a_run_saves_loses_nothing(world, tmp_path, fork
             if v is not None
         ]
         (disk / "ballast").write_bytes(b"x" * (megabytes * 1_000_000 - 500_000))
-        answer = forks("fork_server", "run_command", "sft_single", flags, folder=tmp_path / "full")
+        answer = forks("fork_server", "run_command", ["sft_single.py", *flags], folder=tmp_path / "full")
         assert answer["codes"] == [1] and "the disk is full" in answer["printed"][0].splitlines()[-1]
         (disk / "ballast").unlink()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        answer = forks("fork_server", "run_command", "sft_single", flags, folder=tmp_path / "again")
+        answer = forks("fork_server", "run_command", ["sft_single.py", *flags], folder=tmp_path / "again")
         assert answer["codes"] == [0], answer["printed"]
         sft.main(sft.Args(**sft_settings(world, tmp_path / "whole", checkpoint_every=1)))
         assert same(weights(disk / "run/model"), weights(tmp_path / "whole/model"))
@@ -327,13 +326,13 @@ def test_compressed_rows_are_read(tmp_path, bom):
 
 
 @pytest.mark.parametrize("script", ["sft_single", "rm_single", "pfppo_single"])
-def test_what_is_slow_to_import_is_imported_where_it_is_used(script):
+def test_what_is_slow_to_import_is_imported_where_it_is_used(script, bare, tmp_path):
     # a bad setting is refused before these are needed; seconds are not tested
     slow = ["datasets", "pandas", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"]
     slow += ["transformers.models.auto.tokenization_auto", "tensorboard"]
     code = f"import sys, {script}; print([name for name in {slow!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    (printed,) = bare("fork_server", "run_code", code, folder=tmp_path)["printed"]
+    assert printed.strip() == "[]"
 
 
 def test_json_is_what_args_json_holds(tmp_path):

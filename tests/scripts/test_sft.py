@@ -21,7 +21,7 @@ from conftest import (
 )
 from conftest import HELD_OUT_ROWS as HELD_OUT
 from conftest import SFT_ROWS as ROWS
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import sft_single as sft
@@ -81,14 +81,29 @@ def test_a_stop_token_is_named_or_numbered(tokenizer, text, expected):
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """As GPT-2's: a newline is the token Ċ, and ### is one token, #! two."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "##", "###", "<eos>"]
-    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("#", "#"), ("##", "#")]))
+    """As GPT-2's: a newline is the token Ċ, é is Ã©, ### is one token, #! two."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "##", "###", "Ã©", "<eos>"]
+    merges = [("#", "#"), ("##", "#"), ("Ã", "©")]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
 
 
-@pytest.mark.parametrize("text, token", [("\n", "Ċ"), ("###", "###"), (" ", "Ġ"), ("Ċ", "Ċ")])
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's, over a alone: what it does not know it drops."""
+    inner = Tokenizer(models.BPE({"▁": 0, "a": 1, "<eos>": 2}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+def test_a_stop_token_by_name_asks_the_tokenizer_for_no_text():
+    inner = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="<unk>"))  # it fails on other words
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    assert [sft.stop_token_id(tokenizer, name) for name in ("eos", "none", "0")] == [1, -1, 0]
+
+
+@pytest.mark.parametrize("text, token", [("\n", "Ċ"), ("###", "###"), (" ", "Ġ"), ("Ċ", "Ċ"), ("é", "Ã©")])
 def test_a_text_that_is_one_token_stops(text, token):
     tokenizer = byte_level_tokenizer()
     assert sft.stop_token_id(tokenizer, text) == tokenizer.get_vocab()[token]
@@ -100,6 +115,7 @@ def test_a_text_that_is_one_token_stops(text, token):
         (byte_level_tokenizer, "###\n", "'###', 'Ċ'"),
         (make_tokenizer, "no", "'n', 'o'"),
         (make_tokenizer, "#", "'<unk>'"),
+        (metaspace_tokenizer, "\n", "'▁'"),  # the space would stop every response
     ],
 )
 def test_a_text_that_is_several_tokens_or_unknown_is_refused_naming_them(make, text, tokens):

@@ -1,9 +1,6 @@
 """The memory plan: counted by hand where that is possible, and the same as real tensors need."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +12,17 @@ import sft_single as sft
 from benchmark import memory_plan as mp
 from benchmark.study import simulate
 
-ROOT = Path(__file__).resolve().parents[2]
-# the Llama of conftest: 2 layers x (2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 48 + 2 x 32) + 2 x 43 x 32 + 32
+# the Llama of tiny.py: 2 layers x (2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 48 + 2 x 32) + 2 x 43 x 32 + 32
 LLAMA = 2 * (2 * 1024 + 2 * 512 + 3 * 1536 + 64) + 2 * VOCAB_SIZE * 32 + 32
 OUTPUT = VOCAB_SIZE * 32  # the output layer, which a reward model lacks
 
 
 def plan(script="pfppo", model="llama", world=1, bf16=False, **flags) -> simulate.Plan:
     lengths = dict(query_length=5, response_length=7) | flags
-    vocab = dict(vocab_size=lengths.pop("vocab", VOCAB_SIZE))
-    config = model_config(model, **vocab, **{"attention_dropout": 0.0} if model == "llama" else {})
+    sizes = dict(vocab_size=lengths.pop("vocab", VOCAB_SIZE))
+    if "layers" in lengths:
+        sizes |= dict(num_hidden_layers=lengths.pop("layers"))
+    config = model_config(model, **sizes, **{"attention_dropout": 0.0} if model == "llama" else {})
     if script == "sft":
         args = sft.Args(train_data="-", **lengths)
     elif script == "rm":
@@ -141,7 +139,7 @@ def test_autocast_copies_of_weights_are_counted():
 
 
 def test_largest_sizes_fit_and_more_do_not():
-    made, room = plan(batch_size=1024, minibatch_size=1024), 5e6
+    made, room = plan(batch_size=1024, minibatch_size=1024, layers=1), 5e6
     for size, rows in mp.largest(made, room).items():
         phases, step = [phase for phase, other in mp.PHASES["pfppo"].items() if other == size], rows // 20
         needs = [
@@ -152,22 +150,22 @@ def test_largest_sizes_fit_and_more_do_not():
 
 
 def test_last_line_says_what_to_lower():
-    text = mp.last_line(plan(world=2), 1e-3)
+    made = plan(world=2, layers=1)
+    text = mp.last_line(made, 1e-3)
     assert "too much" in text and "--shard on more processes" in text and "\n" not in text
-    assert mp.last_line(plan(world=2), 80).endswith("it fits")
+    assert mp.last_line(made, 80).endswith("it fits")
 
 
 @pytest.mark.parametrize("script", mp.PHASES)
 def test_every_phase_of_every_script_has_a_row(script):
-    text = mp.report(plan(script, world=2, bf16=True, shard=True), 80)
+    text = mp.report(plan(script, world=2, bf16=True, shard=True, layers=1), 80)
     assert [phase for phase in ("loading", *mp.PHASES[script], "save") if f"| {phase} |" not in text] == []
 
 
 @pytest.mark.parametrize("command", [["benchmark/memory_plan.py"], ["-m", "benchmark.memory_plan"]])
-def test_command_works_as_file_and_as_module(command, tmp_path):
+def test_command_works_as_file_and_as_module(command, forks, tmp_path):
     model_config("llama").save_pretrained(tmp_path)
-    flags = (
-        f"--policy {tmp_path} --processes 8 --gpu_gb 80 --shard --query_length 5 --response_length 7".split()
-    )
-    done = subprocess.run([sys.executable, *command, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1].endswith("it fits"), done.stderr
+    flags = "--script sft --processes 8 --gpu_gb 80 --shard --query_length 5 --response_length 7".split()
+    command = [*command, "--policy", str(tmp_path), *flags]
+    (printed,) = forks("fork_server", "run_command", command, folder=tmp_path / "log")["printed"]
+    assert printed.splitlines()[-1].endswith("it fits"), printed

@@ -1,6 +1,10 @@
 """The main job: its sizes, its progress line, its errors in one line, and what it shows at the end."""
 
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +24,10 @@ def test_planned_seconds_grow_with_the_sizes():
     usual = quickstart.planned_seconds(quickstart.Args())
     assert usual == {name: stage.seconds for name, stage in quickstart.STAGES.items()}
     half = quickstart.planned_seconds(quickstart.Args(updates=10))
-    assert half["ppo"] == 20 + (119 - 20) / 2 and half["sft"] == usual["sft"]
+    stage = quickstart.STAGES["ppo"]
+    assert half["ppo"] == stage.fixed + (stage.seconds - stage.fixed) / 2 and half["sft"] == usual["sft"]
     fast = quickstart.with_fast_sizes(quickstart.Args(fast=True))
-    assert 90 < sum(quickstart.planned_seconds(fast).values()) < 150  # "about two minutes"
+    assert 80 < sum(quickstart.planned_seconds(fast).values()) < 120
 
 
 def test_time_left_follows_the_lines_of_the_runs(monkeypatch, capsys):
@@ -37,14 +42,14 @@ def test_time_left_follows_the_lines_of_the_runs(monkeypatch, capsys):
     assert progress.left() == pytest.approx(400)
 
     def train():
-        progress.line("br 10/20, 5 s left  objective/score 0.1")  # one of three runs is half done
+        progress.line("br 10/20, 5 s left  objective/score 0.1")  # one of four runs is half done
         return progress.left()
 
     left, _ = progress.run("ppo", train)
-    done = 90 + 200 / 6
+    done = 90 + 200 / 8
     assert left == pytest.approx((190 + 10) / (done + 10) * (290 - done))
     shown = capsys.readouterr().out
-    assert "[stage 6/7, 3 min gone, about 7 min left]" in shown and "objective/score 0.1" in shown
+    assert "[stage 5/5, 3 min gone, about 7 min left]" in shown and "objective/score 0.1" in shown
 
 
 def test_stages_that_are_there_already_count_as_nothing(monkeypatch):
@@ -77,13 +82,27 @@ def test_user_errors_are_one_line(changes, message, tmp_path, monkeypatch):
 
 def test_a_failing_script_ends_with_its_own_last_line(tmp_path):
     said = []
-    settings = dict(model=tmp_path / "none", train_data="none.jsonl", output_dir=tmp_path / "sft")
+    settings = dict(model="none", train_data="none.jsonl", output_dir=tmp_path / "sft", lr="nan")
     with pytest.raises(SystemExit) as error:
         pipeline.launch("sft_single.py", settings, tmp_path / "sft.log", said.append)
-    assert str(error.value).startswith(f"sft_single.py: --model {tmp_path}/none")
+    assert str(error.value).startswith("sft_single.py: --lr must ")
     assert str(error.value).endswith(f"(log: {tmp_path}/sft.log)") and "\n" not in str(error.value)
-    assert "Traceback" not in " ".join(said) and "Traceback" in (tmp_path / "sft.log").read_text()
     assert "sft_single.py --model" in (tmp_path / "sft.sh").read_text()
+
+
+def test_a_traceback_is_in_the_log_alone(tmp_path):
+    said, script = [], tmp_path / "broken.py"
+    script.write_text("print('begins', flush=True)\nraise ValueError('out of numbers')\n")
+    with pytest.raises(SystemExit) as error:
+        pipeline.launch(str(script), {}, tmp_path / "x.log", said.append)
+    assert str(error.value) == f"{script}: ValueError: out of numbers (log: {tmp_path}/x.log)"
+    assert said[1:] == ["begins"] and "Traceback" in (tmp_path / "x.log").read_text()
+
+
+def test_the_kept_command_says_how_many_threads():
+    one, two = (pipeline.command_line("sft_single.py", {"seed": 1}, threads) for threads in (1, 2))
+    assert one == "accelerate launch --cpu --num_processes 1 sft_single.py --seed 1"
+    assert two == f"OMP_NUM_THREADS=2 {one}"
 
 
 def test_too_few_pairs_are_said(tmp_path, monkeypatch):
@@ -96,6 +115,98 @@ def test_too_few_pairs_are_said(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="only 0 of 30 prompts have a passing and a failing sample"):
         pipeline.preferences(tmp_path, seed=1)
     assert not (tmp_path / "preferences.jsonl").exists()
+
+
+def test_processes_that_share_the_prompts_change_no_sample(tmp_path, monkeypatch):
+    (tmp_path / "world").mkdir()
+    rows = [{"task_id": str(i), "prompt": str(i)} for i in range(1500)]
+    records.write_rows(tmp_path / "world/preference.jsonl", rows)
+    monkeypatch.setattr(pipeline, "load", lambda _: (None, None))
+
+    def sample(_, __, rows, n, temperature, seed):
+        return None, [f"{seed} {row['prompt']} {i}" for row in rows for i in range(n)]
+
+    monkeypatch.setattr(pipeline, "sample", sample)
+    monkeypatch.setattr(pipeline, "actual_scores", lambda _, texts: np.arange(len(texts)) % 5 < 2)
+
+    def other_order(work, *arguments):  # processes finish in an order of their own
+        done = {i: work(*each) for i, each in reversed(list(enumerate(zip(*arguments))))}
+        return [done[i] for i in sorted(done)]
+
+    for name, run in (("one", map), ("two", other_order)):
+        pipeline.preferences(tmp_path, seed=3, name=name, run=run)
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    chosen = [row["chosen"].split() for row in records.read_rows(tmp_path / "one.jsonl")]
+    assert {int(prompt) // 640: int(seed) for seed, prompt, _ in chosen} == {0: 300009, 1: 300649, 2: 301289}
+
+
+@pytest.fixture
+def lanes(tmp_path, monkeypatch):
+    """side_by_side with stages that only say that they ran; `fail` names one that does not end well."""
+    ran = []
+
+    def run(fail=None):
+        def stage(name, out=None):
+            ran.append(name)
+            if name == fail:
+                raise SystemExit(f"{name} failed")
+            return out
+
+        monkeypatch.setattr(pipeline, "ppo", lambda folder, method, *_, **__: stage(method))
+        monkeypatch.setattr(quickstart, "r2_of_sft", lambda *_: stage("r2", {"filters": {}}))
+        monkeypatch.setattr(quickstart.r2, "report", lambda found: "table")
+        passed = {"greedy_pass1": 0.5}
+        monkeypatch.setattr(quickstart, "test_problems", lambda _, name, __: stage(f"test_{name}", passed))
+        seconds, said = {}, []
+        with ThreadPoolExecutor(2) as pool:
+            args = quickstart.Args(parallel=1)
+            out = quickstart.side_by_side(tmp_path, args, pool, said.append, seconds.__setitem__)
+        return out, seconds, said
+
+    run.ran = ran
+    return run
+
+
+def test_r2_comes_before_the_second_run_and_tests_come_last(lanes):
+    (found, methods), seconds, said = lanes()
+    order = ["ppo_m", "r2", "br", "bw", "test_sft", "test_ppo_m", "test_br", "test_bw"]
+    assert lanes.ran == order == list(seconds)
+    assert found == {"filters": {}} and list(methods) == ["sft", "ppo_m", "br", "bw"]
+    assert said[0] == "table" and said[-1] == "test 4/4  PF-PPO BW 0.500"
+
+
+def test_a_run_that_fails_ends_the_job(lanes):
+    with pytest.raises(SystemExit, match="br failed"):
+        lanes(fail="br")
+    assert "test_br" not in lanes.ran
+
+
+WORKER = """
+pool = workers.start(1)
+print(pool.submit(os.getpid).result(), flush=True)
+time.sleep(60)
+"""
+SCRIPT = """
+folder = pathlib.Path(sys.argv[1])
+(folder / "sleeper.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+pipeline.launch(str(folder / "sleeper.py"), {}, folder / "x.log", lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.parametrize("work", [WORKER, SCRIPT], ids=["worker", "script"])
+def test_what_a_job_begins_ends_with_it(work, tmp_path):
+    # the job is killed as the system kills it: nothing of it can clean up
+    imports = "import os, pathlib, sys, time\nfrom benchmark import pipeline, workers\n"
+    script = imports + "if __name__ == '__main__':" + work.replace("\n", "\n    ")
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pipeline.ROOT) as job:
+        worker = int(next(line for line in job.stdout if line.strip().isdigit()))
+        job.kill()
+    for _ in range(200):
+        if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"worker {worker} lives on")
 
 
 def answers(passed):
