@@ -108,14 +108,16 @@ def draw(found: dict[str, dict[str, dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, len(found), figsize=(3 * len(found), 5), sharex="col", sharey="row")
+    figure, panels = plt.subplots(2, len(found), figsize=(3 * len(found), 5), sharex="col")
     for (name, points), (above, below) in zip(found.items(), panels.T):
         sizes = [int(value) for value in points]
         phases = [[point[phase] for point in points.values()] for phase in ppo_speed.PHASES]
         above.stackplot(sizes, phases, labels=ppo_speed.PHASES, alpha=0.8)
         above.plot(sizes, [point["update"] for point in points.values()], "k.-", linewidth=0.8)
         below.plot(sizes, [point["megabytes"] for point in points.values()], "k.-", linewidth=0.8)
-        below.set(xlabel=name, ylim=(0, None))
+        below.set(xlabel=name, xlim=(0, None))
+        above.set_ylim(bottom=0)
+        below.set_ylim(bottom=0)
     panels[0, 0].set_ylabel("seconds per update")
     panels[1, 0].set_ylabel("largest memory, MB")
     panels[0, 0].legend(fontsize=8)
