@@ -1,7 +1,7 @@
 """The main job: from nothing to a trained PF-PPO policy on the embedded world, its table and its pictures.
 
   python -m benchmark.quickstart --output_dir output/quickstart --seed 1   # under five minutes
-  python -m benchmark.quickstart --output_dir output/fast --fast           # under three: to see it work
+  python -m benchmark.quickstart --output_dir output/fast --fast           # two: to see it work
 
 Stages and files are those of benchmark/pipeline.py; the same command continues a killed run. Leaves in the
 output folder: `summary.json` (methods -> sft, ppo_m, br, bw -> greedy_pass1, greedy_pass1_se, sampled_pass1,
@@ -43,7 +43,7 @@ class Args:
     seed: Whole = 1
     """seed of the world, of every training stage and of all sampling"""
     fast: bool = False
-    """a smaller and easier world and fewer updates, in under three minutes; sizes given as flags win"""
+    """a smaller and easier world and fewer updates, in two minutes; sizes given as flags win"""
     parallel: Count = 2
     """what runs at a time: threads of SFT and reward model, then processes of one thread each"""
     # sizes
