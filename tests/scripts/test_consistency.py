@@ -208,3 +208,8 @@ def test_benchmark_and_tests_pass_ruff(command):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_is_at_most_170_lines_of_120_columns(readme):
+    lines = readme.splitlines()
+    assert len(lines) <= 170 and [line for line in lines if len(line) > 120] == []
