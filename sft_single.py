@@ -123,7 +123,7 @@ class Args:
     log_every: Count = 10
     """steps between lines on the console and in metrics.jsonl, each a mean over these steps"""
     checkpoint_every: Count = 500
-    """steps between checkpoints; the last step always writes one"""
+    """steps between checkpoints; one is written before every evaluation and after the last step too"""
 
 
 def main(args: Args) -> None:
@@ -178,7 +178,7 @@ def main(args: Args) -> None:
     policy = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ------------------------------------------------ Continue a killed run
-    state = load_checkpoint(accelerator, output_dir, model, optimizer)
+    state = load_checkpoint(accelerator, output_dir, policy, optimizer)
     open_metrics(accelerator, args, output_dir, state["step"] if state else 0)
     if state is None:
         check_model(accelerator, policy, [row["query_ids"] + row["response_ids"] for row in rows], 0, field)
@@ -233,7 +233,7 @@ def main(args: Args) -> None:
         state |= {"step": step, "metrics": metrics}
         due = any(every and step % every == 0 for every in (args.checkpoint_every, args.eval_every))
         if due or stop or last:
-            save_checkpoint(accelerator, output_dir, step, state, model, optimizer)
+            save_checkpoint(accelerator, output_dir, step, state, policy, optimizer)
         refuse((stop, f"stopped after step {step}, as asked; the same command goes on"))
     save_model(accelerator, policy, tokenizer, stop_id, output_dir / "model")
     accelerator.print(f"done: {output_dir / 'model'}")
@@ -739,7 +739,7 @@ def check_model(accelerator, model: nn.Module, rows: list[list[int]], new_tokens
     row, device = max(rows, key=len), accelerator.device
     ids, mask = pad_left(some_rows(rows), device)
     ids, mask = nn.functional.pad(ids, (3, 0)), nn.functional.pad(mask, (3, 0))  # padding in every row
-    longest = torch.tensor([(row * (1 + new_tokens))[: len(row) + new_tokens]], device=device)
+    longest = torch.tensor([(row * (2 + new_tokens // len(row)))[: len(row) + new_tokens]], device=device)
     try:
         with whole(accelerator, model), torch.autocast(device.type, enabled=False):
             model.train()
@@ -804,22 +804,34 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, *objects) -> dict | 
     if newest is None:
         return None
     accelerator.print(f"going on from {newest}")
-    rank = accelerator.process_index if units(*objects) else 0
-    held = torch.load(newest / f"rank_{rank}.pt", map_location="cpu")
+    file = newest / f"rank_{accelerator.process_index if units(*objects) else 0}.pt"
+    refuse((not file.is_file(), f"{newest} is of another version; name a new --output_dir"))
+    held = torch.load(file, map_location="cpu")
     for x, of_x in zip((*objects, accelerator.scaler), held):
         x.load_state_dict(of_x)
     return json.loads((newest / "state.json").read_text())
 
 
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file; of a model's folder, that of the last megabyte of its configuration and weights."""
+    digest, weights = hashlib.sha256(), sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    for file in [path / "config.json", *weights] if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - 2**20) if path.is_dir() else 0)
+            digest.update(opened.read())
+    return digest.hexdigest()
+
+
 def open_run(accelerator: Accelerator, args) -> Path:
     """Creates output_dir with args.json. Refuses a folder that another process is writing to, and one with a
-    run of other data or of other settings than those of memory, speed and tracker."""
+    run of other data or models, or of other settings than those of memory, speed and tracker."""
     folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
     free = "micro_batch|forward_batch|generation_batch|gradient_checkpointing|checkpoint_every|log_with"
-    new = json.loads(json.dumps({**dataclasses.asdict(args), "num_processes": accelerator.num_processes}))
+    launched = {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
+    new = json.loads(json.dumps({**dataclasses.asdict(args), **launched}))
     for name, path in dataclasses.asdict(args).items():
-        if isinstance(path, str) and Path(path).is_file():
-            new[f"sha256 of {name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if isinstance(path, str) and (Path(path).is_file() or Path(path, "config.json").is_file()):
+            new[f"sha256 of {name}"] = fingerprint(Path(path))
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
     text = ", ".join(f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in other)

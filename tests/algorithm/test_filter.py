@@ -79,6 +79,12 @@ def test_sampled_draws_match_the_weights(name, n):
         assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-3
 
 
+def test_own_weights_are_sampled_whatever_filter_they_replace():
+    # two draws of one prompt from (1/2, 0, 1/2) are one row twice every second time, under `none` too
+    counts = many(3, "none", 2, "sample", weights=[0.5, 0.0, 0.5])
+    assert counts[:, 1].sum() == 0 and 0.45 < (counts.max(1) == 2).mean() < 0.55
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 7, 16])
 def test_exact_br_is_the_best_and_one_random_other(n):
     # PITFALLS PF-3

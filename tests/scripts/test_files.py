@@ -158,6 +158,13 @@ def test_a_checkpoint_holds_the_scale_of_fp16(prepared, tmp_path, monkeypatch):
     assert accelerator.scaler.get_scale() == 2.0
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(prepared, tmp_path):
+    # it held model.safetensors and optimizer.bin
+    (tmp_path / "checkpoints/step_000002").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="^.*step_000002 is of another version; name a new --output_dir$"):
+        pf.load_checkpoint(*prepared[:1], tmp_path, *prepared[1:])
+
+
 def test_without_a_checkpoint_there_is_no_state(prepared, tmp_path):
     # PITFALLS SYS-10: one that was being written is none
     (tmp_path / "checkpoints/tmp").mkdir(parents=True)
@@ -225,11 +232,33 @@ def test_every_setting_is_compared(tmp_path):
     file = tmp_path / "run/args.json"
     settings = json.loads(file.read_text())
     free = {"micro_batch_size", "forward_batch_size", "generation_batch_size", "gradient_checkpointing"}
-    fields = {field.name for field in dataclasses.fields(pf.Args)} | {"num_processes"}
+    fields = {field.name for field in dataclasses.fields(pf.Args)} | {"num_processes", "mixed_precision"}
     for name in fields - free - {"checkpoint_every", "log_with"}:
         file.write_text(json.dumps({**settings, name: "another"}))
         with pytest.raises(SystemExit, match=rf"holds another run: {name} \('another' there"):
             open_run(tmp_path / "run")
+
+
+def test_another_precision_makes_another_run(tmp_path, monkeypatch):
+    # half a run in bfloat16, half in float32, or fp16 without its scale; it is no setting of the script
+    open_run(tmp_path / "run")
+    monkeypatch.setattr(pf.Accelerator, "mixed_precision", "bf16")
+    with pytest.raises(SystemExit, match=r"another run: mixed_precision \('no' there, 'bf16' here\)"):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_model_that_was_trained_anew_makes_another_run(tmp_path, name):
+    # SFT again in the same folder: a reward model that was trained on the old one is not "done"
+    (tmp_path / "model").mkdir()
+    for file, size in (("config.json", 2), (name, 3 * 2**20), ("README.md", 2)):
+        (tmp_path / "model" / file).write_bytes(bytes(size))
+    open_run(tmp_path / "run", policy=str(tmp_path / "model"))
+    (tmp_path / "model/README.md").write_bytes(b"abc")  # says nothing of the model
+    open_run(tmp_path / "run", policy=str(tmp_path / "model"))
+    (tmp_path / "model" / name).write_bytes(bytes(3 * 2**20 - 1) + b"a")
+    with pytest.raises(SystemExit, match="holds another run: sha256 of policy"):
+        open_run(tmp_path / "run", policy=str(tmp_path / "model"))
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path):

@@ -141,6 +141,12 @@ def test_ranks_end_with_the_same_weights(launched):
         assert ranks[0] == ranks[1] != 0
 
 
+def test_checkpoints_name_weights_as_the_model_does(launched):
+    # a launch with DDP or torch.compile puts words in front, which one without them would not find
+    (checkpoint,) = (launched["folder"] / "whole/checkpoints").iterdir()
+    assert {name.partition(".")[0] for name in weights(checkpoint)} == {"policy", "critic"}
+
+
 def test_evaluation_counts_each_prompt_once(launched):
     # PITFALLS SYS-4, SYS-5: 11 prompts as 6 + 5; the mean is over prompts, not over ranks
     folder = launched["folder"]
