@@ -1033,7 +1033,7 @@ def load_weights(auto_class, path: str, field: str, config, dtype, shard: bool) 
     read by rank 0 alone, which sends the others their parts in `place`."""
     if shard and not PartialState().is_main_process:
         with torch.device("meta"):
-            return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
+            return auto_class.from_config(config, dtype=dtype).eval()
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # loaders raise what they like
@@ -1626,7 +1626,9 @@ def load_reward_model(path: str, dtype: torch.dtype = torch.float32, shard: bool
 
     config = load_config(path, "reward")
     bound = getattr(config, "reward_bound", "none")
-    classifier = load_weights(AutoModelForSequenceClassification, path, "reward", config, "auto", shard)
+    classifier = load_weights(
+        AutoModelForSequenceClassification, path, "reward", config, torch.float32, shard
+    )
     model = RewardModel(classifier.base_model, bound)
     model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
     for parameter in model.lm_backbone.parameters():  # the head stays float32

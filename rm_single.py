@@ -61,7 +61,7 @@ from torch import Tensor, nn
 #
 # Numbers in Args, with the least and the largest value that is taken:
 Count, Whole = Annotated[int, 1, math.inf], Annotated[int, 0, math.inf]
-Amount, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
+Amount = Annotated[float, 0, math.inf]
 Positive = Annotated[float, 1e-12, math.inf]
 
 
@@ -736,7 +736,7 @@ def load_weights(auto_class, path: str, field: str, config, dtype, shard: bool) 
     read by rank 0 alone, which sends the others their parts in `place`."""
     if shard and not PartialState().is_main_process:
         with torch.device("meta"):
-            return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
+            return auto_class.from_config(config, dtype=dtype).eval()
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # loaders raise what they like

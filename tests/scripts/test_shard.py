@@ -15,7 +15,7 @@ import shard_driver
 import torch
 from conftest import read_metrics, same, sft_settings, timeless, tiny_settings, weights, write_jsonl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
 
 import pfppo_single as pf
 import sft_single as sft
@@ -224,6 +224,21 @@ def test_saved_folders_load_in_plain_transformers(launched):
 def test_an_architecture_without_blocks_is_one_unit(launched):
     assert "GPT2LMHeadModel names no blocks" in launched["printed"]
     assert launched["seen"][2][0]["one_unit"]["gathers"][0] == 1
+
+
+def test_what_rank_0_sends_is_what_the_others_wait_for(tmp_path, monkeypatch):
+    # a reward model in bfloat16: Gemma's scale of embeddings would be sent in two bytes and read in four
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    config = Gemma2Config(**small, num_key_value_heads=1, head_dim=8, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    types = []
+    for is_main in (True, False):
+        monkeypatch.setattr(
+            pf, "PartialState", lambda is_main=is_main: SimpleNamespace(is_main_process=is_main)
+        )
+        model = pf.load_reward_model(str(tmp_path), torch.bfloat16, shard=True)
+        types.append({name: x.dtype for name, x in [*model.named_parameters(), *model.named_buffers()]})
+    assert types[0] == types[1] and "lm_backbone.embed_tokens.embed_scale" in types[0]
 
 
 def test_one_process_is_refused(make_args):
