@@ -61,7 +61,9 @@ class Args:
     prompts: str
     """prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
     prompt_field: str = "prompt"
-    """column with the prompt: text, or a list of chat messages"""
+    """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
+    chat_template: str | None = None
+    """file with a Jinja template, in place of the tokenizer's own if it has one"""
     num_prompts: Whole = 0
     """the first so many prompts; 0: all"""
     # samples
@@ -109,7 +111,7 @@ def main(args: Args) -> dict:
     names += " forward_batch_size generation_batch_size"
     settings = pfppo.Args(**{name: getattr(args, name) for name in names.split()})
     config = pfppo.load_config(args.policy, "policy")
-    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy")
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy", args.chat_template)
     stop_id = pfppo.stop_token_id(tokenizer, args.stop_token)
     rows = pfppo.read_prompts("prompts", settings, tokenizer)[: args.num_prompts or None]
     fewest = len(rows) * size // n  # rows that BoN leaves

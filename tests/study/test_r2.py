@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 
 import pfppo_single as pf
 from benchmark import r2, records
@@ -222,6 +223,23 @@ def test_a_killed_run_goes_on_with_the_same_samples(settings, tmp_path, monkeypa
     assert (cut / "samples.jsonl").read_bytes() == whole
     monkeypatch.setattr(r2, "collect", None)  # everything is there: nothing is sampled again
     r2.main(r2.Args(**{**settings, "output_dir": str(cut)}))
+
+
+def test_messages_are_read_in_the_template_of_a_file(settings, tmp_path, monkeypatch):
+    rows, seen = [{"prompt": [{"role": "user", "content": "two"}]}] * 12, {}
+    settings["prompts"] = str(write_jsonl(tmp_path / "chats.jsonl", rows))
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}={{ m['content'] }}\n{% endfor %}"
+    )
+
+    def collect(policy, tokenizer, judges, rows, *_, **__):
+        seen["first"] = tokenizer.decode(rows[0]["query_ids"])
+        raise SystemExit
+
+    monkeypatch.setattr(r2, "collect", collect)
+    with pytest.raises(SystemExit):
+        r2.main(r2.Args(**settings, chat_template=str(tmp_path / "chat.jinja")))
+    assert seen["first"] == "user=two\n"
 
 
 def test_a_reward_model_scores_as_in_pfppo(settings, world, quiet):
