@@ -165,8 +165,54 @@ def test_advice_needs_a_lead_whose_interval_is_above_zero(filters, expected):
     assert expected in text[0] + text[1] and "--filter" in text[-1]
 
 
-def test_advice_where_r2_is_undefined():
-    assert "undefined" in r2.advice({"filters": {"none": entry(math.nan)}, "N": 5})[0]
+def test_with_two_responses_random_is_not_named_beside_no_filter():
+    # random keeps both of two
+    found = {"filters": {"none": entry(0.5), "bw": entry(0.4, -0.3, 0.1)}, "N": 2}
+    assert r2.advice(found)[-1] == "Use --filter none: nothing measured here speaks against it."
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (dict(actual=0.0), "no graded response passes"),
+        (dict(actual=1.0), "every graded response passes"),
+        (dict(actual=0.25), "every graded response has the actual score 0.25"),
+        (dict(reward=0.5), "every response has the reward 0.5"),
+    ],
+)
+def test_where_all_scores_are_equal_one_line_says_so_and_no_flag_is_named(changes, why):
+    found = samples(20)
+    found |= {name: np.full_like(found[name], value) for name, value in changes.items()}
+    text = r2.report(r2.measure(found, 5, 1, num_groups=5, resamples=3))
+    assert text.splitlines()[-1] == f"Nothing can be said of any filter: {why}."
+    assert "--filter" not in text and "nan" not in text
+
+
+def test_where_few_responses_pass_no_flag_is_named():
+    # three of 200: most draws of ten rows hold none, so that R² without a filter is undefined
+    found = samples(20)
+    found["actual"] = (found["reward"] > np.sort(found["reward"])[-4]).astype(float)
+    measured = r2.measure(found, 5, 1, num_groups=5, resamples=20)
+    assert math.isfinite(measured["filters"]["bon"]["r2"])
+    text = r2.report(measured)
+    assert text.splitlines()[-1].startswith("Nothing can be said of any filter: too few graded responses")
+    assert "--filter" not in text and "nan" not in text
+
+
+def test_an_interval_does_not_rest_on_the_few_draws_where_r2_is_defined():
+    values = np.linspace(0, 1, 20)
+    assert r2.interval(values) == pytest.approx((0.025, 0.975))
+    values[3] = math.nan  # one in twenty
+    assert all(map(math.isfinite, r2.interval(values)))
+    values[4] = math.nan
+    assert all(map(math.isnan, r2.interval(values)))
+
+
+def test_the_report_says_what_the_bootstrap_draws():
+    texts = [r2.report(r2.measure(samples(20, n), 5, 1, num_groups=5, resamples=2)) for n in (5, 10)]
+    texts = [" ".join(text.split()) for text in texts]
+    assert "by bootstrap over prompts." in texts[0]
+    assert "by bootstrap over sets of 5 responses to a prompt." in texts[1]
 
 
 # ---------------------------------------------------------------- a user's own data
@@ -260,6 +306,7 @@ def test_a_reward_model_scores_as_in_pfppo(settings, world, quiet):
         (dict(num_responses=1), "--num_responses must be at least 2"),
         (dict(actual_score="nowhere:none"), "--actual_score nowhere:none"),
         (dict(num_prompts=2), "2 are too few"),
+        (dict(num_prompts=1, num_samples=40), "1 are too few for R²; give at least 2"),
         (dict(temperature=0.0), "--temperature must lie between"),
     ],
 )
