@@ -720,12 +720,6 @@ def load_config(path: str, field: str):
     return config
 
 
-def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
-    """The dtype of that name; `auto` is bfloat16 under bf16, else float32."""
-    auto = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
-    return getattr(torch, auto if name == "auto" else name)
-
-
 def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
     """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
     from transformers import AutoModelForCausalLM
@@ -833,23 +827,6 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
         has = ", ".join(sorted(row))
         refuse((missing != "", f"{where}, row {number}: no column {missing}; it has {has}"))
     return rows
-
-
-def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
-    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
-    those before it are the prompt then, if there are any."""
-    answer, before = row.get(answer_field), []
-    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
-        last = answer[-1].get("role")
-        refuse((last != "assistant", f"{where}: {answer_field} must end with role assistant, not {last}"))
-        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
-    has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
-    refuse(
-        (row.get(answer_field) is None, f"{where}: no column {answer_field}; it has {has}"),
-        (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
-        (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
-    )
-    return prompt, answer
 
 
 def plain_text(content) -> str | None:
@@ -1011,8 +988,9 @@ def write_text(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=None, optimizer=None) -> None:
-    """Everything a resumed run needs, renamed when whole; only then are older checkpoints deleted."""
+def save_checkpoint(accelerator, folder: Path, step: int, state: dict, *objects) -> None:
+    """What a resumed run needs of objects (model, optimizer), renamed when whole; only then are older
+    checkpoints deleted. Each rank writes its part of sharded ones, rank 0 alone what all ranks hold."""
     aside, final = folder / "checkpoints/tmp", folder / f"checkpoints/step_{step:06d}"
     if final.is_dir():
         return
@@ -1020,13 +998,9 @@ def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=Non
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    if units(model):
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
-        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=aside)
-    else:
-        accelerator.save_state(str(aside))
+    if accelerator.is_main_process or units(*objects):
+        held = [x.state_dict() for x in (*objects, accelerator.scaler) if x is not None]
+        torch.save(held, aside / f"rank_{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
@@ -1036,21 +1010,16 @@ def save_checkpoint(accelerator, folder: Path, step: int, state: dict, model=Non
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, model=None, optimizer=None) -> dict | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, *objects) -> dict | None:
     """Loads the newest checkpoint into the prepared objects; returns its state, None where there is none."""
     newest = max(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]), default=None)
     if newest is None:
         return None
     accelerator.print(f"going on from {newest}")
-    if units(model):
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    else:
-        accelerator.load_state(str(newest))
+    rank = accelerator.process_index if units(*objects) else 0
+    held = torch.load(newest / f"rank_{rank}.pt", map_location="cpu")
+    for x, of_x in zip((*objects, accelerator.scaler), held):
+        x.load_state_dict(of_x)
     return json.loads((newest / "state.json").read_text())
 
 
@@ -1149,6 +1118,29 @@ def run(main, args) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing of this script alone
 # ------------------------------------------------------------------------------------------------------------
+
+
+def frozen_precision(accelerator: Accelerator, name: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 under bf16, else float32."""
+    auto = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
+
+
+def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) -> tuple[str | list[dict], str]:
+    """Prompt and answer of a row. The answer's column is a text, or messages that end with the assistant's;
+    those before it are the prompt then, if there are any."""
+    answer, before = row.get(answer_field), []
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        last = answer[-1].get("role")
+        refuse((last != "assistant", f"{where}: {answer_field} must end with role assistant, not {last}"))
+        before, answer = answer[:-1], plain_text(answer[-1].get("content"))
+    has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
+    refuse(
+        (row.get(answer_field) is None, f"{where}: no column {answer_field}; it has {has}"),
+        (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
+        (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
+    )
+    return prompt, answer
 
 
 def growing_cache(config):
@@ -1305,9 +1297,8 @@ def check_cache(accelerator, policy: nn.Module, queries: list[list[int]], field:
             inputs = model_inputs(torch.cat([ids, responses], 1), F.pad(mask, (0, 8), value=True))
             logits = policy(**inputs, use_cache=False, logits_to_keep=9).logits[:, :-1].float()
     except Exception as error:  # models raise what they like
-        raise SystemExit(
-            f"--{field}: the model cannot be sampled with a cache: {first_line(error)}"
-        ) from error
+        refused = f"--{field}: the model cannot be sampled with a cache: {first_line(error)}"
+        raise SystemExit(refused) from error
     finally:
         hook.remove()
     steps = torch.cat([steps[0].repeat_interleave(2, 0), *steps[1:]], 1).float()

@@ -242,6 +242,8 @@ def timeless(metrics: list[dict]) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights in a saved folder or checkpoint, by name."""
+    if (folder / "rank_0.pt").is_file():
+        return torch.load(folder / "rank_0.pt")[0]
     return load_file(folder / "model.safetensors")
 
 

@@ -234,10 +234,11 @@ class Run:
             self.reward = pfppo.load_reward_model(args.reward).to(self.device).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), eps=args.eps, weight_decay=0.0)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
-        if with_anchor:  # prepared, so that checkpoints hold it
+        if with_anchor:
             anchor = pfppo.load_causal_lm(args.policy).to(self.device).eval().requires_grad_(False)
             self.anchor = self.accelerator.prepare(anchor)
-        state = pfppo.load_checkpoint(self.accelerator, self.output_dir)
+        self.checkpointed = (self.policy, self.optimizer, *([self.anchor] if with_anchor else []))
+        state = pfppo.load_checkpoint(self.accelerator, self.output_dir, *self.checkpointed)
         self.state = state or self.state
         pfppo.open_metrics(self.accelerator, args, self.output_dir, state["step"] + 1 if state else 0)
         self.first_step, self.run_start, self.clock = self.state["step"], time.time(), time.time()
@@ -332,7 +333,7 @@ class Run:
         progress = f"/{self.num_steps}, {left:.0f} s left"
         pfppo.log_metrics(self.accelerator, self.output_dir, step, metrics, SHOWN, progress)
         if checkpoint or last or step % self.args.checkpoint_every == 0:
-            pfppo.save_checkpoint(self.accelerator, self.output_dir, step, self.state)
+            pfppo.save_checkpoint(self.accelerator, self.output_dir, step, self.state, *self.checkpointed)
         self.clock = time.time()
 
     def save_policy(self, name: str) -> None:

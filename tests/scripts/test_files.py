@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator, tracking
 from accelerate.utils import LoggerType
 from conftest import EOS, make_tokenizer, write_jsonl
-from safetensors.torch import load_file
 
 import pfppo_single as pf
 import rm_single as rm
@@ -107,13 +106,13 @@ def names(folder: Path) -> list[str]:
 
 def test_checkpoints_are_ordered_by_number(prepared, tmp_path):
     # PITFALLS SYS-9: 1,000,000 comes after 999,999, as text it would come before
-    accelerator, layer, _ = prepared
+    accelerator, layer, optimizer = prepared
     for step in (999_999, 1_000_000):
         layer.weight.data.fill_(step)
-        pf.save_checkpoint(accelerator, tmp_path / str(step), step, {"best": step / 2})
+        pf.save_checkpoint(accelerator, tmp_path / str(step), step, {"best": step / 2}, layer, optimizer)
     (tmp_path / "1000000/checkpoints/step_1000000").rename(tmp_path / "999999/checkpoints/step_1000000")
     layer.weight.data.fill_(0)
-    state = pf.load_checkpoint(accelerator, tmp_path / "999999")
+    state = pf.load_checkpoint(accelerator, tmp_path / "999999", layer, optimizer)
     assert state == {"step": 1_000_000, "best": 500_000} and (layer.weight == 1_000_000).all()
 
 
@@ -130,22 +129,33 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_whole(prepared, tmp_pat
     # PITFALLS SYS-10
     accelerator, *_ = prepared
     pf.save_checkpoint(accelerator, tmp_path, 1, {"best": 1})
-    before = (tmp_path / "checkpoints/step_000001/model.safetensors").read_bytes()
+    before = (tmp_path / "checkpoints/step_000001/rank_0.pt").read_bytes()
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         pf.save_checkpoint(accelerator, tmp_path, 2, {"best": 2})
     assert names(tmp_path) == ["step_000001", "tmp"]
-    assert (tmp_path / "checkpoints/step_000001/model.safetensors").read_bytes() == before
+    assert (tmp_path / "checkpoints/step_000001/rank_0.pt").read_bytes() == before
     assert pf.load_checkpoint(accelerator, tmp_path) == {"best": 1, "step": 1}
 
 
-def test_checkpoints_are_safetensors(prepared, tmp_path):
-    # weights that any tool reads without running code
-    accelerator, layer, _ = prepared
-    pf.save_checkpoint(accelerator, tmp_path, 1, {})
-    saved = load_file(tmp_path / "checkpoints/step_000001/model.safetensors")
+def test_a_checkpoint_holds_tensors_and_no_code(prepared, tmp_path):
+    # what a pickle runs when it is read, torch refuses to read
+    accelerator, layer, optimizer = prepared
+    pf.save_checkpoint(accelerator, tmp_path, 1, {}, layer, optimizer)
+    saved, _ = torch.load(tmp_path / "checkpoints/step_000001/rank_0.pt", weights_only=True)
     assert torch.equal(saved["weight"], layer.weight)
-    assert not [path.name for path in (tmp_path / "checkpoints/step_000001").glob("pytorch_model*")]
+
+
+def test_a_checkpoint_holds_the_scale_of_fp16(prepared, tmp_path, monkeypatch):
+    # a resumed run would begin with the first scale, overflow and skip steps that the whole run takes
+    accelerator, layer, optimizer = prepared
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0))
+    accelerator.scaler.scale(layer.weight.sum()).backward()
+    optimizer.step()
+    pf.save_checkpoint(accelerator, tmp_path, 1, {}, layer, optimizer)
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=8.0))
+    pf.load_checkpoint(accelerator, tmp_path, layer, optimizer)
+    assert accelerator.scaler.get_scale() == 2.0
 
 
 def test_without_a_checkpoint_there_is_no_state(prepared, tmp_path):

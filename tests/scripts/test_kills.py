@@ -66,8 +66,8 @@ def run(forks, settings, script: str, folder: Path, **options) -> dict:
 
 def written(folder: Path) -> dict:
     """All that a run leaves, times aside: bytes of files, metrics, the checkpoint's state. Not compared:
-    args.json, which holds the folder's name, the files of TensorBoard and of the optimizer, and an older
-    checkpoint, which stays where a kill fell behind the last one and before it was deleted."""
+    args.json, which holds the folder's name, TensorBoard's files, and an older checkpoint, which stays where a
+    kill fell behind the last one and before it was deleted."""
     found = {"folders": sorted(path.name for path in folder.iterdir())}
     *older, _ = sorted((folder / "checkpoints").iterdir())
     for path in [path for path in folder.rglob("*") if path.is_file() and path.parent not in older]:
@@ -77,7 +77,7 @@ def written(folder: Path) -> dict:
         elif path.name == "state.json":
             state = json.loads(path.read_text())
             found[name] = state | {"metrics": timeless([state.get("metrics", {})])}
-        elif path.suffix in (".safetensors", ".jsonl", ".json") and path.name != "args.json":
+        elif path.suffix in (".safetensors", ".pt", ".jsonl", ".json") and path.name != "args.json":
             found[name] = path.read_bytes()
     return found
 
