@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
 from benchmark import pipeline, quickstart, records
@@ -56,16 +57,16 @@ TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 
 
 def train(folder: Path, seed: int, name: str, **settings) -> None:
-    """SFT of the main job; the weights after every pass are kept in NAME/passes."""
+    """SFT of the main job; the checkpoint after every pass is kept in NAME/passes."""
     run = folder / name
 
     def say(line: str) -> None:
         print(line, flush=True)
-        for weights in run.glob("checkpoints/step_*/model.safetensors"):  # one: the next deletes it
-            kept = run / "passes" / f"{weights.parent.name}.safetensors"
+        for checkpoint in run.glob("checkpoints/step_*/rank_0.pt"):  # one: the next deletes it
+            kept = run / "passes" / f"{checkpoint.parent.name}.pt"
             kept.parent.mkdir(exist_ok=True)
             if not kept.is_file():
-                shutil.copy(weights, kept)
+                shutil.copy(checkpoint, kept)
 
     pipeline.sft(folder, seed, name, say, **settings)
 
@@ -84,8 +85,9 @@ def one_run(folder: Path, seed: int, schedule: str, epochs: int, lowest: bool) -
     best = 1 + int(np.argmin(run["test/loss"]))
     if lowest and best < epochs:
         early = shutil.copytree(policy, folder / name / "lowest", dirs_exist_ok=True)
-        kept = folder / name / "passes" / f"step_{best * steps:06d}.safetensors"
-        shutil.copy(kept, early / "model.safetensors")
+        stopped = pipeline.load(policy)[0]
+        stopped.load_state_dict(torch.load(folder / name / "passes" / f"step_{best * steps:06d}.pt")[0])
+        stopped.save_pretrained(early)
         until = {tag: values[:best] for tag, values in curves.items()}
         runs.append(run | until | {"stopped": best, "passed": passes(early, prompts, seed)})
     return runs
