@@ -653,15 +653,15 @@ class PolicyAndCritic(nn.Module):
         return output.logits[:, :-1], values[:, -response_length - 1 : -1].float()
 
 
-def make_critic(args: Args, policy: nn.Module, empty: bool = False) -> nn.Module:
+def make_critic(args: Args, policy: nn.Module) -> nn.Module:
     """The critic that `critic` and `critic_init` ask for. It starts from the reward model where there is one:
     what a state is worth is close to what that says of the text so far. Else its head starts at zero."""
     if args.critic == "shared":
         critic = head = RewardModel(getattr(policy, "model", policy.base_model)).scalar_head
     elif args.critic_init or ":" not in args.reward:
-        return load_reward_model(args.critic_init or args.reward, torch.float32, empty)
+        return load_reward_model(args.critic_init or args.reward, torch.float32, args.shard)
     else:
-        causal_lm = load_causal_lm(args.policy, torch.float32, empty, "policy")
+        causal_lm = load_causal_lm(args.policy, torch.float32, args.shard, "policy")
         critic = RewardModel(getattr(causal_lm, "model", causal_lm.base_model))
         head = critic.scalar_head
     nn.init.zeros_(head.weight)
@@ -1028,10 +1028,10 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
     return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
-def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
-    rank 0's weights in `place`."""
-    if empty:
+def load_weights(auto_class, path: str, field: str, config, dtype, shard: bool) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read. To be sharded it is
+    read by rank 0 alone, which sends the others their parts in `place`."""
+    if shard and not PartialState().is_main_process:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
     try:
@@ -1043,7 +1043,7 @@ def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) 
     return model
 
 
-def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
+def load_causal_lm(path: str, dtype=torch.float32, shard: bool = False, field: str = "model") -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
     from transformers import AutoModelForCausalLM
@@ -1051,7 +1051,7 @@ def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: s
     config = load_config(path, field)
     name = ", ".join(config.architectures or [])
     refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
-    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, empty)
+    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, shard)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -1067,9 +1067,8 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
-        once = dict(model.named_parameters())
-        names = [name for name, x in weights.items() if name in once or full(x) is x]
-        gathered = ((name, full(weights[name])) for name in names)
+        once = dict([*model.named_parameters(), *model.named_buffers()])
+        gathered = ((name, full(x)) for name, x in weights.items() if name in once)
         weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
@@ -1594,14 +1593,13 @@ def load_models(accelerator: Accelerator, args: Args) -> tuple:
     """Policy, reference, reward model (None where the reward is a function) and critic, on their devices."""
     place_here = partial(place, accelerator, args.shard)
     frozen_dtype = frozen_precision(accelerator, args.frozen_dtype)
-    empty = args.shard and not accelerator.is_main_process  # gets rank 0's weights in `place`
-    policy = place_here(load_causal_lm(args.policy, torch.float32, empty, "policy"))
-    ref_policy = load_causal_lm(args.policy, frozen_dtype, empty, "policy").eval().requires_grad_(False)
+    policy = place_here(load_causal_lm(args.policy, torch.float32, args.shard, "policy"))
+    ref_policy = load_causal_lm(args.policy, frozen_dtype, args.shard, "policy").eval().requires_grad_(False)
     ref_policy, reward_model = place_here(ref_policy), None
     if ":" not in args.reward:
-        reward_model = load_reward_model(args.reward, frozen_dtype, empty).eval().requires_grad_(False)
+        reward_model = load_reward_model(args.reward, frozen_dtype, args.shard).eval().requires_grad_(False)
         reward_model = place_here(reward_model)
-    critic = place_here(make_critic(args, policy, empty))
+    critic = place_here(make_critic(args, policy))
     if args.gradient_checkpointing:
         recompute_activations(policy)
         if args.critic == "separate":
@@ -1609,19 +1607,19 @@ def load_models(accelerator: Accelerator, args: Args) -> tuple:
     return policy, ref_policy, reward_model, critic
 
 
-def load_reward_model(path: str, dtype: torch.dtype = torch.float32, empty: bool = False) -> RewardModel:
+def load_reward_model(path: str, dtype: torch.dtype = torch.float32, shard: bool = False) -> RewardModel:
     """R_φ from a sequence classification model with one label, of rm_single.py or of others (which have gain
     1, bias 0 and no bound), of a folder or the hub. A head is never made up."""
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(path, "reward")
     bound = getattr(config, "reward_bound", "none")
-    classifier = load_weights(AutoModelForSequenceClassification, path, "reward", config, "auto", empty)
+    classifier = load_weights(AutoModelForSequenceClassification, path, "reward", config, "auto", shard)
     model = RewardModel(classifier.base_model, bound)
     model.lm_backbone.get_input_embeddings().padding_idx = None  # see load_causal_lm
     for parameter in model.lm_backbone.parameters():  # the head stays float32
         parameter.data = parameter.data.to(dtype)
-    if empty:
+    if classifier.score.weight.is_meta:
         return model
     model.scalar_head.weight.data.copy_(classifier.score.weight)
     model.scalar_head.bias.data.fill_(getattr(config, "score_bias", 0.0))

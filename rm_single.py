@@ -225,11 +225,10 @@ def main(args: Args) -> None:
         return
     output_dir = open_run(accelerator, args)
 
-    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
-    sft_policy = load_causal_lm(args.model, frozen_dtype, empty)
+    sft_policy = load_causal_lm(args.model, frozen_dtype, args.shard)
     sft_policy = place(accelerator, args.shard, sft_policy).eval().requires_grad_(False)
-    trained_lm = load_causal_lm(args.model, torch.float32, empty)  # R_φ's backbone
+    trained_lm = load_causal_lm(args.model, torch.float32, args.shard)  # R_φ's backbone
     if args.gradient_checkpointing:
         recompute_activations(trained_lm)
     reward_model = RewardModel(trained_lm.base_model, args.bound)
@@ -732,10 +731,10 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
     return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
-def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
-    rank 0's weights in `place`."""
-    if empty:
+def load_weights(auto_class, path: str, field: str, config, dtype, shard: bool) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read. To be sharded it is
+    read by rank 0 alone, which sends the others their parts in `place`."""
+    if shard and not PartialState().is_main_process:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
     try:
@@ -747,7 +746,7 @@ def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) 
     return model
 
 
-def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
+def load_causal_lm(path: str, dtype=torch.float32, shard: bool = False, field: str = "model") -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
     from transformers import AutoModelForCausalLM
@@ -755,7 +754,7 @@ def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: s
     config = load_config(path, field)
     name = ", ".join(config.architectures or [])
     refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
-    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, empty)
+    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, shard)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -771,9 +770,8 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
-        once = dict(model.named_parameters())
-        names = [name for name, x in weights.items() if name in once or full(x) is x]
-        gathered = ((name, full(weights[name])) for name in names)
+        once = dict([*model.named_parameters(), *model.named_buffers()])
+        gathered = ((name, full(x)) for name, x in weights.items() if name in once)
         weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")

@@ -161,13 +161,12 @@ def main(args: Args) -> None:
         return
     output_dir = open_run(accelerator, args)
 
-    empty = args.shard and rank > 0  # rank 0 reads the weights and sends them to the others
     set_seed(args.seed)
     if args.model:
-        policy = load_causal_lm(args.model, torch.float32, empty)
+        policy = load_causal_lm(args.model, torch.float32, args.shard)
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        with torch.device("meta" if empty else "cpu"):
+        with torch.device("meta" if args.shard and rank else "cpu"):  # rank 0 sends its weights in `place`
             policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
     policy = place(accelerator, args.shard, policy)
@@ -522,10 +521,10 @@ def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bo
     return f"all checks passed, nothing was written; {state}; what comes on top: benchmark/memory_plan.py"
 
 
-def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) -> nn.Module:
-    """A model from its files; refuses one that they do not fill, or that cannot be read. An empty one gets
-    rank 0's weights in `place`."""
-    if empty:
+def load_weights(auto_class, path: str, field: str, config, dtype, shard: bool) -> nn.Module:
+    """A model from its files; refuses one that they do not fill, or that cannot be read. To be sharded it is
+    read by rank 0 alone, which sends the others their parts in `place`."""
+    if shard and not PartialState().is_main_process:
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
     try:
@@ -537,7 +536,7 @@ def load_weights(auto_class, path: str, field: str, config, dtype, empty: bool) 
     return model
 
 
-def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: str = "model") -> nn.Module:
+def load_causal_lm(path: str, dtype=torch.float32, shard: bool = False, field: str = "model") -> nn.Module:
     """Causal language model without dropout. Its pad token learns like any other (padding_idx would give it
     no gradient): it may be the stop token, and padding is never read anyway."""
     from transformers import AutoModelForCausalLM
@@ -545,7 +544,7 @@ def load_causal_lm(path: str, dtype=torch.float32, empty: bool = False, field: s
     config = load_config(path, field)
     name = ", ".join(config.architectures or [])
     refuse(("Classification" in name, f"--{field} {path}: a {name} is no causal language model"))
-    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, empty)
+    model = load_weights(AutoModelForCausalLM, path, field, config, dtype, shard)
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -561,9 +560,8 @@ def save_model(accelerator, model: nn.Module, tokenizer, stop_token_id: int, fol
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     weights = model.state_dict()
     if units(model):  # on rank 0's CPU alone, one after the other; a tied weight has one name there
-        once = dict(model.named_parameters())
-        names = [name for name, x in weights.items() if name in once or full(x) is x]
-        gathered = ((name, full(weights[name])) for name in names)
+        once = dict([*model.named_parameters(), *model.named_buffers()])
+        gathered = ((name, full(x)) for name, x in weights.items() if name in once)
         weights = {name: x.cpu() for name, x in gathered if accelerator.is_main_process}
     if accelerator.is_main_process:
         aside = folder.with_name(folder.name + ".tmp")
