@@ -259,18 +259,19 @@ def filter_r2(
 
 
 def bootstrap_r2(
-    samples: Samples, keep: Callable, seed: int, resamples: int, num_groups: int, rows: int
+    samples: Samples, n: int, keep: Callable, seed: int, resamples: int, num_groups: int, rows: int
 ) -> np.ndarray:
-    """filter_r2 on `resamples` draws of prompts with replacement (resamples,); a prompt drawn again counts as
-    one of its own. Every filter sees the same draws. Repeated prompts make group means noisier, so the values
-    lie low: the estimate can stand near the upper end of the interval."""
+    """filter_r2 over groups of n on `resamples` draws of prompts, each with all its responses, with replacement
+    (resamples,); a prompt drawn again counts as one of its own. Every filter sees the same draws. Repeated
+    prompts make group means noisier, so the values lie low: the estimate can stand near the upper end of the
+    interval."""
     ids, rng, values = samples["prompt_ids"], np.random.default_rng(seed), []
-    by_prompt = np.argsort(ids, kind="stable").reshape(len(np.unique(ids)), -1)  # (prompts, N)
+    by_prompt = np.argsort(ids, kind="stable").reshape(len(np.unique(ids)), -1)  # (prompts, k * n)
     for b in range(resamples):
         picked = by_prompt[rng.integers(len(by_prompt), size=len(by_prompt))]
         again = {"prompt_ids": np.repeat(np.arange(len(picked)), picked.shape[1])}
         again |= {name: samples[name][picked.ravel()] for name in ("reward", "actual")}
-        values.append(filter_r2(again, keep, seed + b, 1, num_groups, rows))
+        values.append(filter_r2(regroup(again, n), keep, seed + b, 1, num_groups, rows))
     return np.array(values)
 
 
@@ -289,15 +290,15 @@ def r2_of_filters(
     filter leaves, the same for all; `all_rows` on everything that a filter keeps. With resamples also the
     interval `low`, `high`, and the lead over no filter: `lead`, `lead_low`, `lead_high`, from the same draws
     of prompts."""
-    samples, table = regroup(samples, n), {}
-    rows = min(len(keep(samples, pfppo.random_generator("cpu", seed, 5))) for keep in filters.values())
+    groups, table = regroup(samples, n), {}
+    rows = min(len(keep(groups, pfppo.random_generator("cpu", seed, 5))) for keep in filters.values())
     for name, keep in filters.items():
-        r2 = filter_r2(samples, keep, seed, num_groups=num_groups, rows=rows)
-        table[name] = {"r2": r2, "all_rows": filter_r2(samples, keep, seed, num_groups=num_groups)}
+        r2 = filter_r2(groups, keep, seed, num_groups=num_groups, rows=rows)
+        table[name] = {"r2": r2, "all_rows": filter_r2(groups, keep, seed, num_groups=num_groups)}
         table[name]["rows"] = rows
     if resamples:
         draws = {
-            name: bootstrap_r2(samples, keep, seed, resamples, num_groups, rows)
+            name: bootstrap_r2(samples, n, keep, seed, resamples, num_groups, rows)
             for name, keep in filters.items()
         }
         for name, values in draws.items():
@@ -431,12 +432,11 @@ def report(found: dict) -> str:
         lines[-1] += [bounds(entry, "lead_low", "lead_high"), number(entry["all_rows"])]
     rows = next(iter(found["filters"].values()))["rows"]
     prompts, each = found["prompts"], found["responses_per_prompt"]
-    resampled = "prompts" if each == found["N"] else f"sets of {found['N']} responses to a prompt"
     text = [figures.markdown_table(header, lines), ""]
     text += [f"Left out: {name}, {why}." for name, why in found["left_out"].items()]
     text.append(
         f"{found['graded']} graded responses ({prompts} prompts x {each}), filters over N = {found['N']}, "
-        f"{rows} rows of each in {found['groups']} groups, intervals by bootstrap over {resampled}."
+        f"{rows} rows of each in {found['groups']} groups, intervals by bootstrap over prompts."
     )
     sentences = [part for line in [*text[2:], *advice(found)] for part in textwrap.wrap(line, 110)]
     return "\n".join([*text[:2], *sentences])

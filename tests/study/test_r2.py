@@ -116,7 +116,7 @@ def test_numbers_are_those_of_the_recorded_studies():
     )
     assert [table[name]["r2"] for name in names] == pytest.approx(recorded, abs=1e-9)
     assert table["bw"]["all_rows"] == pytest.approx(0.9376919156, abs=1e-9)
-    values = r2.bootstrap_r2(r2.regroup(samples(), 5), r2.make_filter(5, filter="bw"), 3, 20, 20, 400)
+    values = r2.bootstrap_r2(r2.regroup(samples(), 5), 5, r2.make_filter(5, filter="bw"), 3, 20, 20, 400)
     assert r2.interval(values) == pytest.approx((0.6816926476, 0.9035734248), abs=1e-9)
 
 
@@ -208,11 +208,21 @@ def test_an_interval_does_not_rest_on_the_few_draws_where_r2_is_defined():
     assert all(map(math.isnan, r2.interval(values)))
 
 
-def test_the_report_says_what_the_bootstrap_draws():
-    texts = [r2.report(r2.measure(samples(20, n), 5, 1, num_groups=5, resamples=2)) for n in (5, 10)]
-    texts = [" ".join(text.split()) for text in texts]
-    assert "by bootstrap over prompts." in texts[0]
-    assert "by bootstrap over sets of 5 responses to a prompt." in texts[1]
+def test_the_bootstrap_draws_prompts_with_all_their_responses():
+    # responses of a prompt are alike: drawn apart, its two groups of 5 would make intervals too narrow
+    drawn, rewards = [], np.arange(100.0)  # 10 responses to each of 10 prompts
+
+    def keep(groups, generator):
+        drawn.append((groups["prompt_ids"].tolist(), groups["reward"].tolist()))
+        return np.arange(100)
+
+    graded = {"prompt_ids": np.repeat(np.arange(10), 10), "reward": rewards, "actual": rewards % 2}
+    r2.bootstrap_r2(graded, 5, keep, seed=1, resamples=3, num_groups=5, rows=100)
+    assert len(drawn) == 3 and len({tuple(reward) for _, reward in drawn}) == 3
+    for ids, reward in drawn:
+        assert ids == [i // 5 for i in range(100)]
+        whole = [[10 * int(reward[i] // 10) + k for k in range(10)] for i in range(0, 100, 10)]
+        assert [reward[i : i + 10] for i in range(0, 100, 10)] == whole
 
 
 # ---------------------------------------------------------------- a user's own data
