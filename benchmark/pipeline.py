@@ -251,18 +251,20 @@ def world(folder: Path, seed: int, **settings) -> Path:
     return folder / "world"
 
 
-def sft(folder: Path, seed: int, say: Callable | None = None, threads: int = 1, **settings) -> Path:
-    out = folder / "sft" / "model"
+def sft(
+    folder: Path, seed: int, name: str = "sft", say: Callable | None = None, threads: int = 1, **settings
+) -> Path:
+    out = folder / name / "model"
     if not out.is_dir():
         files = dict(
             model_config=folder / "world/model_config",
             tokenizer=folder / "world/tokenizer",
             train_data=folder / "world/sft.jsonl",
             eval_data=folder / "world/sft_valid.jsonl",
-            output_dir=folder / "sft",
+            output_dir=folder / name,
             seed=seed,
         )
-        launch("sft_single.py", {**files, **SFT, **settings}, folder / "sft.log", say, threads)
+        launch("sft_single.py", {**files, **SFT, **settings}, folder / f"{name}.log", say, threads)
     return out
 
 

@@ -61,7 +61,9 @@ class Args:
     prompts: str
     """prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
     prompt_field: str = "prompt"
-    """column with the prompt: text, or a list of chat messages"""
+    """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
+    chat_template: str | None = None
+    """file with a Jinja template, in place of the tokenizer's own if it has one"""
     num_prompts: Whole = 0
     """the first so many prompts; 0: all"""
     # samples
@@ -109,14 +111,12 @@ def main(args: Args) -> dict:
     names += " forward_batch_size generation_batch_size"
     settings = pfppo.Args(**{name: getattr(args, name) for name in names.split()})
     config = pfppo.load_config(args.policy, "policy")
-    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy")
+    tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy", args.chat_template)
     stop_id = pfppo.stop_token_id(tokenizer, args.stop_token)
     rows = pfppo.read_prompts("prompts", settings, tokenizer)[: args.num_prompts or None]
-    fewest = len(rows) * size // n  # rows that BoN leaves
-    pfppo.refuse(
-        (fewest < 10, f"--prompts: {len(rows)} are too few for R²; give at least {-(-10 * n // size)}")
-    )
-    num_groups = min(args.num_groups, fewest // 2)
+    needed = max(2, -(-10 * n // size))  # BoN leaves ten rows; one prompt alone says nothing of others
+    pfppo.refuse((len(rows) < needed, f"--prompts: {len(rows)} are too few for R²; give at least {needed}"))
+    num_groups = min(args.num_groups, len(rows) * size // n // 2)
     queries = [row["query_ids"] for row in rows]
     pfppo.check_rows(config, [[max(stop_id, 0)]], "stop_token")
     pfppo.check_rows(config, queries, "policy", args.response_length)
@@ -259,25 +259,28 @@ def filter_r2(
 
 
 def bootstrap_r2(
-    samples: Samples, keep: Callable, seed: int, resamples: int, num_groups: int, rows: int
+    samples: Samples, n: int, keep: Callable, seed: int, resamples: int, num_groups: int, rows: int
 ) -> np.ndarray:
-    """filter_r2 on `resamples` draws of prompts with replacement (resamples,); a prompt drawn again counts as
-    one of its own. Every filter sees the same draws. Repeated prompts make group means noisier, so the values
-    lie low: the estimate can stand near the upper end of the interval."""
+    """filter_r2 over groups of n on `resamples` draws of prompts, each with all its responses, with replacement
+    (resamples,); a prompt drawn again counts as one of its own. Every filter sees the same draws. Repeated
+    prompts make group means noisier, so the values lie low: the estimate can stand near the upper end of the
+    interval."""
     ids, rng, values = samples["prompt_ids"], np.random.default_rng(seed), []
-    by_prompt = np.argsort(ids, kind="stable").reshape(len(np.unique(ids)), -1)  # (prompts, N)
+    by_prompt = np.argsort(ids, kind="stable").reshape(len(np.unique(ids)), -1)  # (prompts, k * n)
     for b in range(resamples):
         picked = by_prompt[rng.integers(len(by_prompt), size=len(by_prompt))]
         again = {"prompt_ids": np.repeat(np.arange(len(picked)), picked.shape[1])}
         again |= {name: samples[name][picked.ravel()] for name in ("reward", "actual")}
-        values.append(filter_r2(again, keep, seed + b, 1, num_groups, rows))
+        values.append(filter_r2(regroup(again, n), keep, seed + b, 1, num_groups, rows))
     return np.array(values)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval; NaN where nothing is finite."""
+    """95% percentile interval; NaN where more than one value in twenty is NaN: R² is undefined in draws without
+    a response that passes, and an interval of the other draws would be too narrow."""
     finite = values[np.isfinite(values)]
-    return tuple(np.quantile(finite, [0.025, 0.975]).tolist()) if len(finite) else (math.nan, math.nan)
+    enough = len(finite) >= 0.95 * len(values) > 0
+    return tuple(np.quantile(finite, [0.025, 0.975]).tolist()) if enough else (math.nan, math.nan)
 
 
 def r2_of_filters(
@@ -287,15 +290,15 @@ def r2_of_filters(
     filter leaves, the same for all; `all_rows` on everything that a filter keeps. With resamples also the
     interval `low`, `high`, and the lead over no filter: `lead`, `lead_low`, `lead_high`, from the same draws
     of prompts."""
-    samples, table = regroup(samples, n), {}
-    rows = min(len(keep(samples, pfppo.random_generator("cpu", seed, 5))) for keep in filters.values())
+    groups, table = regroup(samples, n), {}
+    rows = min(len(keep(groups, pfppo.random_generator("cpu", seed, 5))) for keep in filters.values())
     for name, keep in filters.items():
-        r2 = filter_r2(samples, keep, seed, num_groups=num_groups, rows=rows)
-        table[name] = {"r2": r2, "all_rows": filter_r2(samples, keep, seed, num_groups=num_groups)}
+        r2 = filter_r2(groups, keep, seed, num_groups=num_groups, rows=rows)
+        table[name] = {"r2": r2, "all_rows": filter_r2(groups, keep, seed, num_groups=num_groups)}
         table[name]["rows"] = rows
     if resamples:
         draws = {
-            name: bootstrap_r2(samples, keep, seed, resamples, num_groups, rows)
+            name: bootstrap_r2(samples, n, keep, seed, resamples, num_groups, rows)
             for name, keep in filters.items()
         }
         for name, values in draws.items():
@@ -339,7 +342,11 @@ def measure(
     counts = {"prompts": prompts, "responses_per_prompt": graded // prompts, "graded": graded, "N": n}
     grouping = {"groups": num_groups, "grouping": "equal count", "resamples": resamples}
     curves = {"responses": graded, "repeats": repeats}
-    return {"filters": table, "left_out": out, "reliability": curves, **counts, **grouping}
+    ranges = {
+        f"{name}_range": [float(samples[name].min()), float(samples[name].max())]
+        for name in ("reward", "actual")
+    }
+    return {"filters": table, "left_out": out, "reliability": curves, **counts, **grouping, **ranges}
 
 
 def reliability(
@@ -370,18 +377,31 @@ def flag(name: str) -> str:
     )
 
 
+def undefined(found: dict) -> str:
+    """Why there is no R² of these samples, or no interval."""
+    (low, high), (lowest, highest) = found["actual_range"], found["reward_range"]
+    alike = {0.0: "no graded response passes", 1.0: "every graded response passes"}
+    if low == high:
+        return alike.get(low, f"every graded response has the actual score {low:g}")
+    if lowest == highest:
+        return f"every response has the reward {lowest:g}"
+    return "too few graded responses differ in reward and actual score; grade more"
+
+
 def advice(found: dict) -> list[str]:
-    """What follows, and the flag to use as the last paragraph. A filter is preferred where the 95% interval
-    of its lead over no filter, from the same draws of prompts, lies above 0."""
+    """What follows, and the flag to use as the last paragraph, or one line that nothing follows. A filter is
+    preferred where the 95% interval of its lead over no filter, from the same draws of prompts, lies above 0."""
     known = {name: entry for name, entry in found["filters"].items() if math.isfinite(entry["r2"])}
+    best = max(known, key=lambda name: known[name]["r2"], default="none")
+    entry = found["filters"][best]
+    if not all(math.isfinite(entry.get(key, 0.0)) for key in ("r2", "lead", "lead_low")):
+        return [f"Nothing can be said of any filter: {undefined(found)}."]
     neither = (
         f"Use --filter random, which trains on 2 of {found['N']} responses, or --filter none, which trains "
     )
     neither += "on all of them: nothing measured here speaks against either."
-    if not known:
-        return ["R² is undefined: all groups have the same reward, or the same actual score.", neither]
-    best = max(known, key=lambda name: known[name]["r2"])
-    entry = known[best]
+    if found["N"] == 2:  # random keeps both
+        neither = "Use --filter none: nothing measured here speaks against it."
     if best == "none":
         return [f"No filter has the highest R², {entry['r2']:.3f}.", neither]
     lead = f"{entry['lead']:+.3f} [{entry['lead_low']:+.3f}, {entry['lead_high']:+.3f}] over no filter"
@@ -397,15 +417,19 @@ def report(found: dict) -> str:
     """Table, what it took, advice: the text of r2.md."""
     from benchmark.study import figures
 
+    def number(value: float, form: str = ".3f") -> str:
+        return format(value, form) if math.isfinite(value) else "–"
+
     def bounds(entry: dict, low: str, high: str) -> str:
-        return f"[{entry[low]:.3f}, {entry[high]:.3f}]" if low in entry else "–"
+        there = math.isfinite(entry.get(low, math.nan))
+        return f"[{entry[low]:.3f}, {entry[high]:.3f}]" if there else "–"
 
     header = ["filter", "R²", "95% interval", "lead over no filter", "95% interval", "R² on all kept rows"]
     lines = []
     for name, entry in found["filters"].items():
-        lead = f"{entry['lead']:+.3f}" if "lead" in entry else "–"
-        lines.append([name, entry["r2"], bounds(entry, "low", "high"), lead])
-        lines[-1] += [bounds(entry, "lead_low", "lead_high"), entry["all_rows"]]
+        lead = number(entry.get("lead", math.nan), "+.3f")
+        lines.append([name, number(entry["r2"]), bounds(entry, "low", "high"), lead])
+        lines[-1] += [bounds(entry, "lead_low", "lead_high"), number(entry["all_rows"])]
     rows = next(iter(found["filters"].values()))["rows"]
     prompts, each = found["prompts"], found["responses_per_prompt"]
     text = [figures.markdown_table(header, lines), ""]

@@ -38,7 +38,9 @@ class Args:
     """π_SFT, the start of π_θ and the reference: folder or hub id of a causal language model"""
     # data
     prompt_field: str = "prompt"
-    """column with the prompt: text, or a list of chat messages"""
+    """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
+    chat_template: str | None = None
+    """file with a Jinja template, in place of the tokenizer's own if it has one; saved with the policy"""
     query_length: Count = 128
     """longest query in tokens"""
     long_queries: Literal["drop", "keep_start"] = "drop"
@@ -199,7 +201,7 @@ class Run:
             (args.actual_score is not None and not args.eval_prompts, "--actual_score needs --eval_prompts"),
         )
         self.device, self.config = self.accelerator.device, pfppo.load_config(args.policy, "policy")
-        self.tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy")
+        self.tokenizer = pfppo.load_pretrained("AutoTokenizer", args.policy, "policy", args.chat_template)
         self.stop_id = pfppo.stop_token_id(self.tokenizer, args.stop_token)
         self.rows = pfppo.read_prompts("prompts", args, self.tokenizer)
         self.eval_rows = pfppo.read_prompts("eval_prompts", args, self.tokenizer)

@@ -654,6 +654,32 @@ def test_pairs_are_read_in_the_forms_of_the_three_scripts(start, tmp_path):
     ]
 
 
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}={{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture
+def chats(tmp_path) -> dict[str, str]:
+    """Files that serve as every kind of data, and a template that is not the tokenizer's own."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    row = {"prompt": [{"role": "user", "content": "two"}], "chosen": "good", "rejected": "bad"}
+    data = str(write_jsonl(tmp_path / "chats.jsonl", [row] * 8))
+    return dict(
+        train_data=data, eval_data=data, eval_prompts=data, chat_template=str(tmp_path / "chat.jinja")
+    )
+
+
+def test_messages_are_read_in_the_template_of_a_file(world, tmp_path, chats):
+    settings = dict(policy=str(world / "gpt2"), output_dir=str(tmp_path / "run"), log_with="none")
+    run = common.Run(dpo.Args(**settings, **chats))
+    queries = [run.eval_rows[0]["query_ids"], run.eval_pairs[0]["query"]]
+    assert [run.tokenizer.decode(ids) for ids in queries] == ["user=two\n"] * 2
+
+
+def test_the_template_is_saved_with_the_policy(start, chats):
+    _, folder = start("dpo", "run", **{**chats, **UNEVALUATED, "eval_data": None})
+    assert AutoTokenizer.from_pretrained(folder / "policy").chat_template == TEMPLATE
+
+
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_held_out_pairs_are_told_apart_better_with_training(name, start, tmp_path):
     rows = [{"prompt": f"one {i}", "chosen": "abc", "rejected": "xyz=2"} for i in range(6)]

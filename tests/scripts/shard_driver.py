@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,26 +12,13 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = timedelta(seconds=60)  # a rank that waits for one that is done sampling ends the launch
 
 
-class Collectives(TorchDispatchMode):
-    """Names of the collectives that are started inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False  # leaves out a wrapper for torch.compile, which takes longer than most operations
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "c10d" in function.namespace:
-            self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
+def collectives() -> int:
+    """How many collectives and messages this rank has begun, in all of its groups."""
+    return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
 
 
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
@@ -61,16 +48,16 @@ def observe(module, seen: dict, undo: list) -> None:
     def whole(original):
         @contextmanager
         def wrapped(*args):
-            with ExitStack() as phase:
-                with Collectives() as before:
-                    phase.enter_context(original(*args))
-                with Collectives() as inside:
-                    yield
+            begun = collectives()
+            with original(*args):
+                entered = collectives()
+                yield
+                left = collectives()
             if any(
                 isinstance(model, torch.nn.Module) for model in args
             ):  # for a function nothing is gathered
-                seen["gathers"].append(len(before.names))
-                seen["inside"] += inside.names
+                seen["gathers"].append(entered - begun)
+                seen["inside"].append(left - entered)
 
         return wrapped
 

@@ -91,20 +91,35 @@ def reward(prompts, responses, rows):
 """
 
 
+REWARDED = dict(
+    reward="failing_reward:reward", normalize_reward=False, total_episodes=64, checkpoint_every=100
+)
+
+
+@pytest.fixture(scope="module")
+def rewarded(world, tmp_path_factory):
+    """Metrics of the run whose reward never fails."""
+    folder = tmp_path_factory.mktemp("rewarded")
+    (folder / "failing_reward.py").write_text(FAILING.replace("], 3", "], 0").replace("HOW", "pass"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        pf.main(pf.Args(**tiny_settings(world, folder / "run") | REWARDED))
+    del sys.modules["failing_reward"]
+    return read_metrics(folder / "run")
+
+
 @pytest.mark.parametrize("how", ["raise KeyError('x')", "sys.exit(0)", "return None", "return {'a': 1.0}"])
-def test_a_reward_that_fails_costs_no_update(run, module, monkeypatch, tmp_path, how):
+def test_a_reward_that_fails_costs_no_update(rewarded, run, module, monkeypatch, tmp_path, how):
     name = module("failing_reward", FAILING.replace("HOW", how))
-    settings = dict(reward=f"{name}:reward", normalize_reward=False, total_episodes=64, checkpoint_every=100)
     with pytest.raises(SystemExit, match="^--reward ") as refusal:
-        run(output_dir=str(tmp_path / "run"), **settings)  # in the third update
+        run(output_dir=str(tmp_path / "run"), **REWARDED)  # in the third update
     assert refusal.value.code not in (0, None)
     sys.modules[name].fails_at = 0
     sampled, sample = [], pf.sample_rollout
     monkeypatch.setattr(pf, "sample_rollout", lambda *a: (sampled.append(1), sample(*a))[1])
-    metrics, _ = run(output_dir=str(tmp_path / "run"), **settings)
+    metrics, _ = run(output_dir=str(tmp_path / "run"), **REWARDED)
     assert len(sampled) == 2  # updates 3 and 4
-    whole, _ = run(output_dir=str(tmp_path / "whole"), **settings)
-    assert timeless(metrics) == timeless(whole)
+    assert timeless(metrics) == timeless(rewarded)
 
 
 def test_an_evaluation_that_fails_costs_no_update(run, module, monkeypatch, world, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from benchmark import pipeline, quickstart, records
 from benchmark.minicode import __main__ as minicode_main
-from benchmark.study import figures
+from benchmark.study import figures, sft_epochs
 
 
 def test_fast_changes_the_sizes_that_were_not_given():
@@ -245,3 +245,24 @@ def test_pictures_say_what_their_styles_mean(tmp_path, monkeypatch):
     assert "right: ± standard error, 100 problems" in texts[0]
     assert "mean of 3 repeats of 10 responses" in texts[1] and len(drawn[1].axes[0].lines) == 2
     assert list(drawn[0].axes[1].get_xticks()) == [0, 2]  # where there are points
+
+
+# ---------------------------------------------------------------- how many epochs SFT needs
+
+
+def sft_run(epochs, stopped, passed):
+    run = {
+        "schedule": "cosine",
+        "epochs": epochs,
+        "stopped": stopped,
+        "train/loss": [0.5],
+        "test/loss": [0.6],
+    }
+    return run | {"passed": {"greedy": passed, "sampled": passed}}
+
+
+def test_fewer_epochs_are_compared_on_the_same_problems():
+    # differences -1, 0, 0, 0: mean -0.25, standard deviation √3/4, standard error √3/8, times 1.96: 0.424
+    runs = [sft_run(3, 3, [1, 1, 0, 0]), sft_run(3, 2, [0, 1, 0, 0])]
+    last = sft_epochs.table({"1": runs}).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[7:9]] == ["0.250", "-0.250 ± 0.424"]

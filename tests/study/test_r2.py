@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 
 import pfppo_single as pf
 from benchmark import r2, records
@@ -115,7 +116,7 @@ def test_numbers_are_those_of_the_recorded_studies():
     )
     assert [table[name]["r2"] for name in names] == pytest.approx(recorded, abs=1e-9)
     assert table["bw"]["all_rows"] == pytest.approx(0.9376919156, abs=1e-9)
-    values = r2.bootstrap_r2(r2.regroup(samples(), 5), r2.make_filter(5, filter="bw"), 3, 20, 20, 400)
+    values = r2.bootstrap_r2(r2.regroup(samples(), 5), 5, r2.make_filter(5, filter="bw"), 3, 20, 20, 400)
     assert r2.interval(values) == pytest.approx((0.6816926476, 0.9035734248), abs=1e-9)
 
 
@@ -164,8 +165,64 @@ def test_advice_needs_a_lead_whose_interval_is_above_zero(filters, expected):
     assert expected in text[0] + text[1] and "--filter" in text[-1]
 
 
-def test_advice_where_r2_is_undefined():
-    assert "undefined" in r2.advice({"filters": {"none": entry(math.nan)}, "N": 5})[0]
+def test_with_two_responses_random_is_not_named_beside_no_filter():
+    # random keeps both of two
+    found = {"filters": {"none": entry(0.5), "bw": entry(0.4, -0.3, 0.1)}, "N": 2}
+    assert r2.advice(found)[-1] == "Use --filter none: nothing measured here speaks against it."
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (dict(actual=0.0), "no graded response passes"),
+        (dict(actual=1.0), "every graded response passes"),
+        (dict(actual=0.25), "every graded response has the actual score 0.25"),
+        (dict(reward=0.5), "every response has the reward 0.5"),
+    ],
+)
+def test_where_all_scores_are_equal_one_line_says_so_and_no_flag_is_named(changes, why):
+    found = samples(20)
+    found |= {name: np.full_like(found[name], value) for name, value in changes.items()}
+    text = r2.report(r2.measure(found, 5, 1, num_groups=5, resamples=3))
+    assert text.splitlines()[-1] == f"Nothing can be said of any filter: {why}."
+    assert "--filter" not in text and "nan" not in text
+
+
+def test_where_few_responses_pass_no_flag_is_named():
+    # three of 200: most draws of ten rows hold none, so that R² without a filter is undefined
+    found = samples(20)
+    found["actual"] = (found["reward"] > np.sort(found["reward"])[-4]).astype(float)
+    measured = r2.measure(found, 5, 1, num_groups=5, resamples=20)
+    assert math.isfinite(measured["filters"]["bon"]["r2"])
+    text = r2.report(measured)
+    assert text.splitlines()[-1].startswith("Nothing can be said of any filter: too few graded responses")
+    assert "--filter" not in text and "nan" not in text
+
+
+def test_an_interval_does_not_rest_on_the_few_draws_where_r2_is_defined():
+    values = np.linspace(0, 1, 20)
+    assert r2.interval(values) == pytest.approx((0.025, 0.975))
+    values[3] = math.nan  # one in twenty
+    assert all(map(math.isfinite, r2.interval(values)))
+    values[4] = math.nan
+    assert all(map(math.isnan, r2.interval(values)))
+
+
+def test_the_bootstrap_draws_prompts_with_all_their_responses():
+    # responses of a prompt are alike: drawn apart, its two groups of 5 would make intervals too narrow
+    drawn, rewards = [], np.arange(100.0)  # 10 responses to each of 10 prompts
+
+    def keep(groups, generator):
+        drawn.append((groups["prompt_ids"].tolist(), groups["reward"].tolist()))
+        return np.arange(100)
+
+    graded = {"prompt_ids": np.repeat(np.arange(10), 10), "reward": rewards, "actual": rewards % 2}
+    r2.bootstrap_r2(graded, 5, keep, seed=1, resamples=3, num_groups=5, rows=100)
+    assert len(drawn) == 3 and len({tuple(reward) for _, reward in drawn}) == 3
+    for ids, reward in drawn:
+        assert ids == [i // 5 for i in range(100)]
+        whole = [[10 * int(reward[i] // 10) + k for k in range(10)] for i in range(0, 100, 10)]
+        assert [reward[i : i + 10] for i in range(0, 100, 10)] == whole
 
 
 # ---------------------------------------------------------------- a user's own data
@@ -224,6 +281,23 @@ def test_a_killed_run_goes_on_with_the_same_samples(settings, tmp_path, monkeypa
     r2.main(r2.Args(**{**settings, "output_dir": str(cut)}))
 
 
+def test_messages_are_read_in_the_template_of_a_file(settings, tmp_path, monkeypatch):
+    rows, seen = [{"prompt": [{"role": "user", "content": "two"}]}] * 12, {}
+    settings["prompts"] = str(write_jsonl(tmp_path / "chats.jsonl", rows))
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}={{ m['content'] }}\n{% endfor %}"
+    )
+
+    def collect(policy, tokenizer, judges, rows, *_, **__):
+        seen["first"] = tokenizer.decode(rows[0]["query_ids"])
+        raise SystemExit
+
+    monkeypatch.setattr(r2, "collect", collect)
+    with pytest.raises(SystemExit):
+        r2.main(r2.Args(**settings, chat_template=str(tmp_path / "chat.jinja")))
+    assert seen["first"] == "user=two\n"
+
+
 def test_a_reward_model_scores_as_in_pfppo(settings, world, quiet):
     found = r2.main(r2.Args(**{**settings, "reward": str(world / "reward_tanh")}))
     lines = records.read_rows(records.Path(settings["output_dir"]) / "samples.jsonl")
@@ -242,6 +316,7 @@ def test_a_reward_model_scores_as_in_pfppo(settings, world, quiet):
         (dict(num_responses=1), "--num_responses must be at least 2"),
         (dict(actual_score="nowhere:none"), "--actual_score nowhere:none"),
         (dict(num_prompts=2), "2 are too few"),
+        (dict(num_prompts=1, num_samples=40), "1 are too few for R²; give at least 2"),
         (dict(temperature=0.0), "--temperature must lie between"),
     ],
 )
