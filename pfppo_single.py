@@ -6,10 +6,10 @@ Algorithm 2, one update (the numbers are those of the chapters in `main`):
   3. score them with the reward model R_φ(y|c)       6. rewards per token (Eq. 4)
   4. filter: rank, draw z ~ w, keep K rows (μ_θ)     7. advantages and returns (GAE)
                                                      8. m epochs of clipped PPO on the kept rows (Eq. 5)
-PPO-M is `--filter none`, PPO-S is `--num_responses 1`; nothing else changes between the methods.
+PPO-M is `--filter none`, PPO-S adds `--num_responses 1`; nothing else changes between the methods.
 
 Run on a CPU, one GPU, eight GPUs (sizes are global, so the algorithm is the same):
-  accelerate launch --cpu --num_processes 1 pfppo_single.py --policy sft/model --reward rm/model \\
+  accelerate launch --cpu --num_processes 1 pfppo_single.py --policy sft/model --reward output/rm/model \\
     --prompts rl.jsonl --output_dir run
   accelerate launch --num_processes 1 --mixed_precision bf16 pfppo_single.py ...
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pfppo_single.py ...

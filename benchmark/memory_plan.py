@@ -89,7 +89,7 @@ def phase_memory(plan: Plan, phase: str, rows: int = 0) -> Counter:
 
 def host_memory(plan: Plan, phase: str) -> int:
     """Bytes beside the device, of rank 0 under --shard, else of every rank: the largest model while it is read,
-    or the policy and this rank's part of a checkpoint while they are written."""
+    or the larger of the policy that is saved and of what this rank reads of a checkpoint when a run goes on."""
     trained, frozen = split(plan)
     if phase == "loading":
         return 4 * max(map(numbers, trained + frozen))

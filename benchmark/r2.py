@@ -3,7 +3,7 @@
   1. sample responses to each prompt from the policy, score them with the reward, grade them (actual score)
   2. draw the kept rows of every filter of pfppo_single.py, cut to equal rows
   3. group rows of similar reward; R² of the line through the groups' mean reward and mean actual score
-  4. intervals by bootstrap over prompts, table, r2.png, reliability.png (Figure 1), and the flag to use
+  4. intervals by bootstrap over prompts, table, r2.png, reliability.png (Figure 1), and the flag to use, if any
 
   python -m benchmark.r2 --policy sft/model --reward rm/model --prompts prompts.jsonl \\
     --actual_score my_tests:passes --output_dir output/r2
@@ -59,7 +59,7 @@ class Args:
     actual_score: str
     """s: `module:function` of (prompts, responses, rows) -> floats, for example unit tests"""
     prompts: str
-    """prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
+    """prompts: .jsonl(.gz), .json, .csv, .parquet, a save_to_disk folder, or hub id `name:split`"""
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages (the tokenizer's chat template is applied)"""
     chat_template: str | None = None

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The full-size lm-human-preferences experiment: gpt2 (124M), the published labels, book queries, 8 processes,
 # the published hyperparameters (all of them are the preset's values). Not run by us: it needs 8 GPUs and the
-# hub. `--dry_run` checks both lines.
+# hub. `--dry_run` behind one of the two lines checks it.
 #
 #   bash benchmark/recipes/lm_human_preferences_full.sh [sentiment|descriptiveness] [ROOT] [SEED]
 #

@@ -5,9 +5,10 @@
   python -m benchmark.recipes.paper --size 6.7b --memory                    # plans memory per phase, loads nothing
   python -m benchmark.recipes.paper --small --run                           # everything in small, two CPU processes
 
-Data: `sft.jsonl` (prompt, response: `--write_sft` makes it from the hub, 75k of Magicoder-OSS-Instruct and 55k of
-evol-codealpaca) and, which you bring, `preference.jsonl` (PAPER: 7k), `rl.jsonl` (3k), `valid.jsonl`: prompt,
-tests, entry_point, as benchmark.rewards:oracle reads them. A stage that was killed goes on with the same command.
+Data: `sft.jsonl` (prompt, response: `--write_sft` makes it of all rows of Magicoder-OSS-Instruct-75K and
+evol-codealpaca-v1 on the hub; PAPER: 75k and 55k) and, which you bring, `preference.jsonl` (PAPER: 7k), `rl.jsonl`
+(3k), `valid.jsonl`: prompt, tests, entry_point, as benchmark.rewards:oracle reads them. A stage that was killed
+goes on with the same command.
 
 The paper's numbers: epochs, learning rates, N, β, m, 5 passes (total_episodes). Ours: batch sizes, which the
 paper does not give for all stages; 192 x 5 responses per update is nearest to its launch line's 1024 that eight

@@ -7,7 +7,7 @@ differs most.
 In:  a policy, prompts with what the grader needs (for benchmark.rewards:oracle: `tests`, `entry_point`).
 Out: `pairs.jsonl` and every tenth pair in `valid.jsonl` (prompt, chosen, rejected), `samples_RANK.jsonl` (the
      same command goes on where a killed one stopped), `counts.json`.
-Every rank samples its own prompts from a whole policy in bfloat16: 6.7B takes 13.5 GB beside its cache.
+Every rank samples its own prompts from a whole policy: with `--dtype bfloat16` 6.7B takes 13.5 GB beside its cache.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Args:
     policy: str
     """π_SFT: folder or hub id of a causal language model"""
     prompts: str
-    """prompts: .jsonl, .json, .parquet, or hub id `name:split`"""
+    """prompts: .jsonl(.gz), .json, .csv, .parquet, a save_to_disk folder, or hub id `name:split`"""
     prompt_field: str = "prompt"
     """column with the prompt: text, or a list of chat messages"""
     actual_score: str

@@ -48,7 +48,7 @@ def test_commands_are_taken(tmp_path):
     assert len(blocks) == 2
     for block in blocks:
         flags = block.replace("\\\n", " ").partition("pfppo_single.py")[2].split()
-        pf.parse_args(pf.Args, flags)
+        pf.check_args(pf.parse_args(pf.Args, flags), int(re.search(r"--num_processes (\d+)", block)[1]))
 
 
 def test_every_flag_of_the_others_has_a_line():
