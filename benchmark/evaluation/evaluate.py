@@ -5,7 +5,7 @@ final answers.
         --output_dir output/he
     python benchmark/evaluate.py --task mbpp --model deepseek-ai/deepseek-coder-6.7b-instruct \\
         --prompt_style chat --output_dir output/mbpp
-    python benchmark/evaluate.py --task gsm8k --model output/ppo/policy --num_samples 5 --temperature 0.8 \\
+    python benchmark/evaluate.py --task gsm8k --model output/br/policy --num_samples 5 --temperature 0.8 \\
         --reward_model output/rm/model --output_dir output/bon
 
 1. Read the problems (`--data FILE` in the published format, else from the hub) and check them.
