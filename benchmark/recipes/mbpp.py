@@ -47,7 +47,7 @@ from pfppo_single import Count
 
 SPLITS = {"train": (601, 974), "valid": (511, 600), "test": (11, 510)}  # MBPP's customary ones
 TESTS = "benchmark.rewards:oracle"
-METHODS = {"ppo_m": {"filter": "none"}, "br": {"filter": "br"}, "random": {"filter": "random"}}
+METHODS = {"ppo_m": {"filter": "none"}, "random": {"filter": "random"}, "br": {"filter": "br"}}
 METHODS |= {"bw": {"filter": "bw"}}
 TEXT = {"query_length": 192, "response_length": 32}
 SAMPLING = {**TEXT, "temperature": 0.8}
@@ -272,10 +272,35 @@ def mean_and_error(values) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
 
 
+def compare_methods(tests: dict[str, dict]) -> list[dict]:
+    """What `test_policy` found, by name of run -> for two methods that ran with the same rewards and seeds how far
+    the second is ahead of the first: the mean over these runs of every problem's difference, and its standard
+    error over problems. Seeds are too few for an error of their own."""
+    places = {}  # method -> {(reward, seed): verdicts}
+    for name, found in tests.items():
+        reward, _, rest = name.partition("_")
+        method, _, seed = rest.rpartition("_")
+        places.setdefault(method, {})[reward, seed] = found
+    lines = []
+    for first, second in itertools.combinations([name for name in METHODS if name in places], 2):
+        for wanted in (("tests", "rm"), ("tests",), ("rm",)):
+            runs = [run for run in places[second] if run in places[first] and run[0] in wanted]
+            if not runs or {reward for reward, _ in runs} != set(wanted):
+                continue
+            line = {"ahead": second, "of": first, "paid by": " and ".join(wanted), "runs": len(runs)}
+            for kind in ("greedy", "sampled"):
+                both = [(places[second][run][kind], places[first][run][kind]) for run in runs]
+                gaps = [[np.mean(x) - np.mean(y) for x, y in zip(*pair)] for pair in both]
+                line[kind], line[f"{kind}_se"] = mean_and_error(np.mean(gaps, axis=0))
+            lines.append(line)
+    return lines
+
+
 def collect_results(folder: Path, names: list[str]) -> dict:
     """What is known of the tested runs."""
     tests = {name: json.loads((folder / f"test/{name}.json").read_text()) for name in names}
     results = {"commit": records.commit(), "hardware": records.hardware(), "runs": {}}
+    results["methods"] = compare_methods({name: found for name, found in tests.items() if name != "sft"})
     seconds = {row["step"]: row for row in records.finished_rows(folder / "steps.jsonl")}
     for name, found in tests.items():
         entry, sft = {}, tests.get("sft")
@@ -297,7 +322,7 @@ def collect_results(folder: Path, names: list[str]) -> dict:
 
 
 def report(results: dict) -> str:
-    """Table of the runs, as markdown."""
+    """Table of the runs and table of the methods, as markdown."""
     from benchmark.study import figures
 
     def with_error(entry, name, error):
@@ -322,7 +347,16 @@ def report(results: dict) -> str:
         line.append(f"{sum(parts):.0f}" if known else "–")
         line.append(f"{parts[0]:.0f}, {parts[3]:.0f}" if known else "–")
         lines.append([*line, entry.get("peak_gb", "–")])
-    return figures.markdown_table(header, lines)
+    tables = [figures.markdown_table(header, lines)]
+    if results["methods"]:
+        header = ["lead of", "over", "paid by", "runs each", "greedy pass@1", "sampled pass@1"]
+        lines = [
+            [line["ahead"], line["of"], line["paid by"], line["runs"]]
+            + [f"{line[kind]:+.3f} ± {line[f'{kind}_se']:.3f}" for kind in ("greedy", "sampled")]
+            for line in results["methods"]
+        ]
+        tables.append(figures.markdown_table(header, lines))
+    return "\n\n".join(tables)
 
 
 def draw_curves(folder: Path, names: list[str], path: Path) -> None:

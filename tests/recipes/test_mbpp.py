@@ -137,3 +137,23 @@ def test_too_few_solved_problems_are_refused(settings, monkeypatch):
     monkeypatch.setitem(mbpp.SAMPLING, "response_length", 3)
     with pytest.raises(SystemExit, match="0 train problems are solved sometimes.*raise --samples"):
         mbpp.main(mbpp.Args(**settings, rewards=("tests",), samples=2))
+
+
+def test_methods_are_compared_on_the_same_problems_rewards_and_seeds():
+    # br against random by hand, two problems: greedy gaps (1, 0) and (0, 1) -> (0.5, 0.5), no error; sampled gaps
+    # (0.5, 0) and (0, 0) -> (0.25, 0), mean 0.125, error sqrt(2 * 0.125**2) / sqrt(2)
+    def found(greedy, sampled):
+        return {"greedy": greedy, "sampled": sampled}
+
+    tests = {
+        "tests_br_1": found([1, 0], [[1, 0], [0, 0]]),
+        "tests_random_1": found([0, 0], [[0, 0], [0, 0]]),
+        "rm_br_1": found([0, 1], [[0, 0], [1, 1]]),
+        "rm_random_1": found([0, 0], [[0, 0], [1, 1]]),
+        "tests_ppo_m_2": found([1, 1], [[1, 1], [1, 1]]),  # a seed that the others have not run
+    }
+    both, paid_by_tests, paid_by_rm = mbpp.compare_methods(tests)
+    assert (both["ahead"], both["of"], both["paid by"], both["runs"]) == ("br", "random", "tests and rm", 2)
+    assert (both["greedy"], both["greedy_se"]) == (0.5, 0)
+    assert both["sampled"] == 0.125 and both["sampled_se"] == pytest.approx(0.125)
+    assert (paid_by_tests["runs"], paid_by_tests["greedy"], paid_by_rm["greedy"]) == (1, 0.5, 0.5)
