@@ -43,7 +43,7 @@ ORACLE = "benchmark.minicode:oracle"
 # Settings of every stage, from trials on prototypes of this world and its validation split
 # (benchmark/README.md). Flags of the three scripts.
 SFT = dict(
-    epochs=16,  # of the study; the main job's are `sft_epochs` of benchmark.quickstart
+    epochs=16,
     batch_size=32,
     lr=2e-3,
     lr_schedule="cosine",

@@ -51,8 +51,8 @@ class Args:
     """PPO updates per method"""
     num_sft: Count = 6000
     """demonstrations in the world"""
-    sft_epochs: Count = 12
-    """passes over the demonstrations; with 16 the held-out loss is lowest after 9 to 13, then rises"""
+    sft_epochs: Count = 16
+    """passes over the demonstrations; the held-out loss is lowest after 9 to 13, policies do not gain by it"""
     num_preference: Count = 4000
     """prompts for preference data"""
     num_valid: Count = 300
@@ -86,7 +86,7 @@ SIDE_BY_SIDE = (
 )
 STAGES = {
     "world": Stage("world: problems with hidden tests", (), 5, 2, ("num_sft",)),
-    "sft": Stage("SFT", ("sft",), 76, 8, ("num_sft", "sft_epochs")),
+    "sft": Stage("SFT", ("sft",), 98, 8, ("num_sft", "sft_epochs")),
     "preferences": Stage(
         "preference data: sample, execute, pair", ("preferences",), 14, 1, ("num_preference",)
     ),

@@ -273,16 +273,20 @@ def mean_and_error(values) -> tuple[float, float]:
 
 
 def compare_methods(tests: dict[str, dict]) -> list[dict]:
-    """What `test_policy` found, by name of run -> for two methods that ran with the same rewards and seeds how far
-    the second is ahead of the first: the mean over these runs of every problem's difference, and its standard
-    error over problems. Seeds are too few for an error of their own."""
+    """What `test_policy` found, by name of run or `sft` -> for two methods that ran with the same rewards and seeds
+    how far the second is ahead of the first: the mean over these runs of every problem's difference, and its
+    standard error over problems. Seeds are too few for an error of their own."""
     places = {}  # method -> {(reward, seed): verdicts}
     for name, found in tests.items():
+        if name == "sft":
+            continue
         reward, _, rest = name.partition("_")
         method, _, seed = rest.rpartition("_")
         places.setdefault(method, {})[reward, seed] = found
-    lines = []
-    for first, second in itertools.combinations([name for name in METHODS if name in places], 2):
+    if "sft" in tests:  # where every run began
+        places["start"] = {run: tests["sft"] for runs in places.values() for run in runs}
+    lines, order = [], [name for name in ("start", *METHODS) if name in places]
+    for first, second in itertools.combinations(order, 2):
         for wanted in (("tests", "rm"), ("tests",), ("rm",)):
             runs = [run for run in places[second] if run in places[first] and run[0] in wanted]
             if not runs or {reward for reward, _ in runs} != set(wanted):
@@ -300,7 +304,7 @@ def collect_results(folder: Path, names: list[str]) -> dict:
     """What is known of the tested runs."""
     tests = {name: json.loads((folder / f"test/{name}.json").read_text()) for name in names}
     results = {"commit": records.commit(), "hardware": records.hardware(), "runs": {}}
-    results["methods"] = compare_methods({name: found for name, found in tests.items() if name != "sft"})
+    results["methods"] = compare_methods(tests)
     seconds = {row["step"]: row for row in records.finished_rows(folder / "steps.jsonl")}
     for name, found in tests.items():
         entry, sft = {}, tests.get("sft")

@@ -157,3 +157,8 @@ def test_methods_are_compared_on_the_same_problems_rewards_and_seeds():
     assert (both["greedy"], both["greedy_se"]) == (0.5, 0)
     assert both["sampled"] == 0.125 and both["sampled_se"] == pytest.approx(0.125)
     assert (paid_by_tests["runs"], paid_by_tests["greedy"], paid_by_rm["greedy"]) == (1, 0.5, 0.5)
+    tests["sft"] = found([1, 1], [[1, 1], [1, 1]])  # where all began
+    gains = {
+        (x["ahead"], x["paid by"]): x["greedy"] for x in mbpp.compare_methods(tests) if x["of"] == "start"
+    }
+    assert gains["br", "tests and rm"] == -0.5 and gains["ppo_m", "tests"] == 0
