@@ -18,6 +18,7 @@ from fractions import Fraction
 from benchmark.evaluation import symbolic
 from benchmark.evaluation.numbers import (
     LONGEST,
+    NOTE,
     NUMBER_START,
     RELATION,
     SEVERAL,
@@ -35,7 +36,7 @@ from benchmark.evaluation.reply import reply
 
 __all__ = ["answers_equal", "evaluate_number", "extract_answer", "gold_of", "verdict"]
 
-EXTRACT_ANSWER_VERSION = 3
+EXTRACT_ANSWER_VERSION = 4
 GOLD_FIELDS = ("gold", "golden", "ans", "answer", "result", "solution")
 
 
@@ -195,7 +196,7 @@ BOXED = re.compile(r"\\boxed\{[^\n]{1,60}\}[^\n]{0,20}\n\s*\n")
 ASKED = re.compile(r"\d[^?？]*\bhow (?:many|much|long|far|old)\b[^?？]*[?？]", re.I)
 TAGGED = re.compile(r"[<\[](answer|final_answer)[>\]](.*?)(?:[<\[]/\1[>\]]|\Z)", re.S | re.I)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-JOINED = re.compile(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*")
+JOINED = re.compile(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*([A-Za-z]\s*=\s*)?")
 MARK = re.compile(
     r"(?<![A-Za-z])(?:answers?|correct (?:option|choice))\b"
     r"[^.?\n:：=]{0,60}?(?:\b(?:is|are|was|be|equals|equal to)\b|[:：=])"
@@ -250,7 +251,9 @@ NUMBER_WORDS = re.compile(
 SENTENCE = re.compile(r"(?<=[.!?])(?<!i\.e\.)(?<!e\.g\.)\s+|(?<=[。！？；;])")
 ASIDE = re.compile(
     r"\s*(?:\(.*\)|（.*）|\[.*\]|(?:[*_#\s]*(?:note|check|verif|confidence)|注|检验|验算).*"
-    r"|(?:let.s |let me |we can |to )?(?:verify|double[- ]check)\b.*)\s*\Z",
+    r"|(?:let.s |let me |we can |to )?(?:verify|double[- ]check(?:ing)?)\b.*"
+    r"|(?:would you like|do you want|let me know|feel free|(?:I )?hope this|ask me)\b.*"
+    r"|if you\b.*\b(?:let me know|ask|I can)\b.*|如果[你您].*问题.*)\s*\Z",
     re.I,
 )
 REVOKED = re.compile(
@@ -308,10 +311,11 @@ def last_box(text):
         if start < 0:
             break
         inner, after = braced(text, BOX.match(text, start).end())
-        if content and not JOINED.fullmatch(text, after, place):
+        link = JOINED.fullmatch(text, after, place) if content else None
+        if content and not link:
             break
         if inner.strip(" $\\,"):
-            content = inner + text[after:place] + content if content else inner
+            content = inner + link[0].removesuffix(link[1] or "") + content if content else inner
             place = start
         end = start
     return place, content
@@ -459,6 +463,8 @@ def number_of_sentence(sentence, before):
             return plain
         if answer := direct(plain[relations[-1].end() :]):
             return answer
+    said = NOTE.sub("", plain)  # 160 minutes (2 hours and 40 minutes)
+    plain = said if re.search(r"\d", said) else plain
     groups = []  # of connected numbers: (start, end, value of a number alone)
     for start, number in numbers_in(plain):
         if not groups or start >= groups[-1][1]:
@@ -497,7 +503,10 @@ def last_number(text):
     ]
     if bold:
         return bold[-1]
-    sentence = [each for each in SENTENCE.split(line) if re.search(r"\d", each)][-1]
+    sentences = [each for each in SENTENCE.split(line) if re.search(r"\d", each)]
+    while len(sentences) > 1 and ASIDE.match(sentences[-1][:1000]):
+        sentences.pop()
+    sentence = sentences[-1]
     if DENIED.search(sentence):
         return ""
     maths = list(MATHS.finditer(sentence))

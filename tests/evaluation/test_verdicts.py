@@ -391,6 +391,44 @@ def test_math_verify_decides_what_is_no_number():
     assert answers.answers_equal("(x+1)^2", "x^2+2x+1") and not answers.answers_equal("2x", "2")
 
 
+@pytest.mark.parametrize(
+    "text", ["2(x+1)", r"4\left(x + 5\right)(x-5)", "3(x+y)", "x + 5", "2k+2", "2k(k+1)", "2e"]
+)
+def test_an_expression_with_a_letter_is_no_number(text):
+    """2(x+1) was once read as 2, a sum as its last term, 2k as two thousand."""
+    assert numbers.read(text) is None
+
+
+def test_a_number_with_words_behind_it_is_one():
+    for text in (
+        "160 (2 hours + 40 minutes)",
+        "$160 (each)",
+        "160（分钟，即2小时40分）",
+        r"{\bf 160}",
+        "$0.16k (net)",
+    ):
+        assert numbers.read(text).value == 160, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It takes 160 minutes (2 hours and 40 minutes).",
+        "答案：160分钟（即2小时40分）",
+        "So it takes 160 minutes. Let me know if step 2 is unclear.",
+        "So it takes 160 minutes.\n\nWould you like to see it with 3 files?",
+        "So it takes 160 minutes.\n\nDouble-checking: 160 - 40 = 120.",
+        "所以要160分钟。\n\n如果你还有其他问题（比如第2题），请提问！",
+    ],
+)
+def test_what_follows_the_answer_is_not_the_answer(text):
+    assert numbers.read(answers.extract_answer(text)).value == 160
+
+
+def test_two_solutions_in_boxes_of_their_own():
+    assert answers.extract_answer(r"$x = \boxed{1}$ and $x = \boxed{2}$.") == "1$ and $2"
+
+
 DIFFERING = {  # kinds of the table in ANSWERS.md
     "separators",
     "signs",
