@@ -77,10 +77,10 @@ CORRECTION = re.compile(
     r"\bcorrection\b|(?<!not )(?<!not the )(?<!not a )"
     rf"\b(?:fixed|corrected|correct|revised|updated|final|right) (?:{PROGRAM}|answer|way|one)\b"
     rf"|\b(?:complete|full|entire|whole) {PROGRAM}\b|\ball together\b|\bthe fix\b"
-    r"|\bfix(?:es|ed|ing) (?:the|this|that|it)\b"
+    r"|\bfix(?:es|ed|ing) (?:the|this|that|it)\b|\b(?:fixed|corrected)\W*:\W*\Z"
     r"|\b(?:bug|mistake|error|issue)s? (?:\w+ )?fixed\b|\boops\b|\bapologi[sz]e\b"
     r"|\b(?:let me|let.s|I.ll|I will|we (?:should|need to|must)) (?:just )?"
-    r"(?:fix|correct|rewrite|redo|revise|(?:try|start) (?:(?:this|that|it) )?(?:again|over))\b",
+    r"(?:fix|correct|rewrite|redo|revise|adjust|(?:try|start) (?:(?:this|that|it) )?(?:again|over))\b",
     re.I,
 )
 WITHDRAWN = re.compile(  # said of the program above
@@ -338,7 +338,8 @@ def whole(context, text, runs=None):
         defining = [piece for piece in run if context.root in piece.binds]
         if defining:
             pool = [piece for other in runs if other is not run for piece in other]
-            return Found(run, pool, rank=STUB * is_stub(defining[-1], context.root))
+            only = all(piece.imports for piece in defining)  # perhaps a test's `from solution import f`
+            return Found(run, pool, rank=STUB * is_stub(defining[-1], context.root) or MISTAKEN * only)
     return None
 
 
