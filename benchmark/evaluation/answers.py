@@ -173,7 +173,8 @@ def close(mine, theirs, value):
 
 def as_words(text):
     """A text answer without its clothes: (B), \\text{B} and **B**. are one."""
-    words = re.sub(r"[\s$*`\"']+", "", plain_text(text)).strip(".。:;；").casefold()
+    text = re.sub(r"(?<![\w)}])\*+|\*+(?![\w({\\])", "", text)  # bold, not the power in 2**n
+    words = re.sub(r"[\s$`\"']+", "", plain_text(text)).strip(".。:;；").casefold()
     words = re.sub(r"_\((\w+)\)", r"_\1", words)
     return words[1:-1] if re.fullmatch(r"\(\w+\)", words) else words
 
@@ -400,6 +401,8 @@ def direct(tail):
     tail = tail[FILLER.match(tail).end() :]
     if (choice := CHOICE.match(tail.split("\n")[0])) and re.match(r"\)|[.:]\s", tail[choice.end(1) :]):
         return choice[0].strip()
+    if reason := re.match(r"([A-J]),?\s+(?:because|since)\b", tail):
+        return reason[1]
     if re.match(r"(?:\$|\\\(|\\\[)?\\boxed", tail):
         return last_box(tail.split("\n")[0])[1]
     plain = plain_text(tail)

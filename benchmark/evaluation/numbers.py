@@ -278,18 +278,19 @@ def chinese_number(text):
 RELATION = re.compile(r"(?<![<>!≤≥])[=≈](?!=)")
 SEVERAL = re.compile(r"\d.*(?:\bor\b|\band\b|或者?|和|[,;、])\s*\$?[A-Za-z]\w*\s*$", re.S)  # x = 1 or x = 2
 VARIABLE = re.compile(
-    r"\s*(?:[xyznkabceijpqruvw]\b(?!\s+\w|\.m\b)|[xyz]+\b|\\|[π√∞])"
-)  # 5x, 3\sqrt2: no number with a unit
+    r"\s*(?:[xyznkabceijpqruvw]\b(?!\s+\w|\.m\b)|[xyz]+\b|\\|[π√∞]"
+    r"|\(\s*\d*[A-Za-z]\s*[-+]\s*(?![A-Za-z]{2}))"
+)  # 5x, 3\sqrt2, 2(x - 1): no number with a unit
 UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\s*\*\*\s*)?(?:\(-?[123]\)|-?[123²³])(?!\d)")
 NOTE = re.compile(  # words, not the sum in 2(x + 1)
     r"\((?:(?=[^()]*[A-Za-z])[^()\\*+-]*|[^()\\]*(?:[A-Za-z]{3}|[\u4e00-\u9fff])[^()\\]*)\)"
 )
-BOLD = re.compile(r"\*\*(?=\D|$)|(?<=\s)\*\*|^\*\*|[`\"]")
+BOLD = re.compile(  # not the power of 10**(-5)
+    r"(?<![\w)}])\*\*|\*\*(?!\d|-\d|\((?!\s*[A-Za-z]{3}|[\u4e00-\u9fff]))|[`\"]"
+)
 MATHS_BEFORE = re.compile(r"[\\*/^_<>|±√≤≥]|[-+]\s*$|[(\[]\s*$")
 TERM_BEFORE = re.compile(r"(?:(?<![A-Za-z])[A-Za-z]|[xyz]{2}|[)!])\s*$")  # of - 5: x - 5 is no number
-MATHS_AFTER = re.compile(
-    r"[\\\d*^<>|±√≤≥]|^\s*\(\s*\w+\s*[-+]|[-+/]\s*[(\\]|^\s*(?:[-+]|/(?!\s*[A-Za-z]{2}))|^[!_]"
-)
+MATHS_AFTER = re.compile(r"[\\\d*^<>|±√≤≥]|[-+/]\s*[(\\]|^\s*(?:[-+]|/(?!\s*[A-Za-z]{2}))|^[!_]")
 
 
 def read(text):

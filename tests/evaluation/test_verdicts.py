@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -392,7 +393,8 @@ def test_math_verify_decides_what_is_no_number():
 
 
 @pytest.mark.parametrize(
-    "text", ["2(x+1)", r"4\left(x + 5\right)(x-5)", "3(x+y)", "x + 5", "2k+2", "2k(k+1)", "2e"]
+    "text",
+    ["2(x+1)", r"4\left(x + 5\right)(x-5)", "3(x+y)", "x + 5", "2k+2", "2k(k+1)", "2e", "2^{n}", "-2(x-1)"],
 )
 def test_an_expression_with_a_letter_is_no_number(text):
     """2(x+1) was once read as 2, a sum as its last term, 2k as two thousand."""
@@ -423,6 +425,15 @@ def test_a_number_with_words_behind_it_is_one():
 )
 def test_what_follows_the_answer_is_not_the_answer(text):
     assert numbers.read(answers.extract_answer(text)).value == 160
+
+
+def test_powers_are_not_bold():
+    assert numbers.read("2*10**-5").value == numbers.read(r"2\times10^{-5}").value == 2 * Fraction(1, 10**5)
+    assert not answers.answers_equal("2n", "2^n") and answers.answers_equal("**2n**", "2n")
+
+
+def test_a_letter_with_its_reason_is_a_choice():
+    assert answers.verdict("The best answer is A because B has 2 flaws.", "A")["passed"]
 
 
 def test_two_solutions_in_boxes_of_their_own():
