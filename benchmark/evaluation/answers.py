@@ -192,6 +192,8 @@ QUESTION = re.compile(
     re.M,
 )
 ANSWERED = re.compile(r"####|\\boxed|\banswer\b|答|=[^=\n]*\d|\d[^\n]*\s*(?:```\s*)?\Z", re.I)
+RESTATED = re.compile(r"[\s*#>]*(?:given|problem|question|题目|问题|已知)\b", re.I)  # its task, once more
+SOLVED = re.compile(r"####|\\boxed|\banswer\b|\bsolution\b|答|解", re.I)
 STATED = re.compile(r"(?:####\s*|answer is:?\s*|答案(?:是|为|[:：])\s*)\S*\d[^\n]{0,40}\n\s*\n", re.I)
 BOXED = re.compile(r"\\boxed\{[^\n]{1,60}\}[^\n]{0,20}\n\s*\n")
 ASKED = re.compile(r"\d[^?？]*\bhow (?:many|much|long|far|old)\b[^?？]*[?？]", re.I)
@@ -223,7 +225,8 @@ EXPRESSION = re.compile(r"\\|[±√π∞]|\$?[A-Za-z]\s*(?:[<>≤≥^²³]|\\[lg
 ASSIGNED = re.compile(r"\$?\s*[A-Za-z]\w{0,12}\s*(?:\(\w{0,3}\)\s*)?[=≈]\s*")
 MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 GOES_ON = re.compile(  # a number that is the beginning of an expression
-    r"\s*(?:[-+*^]\s*[\\A-Za-z(]|/\s*(?:[\\(]|[A-Za-z]\b)|±)|[(,][^\s\u4e00-\u9fff]|_[\d({]"
+    r"\s*(?:[-+*^]\s*[\\A-Za-z(]|\*\*(?:[\\A-Za-z]|\([\w+-]+\))|/\s*(?:[\\(]|[A-Za-z]\b)|±)"
+    r"|[(,][^\s\u4e00-\u9fff]|_[\d({]"
 )
 NOT = re.compile(r"\s*(?:not\b|n't\b|不是)")
 INSTEAD = re.compile(r"\bbut\b|\brather\b|而是")
@@ -289,9 +292,10 @@ def extract_answer(text):
 def up_to_next_question(text):
     """A text without the questions that the model goes on to ask itself: below a heading such as `Question:`,
     or in the paragraph behind one that ends in the answer."""
+    answered = SOLVED if RESTATED.match(text) else ANSWERED
     for question in QUESTION.finditer(text):
         before = text[: question.start()]
-        if ANSWERED.search(before[-2000:]):
+        if answered.search(before[-2000:]):
             text = before
             break
     for stated in STATED.finditer(text):

@@ -175,7 +175,9 @@ def power_at(text, at, depth):
     if not sign or sign[1] != "**":
         return base
     exponent = signed_at(text, sign.end(), depth + 1)
-    if not exponent or exponent.value.denominator > 1 or abs(exponent.value) > 64 or abs(base.value) > 10**9:
+    if not exponent:
+        return base  # **18** in bold
+    if exponent.value.denominator > 1 or abs(exponent.value) > 64 or abs(base.value) > 10**9:
         return None
     return Number(base.value ** int(exponent.value), exponent.end)
 

@@ -432,6 +432,28 @@ def test_powers_are_not_bold():
     assert not answers.answers_equal("2n", "2^n") and answers.answers_equal("**2n**", "2n")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is **18**, not 20.",
+        "The answer is **18** dollars, from 9 eggs at 2 dollars.",
+        "The answer is **18**!",
+        "答案：**18**（9个鸡蛋，每个2元）",
+    ],
+)
+def test_an_answer_in_bold_ends_where_the_bold_ends(text):
+    assert answers.verdict(text, "18")["passed"]
+
+
+def test_the_task_that_a_model_repeats_first_is_not_one_it_asks_itself():
+    for text in (
+        "### Problem\nThere are 16 eggs.\n### Question\nHow many dollars?\n### Solution\n9 * 2 = 18\n### Answer\n18",
+        "Given:\n- eggs = 16\n\nTask: find dollars.\n\n9 * 2 = 18 dollars.",
+        "Question: dollars?\nSolution: 9 * 2 = 18\n\nQuestion: Tom has 5 apples and 3 pears. How many?\nAnswer: 8",
+    ):
+        assert answers.verdict(text, "18")["passed"]
+
+
 def test_a_letter_with_its_reason_is_a_choice():
     assert answers.verdict("The best answer is A because B has 2 flaws.", "A")["passed"]
 
