@@ -12,8 +12,8 @@ answer:
    <code>, and the text between those. In each: the program that it begins with, the continuation of the
    prompt (indented as the prompt's body) up to where it stops being one, a program further down. A block that
    is introduced as a correction or as the complete code comes first, one that is introduced as a mistake last
-   but one, one that holds only a stub last. One that does not return yet yields to the first that goes on with its
-   lines and returns.
+   but one, one that holds only a stub last. One that does not return yet yields to the first that goes
+   on with its lines and returns.
 3. The same blocks as a continuation that lost its indentation; the fenced blocks joined.
 4. The text in other transports: inline code, a session of the interpreter, numbered lines, a diff, strings of
    JSON, HTML.

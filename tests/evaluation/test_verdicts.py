@@ -447,9 +447,9 @@ def test_an_answer_in_bold_ends_where_the_bold_ends(text):
 
 def test_the_task_that_a_model_repeats_first_is_not_one_it_asks_itself():
     for text in (
-        "### Problem\nThere are 16 eggs.\n### Question\nHow many dollars?\n### Solution\n9 * 2 = 18\n### Answer\n18",
+        "### Problem\n16 eggs.\n### Question\nDollars?\n### Solution\n9 * 2 = 18\n### Answer\n18",
         "Given:\n- eggs = 16\n\nTask: find dollars.\n\n9 * 2 = 18 dollars.",
-        "Question: dollars?\nSolution: 9 * 2 = 18\n\nQuestion: Tom has 5 apples and 3 pears. How many?\nAnswer: 8",
+        "Question: dollars?\nSolution: 9 * 2 = 18\n\nQuestion: Tom has 5 and 3. How many?\nAnswer: 8",
     ):
         assert answers.verdict(text, "18")["passed"]
 
