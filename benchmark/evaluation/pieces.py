@@ -7,6 +7,7 @@ one name needs (`kept`), and what it lacks can be taken from other pieces (`supp
 import ast
 import builtins
 import codeop
+import functools
 import re
 import symtable
 import warnings
@@ -55,6 +56,7 @@ class Piece:
 # ---------------------------------------------------------------- what compiles
 
 
+@functools.lru_cache  # an output is read in several ways, which have most of their lines in common
 def parsed(source):
     """(tree, 0) of a program that compiles, else (None, number of the line at fault)."""
     try:
@@ -70,6 +72,7 @@ def parsed(source):
         return None, 1
 
 
+@functools.lru_cache
 def can_start(line):
     """Whether a line may be the first of a statement."""
     try:
@@ -189,6 +192,7 @@ def base_name(node):
     return node.id if isinstance(node, ast.Name) else ""
 
 
+@functools.lru_cache
 def global_names(source):
     """The names of its module that a source refers to, in its functions too."""
     try:

@@ -41,14 +41,21 @@ def lines_of(path):
 
 
 def judge(cases, problems):
-    """Verdicts on cases with `task_id` (of `problems`) or `gold`."""
-    items = [
-        programs.grading_item(problem.prompt, case["completion"], problem.tests, problem.entry_point)
-        for case in cases
-        if "gold" not in case
-        for problem in [problems[case["task_id"]]]
-    ]
-    graded = iter(grade_many(items, progress=False))
+    """Verdicts on cases with `task_id` (of `problems`) or `gold`. What becomes one program is graded once."""
+    items = []
+    for case in cases:
+        if "gold" not in case:
+            problem = problems[case["task_id"]]
+            items.append(
+                json.dumps(
+                    programs.grading_item(
+                        problem.prompt, case["completion"], problem.tests, problem.entry_point
+                    )
+                )
+            )
+    different = list(dict.fromkeys(items))
+    verdicts = dict(zip(different, grade_many(map(json.loads, different), progress=False)))
+    graded = map(verdicts.get, items)
     return [
         answers.verdict(case["completion"], case["gold"]) if "gold" in case else next(graded)
         for case in cases
@@ -487,7 +494,9 @@ def test_where_math_verify_differs():
     different = set()
     for case in lines_of(DATA / "answers.jsonl"):
         answer, gold = answers.extract_answer(case["completion"]), case["gold"]
-        if numbers.read(answer) and numbers.read(gold) and symbolic.equal(answer, gold) != case["passed"]:
+        if case["kind"] in different or not (numbers.read(answer) and numbers.read(gold)):
+            continue  # one difference a kind is enough; `test_answers` holds that ours is right in all
+        if symbolic.equal(answer, gold) != case["passed"]:
             different.add(case["kind"])
             assert answers.answers_equal(answer, gold) == case["passed"]
     assert different == DIFFERING - {"ratios"}  # `3 to 8` is no number before its gold answer is seen
@@ -508,7 +517,7 @@ def test_answers_from_any_thread():
 
 
 def test_no_answer_hangs(monkeypatch):
-    monkeypatch.setattr(symbolic, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(symbolic, "CPU_SECONDS", 0.25)
     monkeypatch.setattr(symbolic, "_worker", None)  # one that is started with it
     for text in (
         r"\boxed{9^{9^{9^{9}}}}",
@@ -535,7 +544,7 @@ def test_answers_take_time_linear_in_the_text(unit):
         return time.process_time() - start
 
     seconds(100)
-    assert seconds(20000) < 40 * max(seconds(2000), 0.02)
+    assert seconds(10000) < 40 * max(seconds(1000), 0.01)
 
 
 # ---------------------------------------------------------------- one verdict

@@ -74,7 +74,7 @@ def test_every_honest_program_passes():
 
 def test_programs_that_take_too_long_fail():  # PITFALLS EX-5
     slow = [p for p in PROBES if p["name"] in SLOW]
-    assert len(slow) >= 6 and misjudged(slow, wall_seconds=0.5, cpu_seconds=0.5) == []
+    assert len(slow) >= 6 and misjudged(slow, wall_seconds=0.3, cpu_seconds=0.3) == []
 
 
 def test_shared_probes():
@@ -82,7 +82,7 @@ def test_shared_probes():
         pytest.skip("the shared probes are not beside this checkout")
     probes = [json.loads(line) for line in SHARED.read_text().splitlines()]
     assert misjudged([p for p in probes if p["name"] not in SLOW]) == []
-    assert misjudged([p for p in probes if p["name"] in SLOW], wall_seconds=0.5, cpu_seconds=0.5) == []
+    assert misjudged([p for p in probes if p["name"] in SLOW], wall_seconds=0.3, cpu_seconds=0.3) == []
 
 
 def test_same_verdicts_and_order_with_1_and_16_workers():  # PITFALLS EX-5
@@ -98,22 +98,22 @@ def test_same_verdicts_and_order_with_1_and_16_workers():  # PITFALLS EX-5
 
 def test_cpu_limit_holds_where_wall_time_is_ample():
     verdict = grade(
-        "def double(x):\n    while True:\n        pass\n", TESTS, "double", wall_seconds=60, cpu_seconds=1
+        "def double(x):\n    while True:\n        pass\n", TESTS, "double", wall_seconds=60, cpu_seconds=0.3
     )
     assert not verdict["passed"] and "CPU" in verdict["detail"]
 
 
 def test_computing_programs_that_share_cores_are_not_timed_out_by_the_wall():  # PITFALLS EX-5
     program = (
-        "import time\ndef double(x):\n    end = time.process_time() + 0.15\n"
+        "import time\ndef double(x):\n    end = time.process_time() + 0.06\n"
         "    while time.process_time() < end:\n        pass\n    return 2 * x\n"
     )
-    items = [{"program": program, "tests": TESTS, "entry_point": "double", "wall_seconds": 3.0}] * 8
+    items = [{"program": program, "tests": TESTS, "entry_point": "double", "wall_seconds": 1.2}] * 8
     assert [v["passed"] for v in grade_many(items, workers=8, progress=False)] == [True] * 8
 
 
 def test_memory_limit():
-    program = "def double(x):\n    return 2 * x if bytearray(500 << 20) else 0\n"
+    program = "import mmap\ndef double(x):\n    return 2 * x if mmap.mmap(-1, 500 << 20) else 0\n"
     assert grade(program, TESTS, "double")["passed"]
     assert not grade(program, TESTS, "double", memory_bytes=300 << 20)["passed"]
 
