@@ -146,6 +146,15 @@ def world(tmp_path_factory):
     return folder
 
 
+def one_block(folder: Path) -> Path:
+    """Writes folders `gpt2` and `reward` of models with one block, for tests of many runs."""
+    causal_lm("gpt2", seed=2, n_layer=1).save_pretrained(folder / "gpt2")
+    rm.as_classifier(reward_model(n_layer=1)).save_pretrained(folder / "reward")
+    for name in ("gpt2", "reward"):
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

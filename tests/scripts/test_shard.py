@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 import shard_driver
 import torch
-from conftest import causal_lm, make_tokenizer, read_metrics, reward_model, tiny_settings, write_jsonl
+from conftest import one_block, read_metrics, tiny_settings, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
 
 import pfppo_single as pf
-import rm_single as rm
 import sft_single as sft
 
 REWARDS = """
@@ -35,11 +34,7 @@ def settings_of_runs(world: Path, folder: Path) -> dict[str, dict]:
     for name, data in (("rows", rows), ("one_row", rows[:1]), ("labels", labels), ("one_label", labels[:1])):
         write_jsonl(folder / f"{name}.jsonl", data)
     write_jsonl(folder / "one_prompt.jsonl", [{"prompt": "held out", "n": 0}])
-    # models of one block: those of sft, rm_llama and ppo_shared have two
-    causal_lm("gpt2", seed=2, n_layer=1).save_pretrained(folder / "gpt2")
-    rm.as_classifier(reward_model(n_layer=1)).save_pretrained(folder / "reward")
-    for name in ("gpt2", "reward"):
-        make_tokenizer().save_pretrained(folder / name)
+    one_block(folder)  # the models of sft, rm_llama and ppo_shared have two
     # batches of 7 and of 1: ranks with unequal numbers of micro-batches, then one with no row
     common = dict(batch_size=7, micro_batch_size=1, lr=1e-4, log_every=1, checkpoint_every=9, eval_every=2)
     tuning = dict(common, model=str(world / "llama"), epochs=2, train_data=str(folder / "rows.jsonl"))
