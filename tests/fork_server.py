@@ -139,6 +139,7 @@ def warm_up() -> None:
         importlib.import_module(name)
     for name in ("torch.distributed.fsdp", "torch.distributed.checkpoint"):
         importlib.import_module(name)
+    importlib.import_module("transformers.models.auto.tokenization_auto")
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 

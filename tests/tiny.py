@@ -146,6 +146,15 @@ def world(tmp_path_factory):
     return folder
 
 
+def one_block(folder: Path) -> Path:
+    """Writes folders `gpt2` and `reward` of models with one block, for tests of many runs."""
+    causal_lm("gpt2", seed=2, n_layer=1).save_pretrained(folder / "gpt2")
+    rm.as_classifier(reward_model(n_layer=1)).save_pretrained(folder / "reward")
+    for name in ("gpt2", "reward"):
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -331,17 +340,18 @@ class Forks:
         """module.function(*arguments) in `processes` new processes -> {codes, seconds, results, operations,
         printed}, all but seconds and operations per rank. SIGKILL in place of file operation kill_at of rank 0 in
         `folder`, or after kill_after seconds; `path` comes first in sys.path. What fails without being killed
-        raises, but for run_command and run_code."""
+        raises, but for run_command, run_code and launch."""
         request = dict(module=module, function=function, arguments=arguments, folder=str(folder))
         request |= dict(processes=processes, kill_at=kill_at, kill_after=kill_after)
         request["path"] = [*map(str, path), *sys.path]
+        logs = [Path(f"{folder}.log_{rank}") for rank in range(processes)]
+        [log.touch() for log in logs]  # a process may be killed before it opens its own
         print(json.dumps(request), file=self.requests, flush=True)
         answer = json.loads(self.answers.readline())
-        logs = [Path(f"{folder}.log_{rank}") for rank in range(processes)]
         answer["printed"] = [log.read_text() for log in logs]
         [log.unlink() for log in logs]
         killed = -signal.SIGKILL in answer["codes"] and (kill_at, kill_after) != (None, None)
-        may_fail = killed or function in ("run_command", "run_code")
+        may_fail = killed or function in ("run_command", "run_code", "launch")
         assert may_fail or not any(answer["codes"]), "\n".join(answer["printed"])
         return answer
 

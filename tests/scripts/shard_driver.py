@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from fork_server import run_command
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 TIMEOUT = timedelta(seconds=60)  # a rank that waits for one that is done sampling ends the launch
 
@@ -91,7 +94,7 @@ def same_samples(original):
 
 
 def run(
-    folder: Path, name: str, script: str, settings: dict, precision="no", watch=(), dies_at=0, output=""
+    folder: Path, name: str, script: str, settings: dict, precision="no", watch=(), dies_at=None, output=""
 ) -> dict:
     """One run of main; what this rank saw, its message where it was refused, and a fingerprint of its end."""
     module = importlib.import_module(f"{script}_single")
@@ -132,6 +135,21 @@ def run(
         for owner, attribute, value in reversed(undo):
             setattr(owner, attribute, value)
     return {**seen, "seconds": time.time() - start}
+
+
+def launch(command: list[str], dies_at: int) -> None:
+    """The command of a launcher, whose ranks are forks of it and no new Pythons, which would import for seconds;
+    rank 1 gets SIGKILL in step dies_at."""
+    steps = []
+
+    def die(*_):
+        steps.append(1)
+        if os.environ["RANK"] == "1" and len(steps) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    register_optimizer_step_post_hook(die)
+    os.environ.update(PET_RUN_PATH="1", PET_START_METHOD="fork")  # flags of torchrun
+    run_command(command)
 
 
 def main(runs: list[dict], folder: str) -> None:

@@ -11,6 +11,7 @@ from conftest import (
     HELD_OUT_ROWS,
     PAIRS,
     SFT_ROWS,
+    one_block,
     read_metrics,
     timeless,
     tiny_settings,
@@ -28,30 +29,25 @@ def reward(prompts, responses, rows):
 def settings(world, tmp_path_factory):
     """settings(script, output_dir) of a run with all the state there is: log lines that are means over steps
     of two checkpoints, evaluations, best and numbered policies, a moving β, samples, TensorFlow's Adam."""
-    folder = tmp_path_factory.mktemp("kills")
+    folder = one_block(tmp_path_factory.mktemp("kills"))
     (folder / "kill_reward.py").write_text(REWARD)
-    rows = [a | b for a, b in zip(SFT_ROWS, PAIRS)]
+    rows = [a | b for a, b in zip(SFT_ROWS, PAIRS)][:11]
     write_jsonl(folder / "rows.jsonl", rows)
-    write_jsonl(folder / "held_out.jsonl", [a | b for a, b in zip(HELD_OUT_ROWS, HELD_OUT_PAIRS)])
+    write_jsonl(folder / "held_out.jsonl", [a | b for a, b in zip(HELD_OUT_ROWS, HELD_OUT_PAIRS)][:3])
 
     def settings(script: str, output_dir: Path) -> dict:
         if script == "pfppo_single":
-            changes = dict(
-                eval_prompts=str(world / "eval.jsonl"), reward="kill_reward:reward", total_episodes=48
-            )
-            changes |= dict(
-                filter="none", minibatch_size=8, kl_target=6.0, kl_horizon=64, lr_schedule="linear"
-            )
-            changes |= dict(
-                adam_style="tensorflow", print_samples_every=1, checkpoint_every=2, save_policy_every=2
-            )
-            changes |= dict(normalize_samples=8, eval_every=2)
-            return tiny_settings(world, output_dir) | changes
-        common = dict(output_dir=str(output_dir), model=str(world / "gpt2"), epochs=2, batch_size=8, lr=1e-3)
+            changes = dict(prompts=str(world / "prompts.jsonl"), eval_prompts=str(folder / "held_out.jsonl"))
+            changes |= dict(reward="kill_reward:reward", batch_size=2, total_episodes=24, normalize_samples=8)
+            changes |= dict(filter="none", kl_target=6.0, kl_horizon=64, lr_schedule="linear", noptepochs=1)
+            changes |= dict(adam_style="tensorflow", print_samples_every=1, save_policy_every=2)
+            changes |= dict(checkpoint_every=2, eval_every=2)
+            return tiny_settings(folder, output_dir) | changes
+        common = dict(output_dir=str(output_dir), model=str(folder / "gpt2"), epochs=2, batch_size=4, lr=1e-3)
         common |= dict(train_data=str(folder / "rows.jsonl"), eval_data=str(folder / "held_out.jsonl"))
-        common |= dict(micro_batch_size=3, query_length=32, log_every=4, eval_every=3, checkpoint_every=2)
+        common |= dict(micro_batch_size=4, query_length=32, log_every=4, eval_every=3, checkpoint_every=2)
         if script == "rm_single":
-            common |= dict(normalize_before=True, normalize_samples=16, kl_samples=8, adam_style="tensorflow")
+            common |= dict(normalize_before=True, normalize_samples=8, kl_samples=4, adam_style="tensorflow")
         return common | dict(response_length=8 if script == "rm_single" else 24)
 
     settings.path = [folder]

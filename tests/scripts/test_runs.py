@@ -5,24 +5,34 @@ import errno
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import read_metrics, rm_settings, same, sft_settings, timeless, tiny_settings, weights
+from conftest import (
+    read_metrics,
+    rm_settings,
+    same,
+    sft_settings,
+    timeless,
+    tiny_settings,
+    weights,
+    write_jsonl,
+)
 from transformers import GPT2Config
 
 import pfppo_single as pf
 import rm_single as rm
 import sft_single as sft
 
-ROOT = Path(pf.__file__).parent
+FOUR_UPDATES = dict(batch_size=2, total_episodes=32, noptepochs=1, checkpoint_every=100)
 
 
 # ---------------------------------------------------------------- SIGTERM
@@ -70,7 +80,7 @@ def test_a_second_sigterm_ends_the_process_at_once(bare, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_on_one_rank_ends_all_ranks(forks, world, tmp_path, rank):
-    settings = tiny_settings(world, tmp_path / "run") | dict(total_episodes=64, checkpoint_every=100)
+    settings = tiny_settings(world, tmp_path / "run") | FOUR_UPDATES
     driver = dict(processes=2, path=[Path(__file__).parent])
     answer = forks("two_process_driver", "stopped", settings, rank, folder=tmp_path / "run", **driver)
     assert answer["results"] == ["stopped after update 2, as asked; the same command goes on"] * 2
@@ -91,9 +101,7 @@ def reward(prompts, responses, rows):
 """
 
 
-REWARDED = dict(
-    reward="failing_reward:reward", normalize_reward=False, total_episodes=64, checkpoint_every=100
-)
+REWARDED = dict(FOUR_UPDATES, reward="failing_reward:reward", normalize_reward=False)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +132,8 @@ def test_a_reward_that_fails_costs_no_update(rewarded, run, module, monkeypatch,
 
 def test_an_evaluation_that_fails_costs_no_update(run, module, monkeypatch, world, tmp_path):
     name = module("failing_score", FAILING.replace("HOW", "raise MemoryError"))
-    settings = dict(actual_score=f"{name}:reward", eval_prompts=str(world / "eval.jsonl"), eval_every=2)
-    settings |= dict(normalize_reward=False, total_episodes=64, checkpoint_every=100)
+    settings = dict(FOUR_UPDATES, actual_score=f"{name}:reward", eval_every=2, normalize_reward=False)
+    settings |= dict(eval_prompts=str(write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "held"}] * 2)))
     with pytest.raises(SystemExit, match="^--actual_score failed: MemoryError"):
         run(output_dir=str(tmp_path / "run"), **settings)  # greedy, of the evaluation after update 2
     sys.modules[name].fails_at = 0
@@ -188,35 +196,30 @@ def test_what_is_no_list_of_numbers_is_refused_with_the_flag(values):
 # ---------------------------------------------------------------- two runs at once, changed data
 
 
-def hold(folder: Path):
-    """A process that has opened the run of `folder` and stays in it."""
-    code = f"""
-    import sys
-    import pfppo_single as pf
-    args = pf.Args(policy="p", reward="r", prompts="q", output_dir={str(folder)!r})
-    accelerator = pf.start_accelerator()
-    pf.open_run(accelerator, args)
-    print("open", flush=True)
-    sys.stdin.read()
-    """
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=environment, **pipes
-    )
-    assert process.stdout.readline() == "open\n"
-    return process
-
-
-def test_a_second_run_in_a_folder_is_refused_until_the_first_has_died(tmp_path):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_died(forks, tmp_path):
     args = pf.Args(policy="p", reward="r", prompts="q", output_dir=str(tmp_path / "run"))
-    other = hold(tmp_path / "run")
-    with pytest.raises(
-        SystemExit, match="^--output_dir .*run: process [0-9]+ is writing there; wait for it, or end it"
-    ):
-        pf.open_run(Accelerator(cpu=True), args)
-    other.kill()  # SIGKILL: the system releases the lock
-    other.wait()
+    code = f"""
+    import os, signal, time
+    import pfppo_single as pf
+    accelerator = pf.start_accelerator()
+    pf.open_run(accelerator, pf.{args!r})
+    open({str(tmp_path / "open")!r}, "w").close()
+    while not os.path.exists({str(tmp_path / "refused")!r}):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)  # the system releases the lock
+    """
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(forks, "fork_server", "run_code", code, folder=tmp_path / "log")
+        while not (tmp_path / "open").exists():
+            assert not other.done(), other.result()
+            time.sleep(0.02)
+        with pytest.raises(SystemExit) as refusal:
+            try:
+                pf.open_run(Accelerator(cpu=True), args)
+            finally:
+                (tmp_path / "refused").touch()
+    assert re.search("run: process [0-9]+ is writing there; wait for it, or end it$", str(refusal.value))
+    assert other.result()["codes"] == [-signal.SIGKILL]
     pf.open_run(Accelerator(cpu=True), args)
 
 
