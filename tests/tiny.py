@@ -28,6 +28,7 @@ from transformers import (
 
 import pfppo_single as pf
 import rm_single as rm
+import sft_single as sft
 
 torch.set_num_threads(1)
 
@@ -228,12 +229,21 @@ def make_args(world, tmp_path):
 
 
 @pytest.fixture
-def run(make_args):
+def unchecked(monkeypatch):
+    """Models are not looked over before a run (test_model_checks.py), which takes a tenth of a tiny one."""
+    for script in (pf, rm, sft):
+        for name in ("check_model", "check_cache"):
+            monkeypatch.setattr(script, name, lambda *_: None, raising=False)
+
+
+@pytest.fixture
+def run(make_args, unchecked):
     """run(**changes) -> (metrics per step as a list of dicts, output folder): the whole of pfppo_single.main,
-    in this process."""
+    in this process; by itself without a checkpoint before the last and without normalisation, which is an update's
+    time."""
 
     def start(**changes):
-        args = make_args(**changes)
+        args = make_args(**{"normalize_reward": False, "checkpoint_every": 100, **changes})
         pf.main(args)
         return read_metrics(Path(args.output_dir)), Path(args.output_dir)
 

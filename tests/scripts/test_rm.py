@@ -35,7 +35,7 @@ SMOOTH = dict(eps=0.1, lr=0.05)  # with a tiny epsilon Adam turns rounding of a 
 
 
 @pytest.fixture
-def train(world, tmp_path):
+def train(world, tmp_path, unchecked):
     """train(output_dir, **changes) -> (metrics, reward model as PPO loads it): all of main, in this process."""
 
     def start(output_dir: str = "run", **changes):

@@ -28,7 +28,7 @@ import sft_single as sft
 
 
 @pytest.fixture
-def train(world, tmp_path):
+def train(world, tmp_path, unchecked):
     """train(output_dir, **changes) -> (metrics, weights): all of main, in this process."""
 
     def start(output_dir: str = "run", **changes):
