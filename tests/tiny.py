@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -367,11 +366,16 @@ def pytest_sessionstart(session):
         fork_server.warm_up()
     gc.freeze()  # a million objects of libraries, which a full collection would look through for half a second
     session.config.forks = Forks(*fork_server.fork_here())
+    session.config.bare = Forks(*session.config.bare)
 
 
 def pytest_sessionfinish(session):
-    session.config.forks.close()
-    os.waitpid(session.config.forks.server, 0)
+    for forks in (
+        session.config.forks,
+        session.config.bare,
+    ):  # the older one's pipe is in the younger one too
+        forks.close()
+        os.waitpid(forks.server, 0)
 
 
 @pytest.fixture(scope="session")
@@ -381,11 +385,6 @@ def forks(request):
 
 
 @pytest.fixture(scope="session")
-def bare():
+def bare(request):
     """The server that has imported nothing but torch and accelerate, for what is imported when."""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    server = subprocess.Popen([sys.executable, fork_server.__file__], **pipes)
-    forks = Forks(server.pid, server.stdin, server.stdout)
-    yield forks
-    forks.close()
-    server.wait()
+    return request.config.bare
