@@ -43,6 +43,7 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     hands_out = getattr(config.option, "dist", "no") != "no" and not is_worker(config)
     if not hands_out:
+        config.bare = importlib.import_module("fork_server").fork_bare()  # before tiny imports transformers
         config.pluginmanager.register(importlib.import_module("tiny"))
 
 

@@ -152,7 +152,7 @@ def warm_up() -> None:
             auto_class.from_pretrained(folder)
 
 
-def answer_requests(requests, answers, prepare=lambda: None) -> None:
+def answer_requests(requests, answers, prepare) -> None:
     """Prepares at the first request, and serves until `requests` ends, as it does when the process of the tests has
     gone."""
     for i, line in enumerate(requests):
@@ -161,7 +161,15 @@ def answer_requests(requests, answers, prepare=lambda: None) -> None:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
 
 
-def fork_here() -> tuple:
+def fork_bare() -> tuple:
+    """The server of a process that has imported nothing but what the scripts import at their top, and none of
+    ours."""
+    for name in ("torch", "accelerate"):
+        importlib.import_module(name)
+    return fork_here(lambda: None)
+
+
+def fork_here(prepare=warm_up) -> tuple:
     """Forks the server from this process, which has imported what the runs need and has computed nothing yet
     -> its number, a file for requests, a file of answers."""
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
@@ -177,7 +185,7 @@ def fork_here() -> tuple:
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
         os.environ.update(ENVIRONMENT)
         with os.fdopen(theirs_in) as requests, os.fdopen(theirs_out, "w") as answers:
-            answer_requests(requests, answers, warm_up)
+            answer_requests(requests, answers, prepare)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -185,11 +193,3 @@ def fork_here() -> tuple:
 
 
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
-
-if __name__ == "__main__":  # the bare server: only what the scripts import at their top, and none of ours
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an import prints is no answer
-    os.environ.update(ENVIRONMENT)
-    for name in ("torch", "accelerate"):
-        importlib.import_module(name)
-    answer_requests(sys.stdin, out)

@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from transformers import (
 
 import pfppo_single as pf
 import rm_single as rm
+import sft_single as sft
 
 torch.set_num_threads(1)
 
@@ -237,12 +237,21 @@ def make_args(world, tmp_path):
 
 
 @pytest.fixture
-def run(make_args):
+def unchecked(monkeypatch):
+    """Models are not looked over before a run (test_model_checks.py), which takes a tenth of a tiny one."""
+    for script in (pf, rm, sft):
+        for name in ("check_model", "check_cache"):
+            monkeypatch.setattr(script, name, lambda *_: None, raising=False)
+
+
+@pytest.fixture
+def run(make_args, unchecked):
     """run(**changes) -> (metrics per step as a list of dicts, output folder): the whole of pfppo_single.main,
-    in this process."""
+    in this process; by itself without a checkpoint before the last and without normalisation, which is an update's
+    time."""
 
     def start(**changes):
-        args = make_args(**changes)
+        args = make_args(**{"normalize_reward": False, "checkpoint_every": 100, **changes})
         pf.main(args)
         return read_metrics(Path(args.output_dir)), Path(args.output_dir)
 
@@ -367,11 +376,16 @@ def pytest_sessionstart(session):
         fork_server.warm_up()
     gc.freeze()  # a million objects of libraries, which a full collection would look through for half a second
     session.config.forks = Forks(*fork_server.fork_here())
+    session.config.bare = Forks(*session.config.bare)
 
 
 def pytest_sessionfinish(session):
-    session.config.forks.close()
-    os.waitpid(session.config.forks.server, 0)
+    for forks in (
+        session.config.forks,
+        session.config.bare,
+    ):  # the older one's pipe is in the younger one too
+        forks.close()
+        os.waitpid(forks.server, 0)
 
 
 @pytest.fixture(scope="session")
@@ -381,11 +395,6 @@ def forks(request):
 
 
 @pytest.fixture(scope="session")
-def bare():
+def bare(request):
     """The server that has imported nothing but torch and accelerate, for what is imported when."""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    server = subprocess.Popen([sys.executable, fork_server.__file__], **pipes)
-    forks = Forks(server.pid, server.stdin, server.stdout)
-    yield forks
-    forks.close()
-    server.wait()
+    return request.config.bare

@@ -223,7 +223,9 @@ def test_normalisation_is_fixed_and_divides_by_the_standard_deviation(run, modul
             "    return [10.0 * len(calls) + i for i in range(len(responses))]\n"
         ),
     )
-    metrics, folder = run(reward="counting_reward:reward", normalize_samples=16)
+    metrics, folder = run(
+        reward="counting_reward:reward", normalize_reward=True, normalize_samples=16, noptepochs=1
+    )
     std = 2 * (16 / 15) ** 0.5
     for step, line in enumerate(metrics, 2):
         assert line["objective/score"] == pytest.approx(10 * step + 7.5)
@@ -253,7 +255,7 @@ def spy_on_first_values(monkeypatch):
 def test_critic_starts_as_the_reward_model(run, world, monkeypatch, bound):
     # PITFALLS RM-4: through main; values are what the (unbounded) reward model says of each prefix
     seen = spy_on_first_values(monkeypatch)
-    run(reward=world / bound, total_episodes=16)
+    run(reward=world / bound, total_episodes=16, noptepochs=1)
     reward, rollout = pf.load_reward_model(str(world / bound)).eval(), seen["rollout"]
     assert all(torch.equal(seen["state"][name], value) for name, value in reward.state_dict().items())
     for i in range(3):
@@ -271,7 +273,9 @@ def test_a_classifier_of_others_is_reward_and_critic_of_a_run(run, tmp_path, mon
         foreign.save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
     seen = spy_on_first_values(monkeypatch)
-    metrics, _ = run(reward=tmp_path / "reward", critic_init=tmp_path / "critic", total_episodes=16)
+    metrics, _ = run(
+        reward=tmp_path / "reward", critic_init=tmp_path / "critic", total_episodes=16, noptepochs=1
+    )
     assert metrics[0]["objective/score"] != 0
     head = foreign.score.weight  # of the second, which is the critic
     assert torch.equal(seen["state"]["scalar_head.weight"], head) and seen["values"].any()
@@ -284,5 +288,5 @@ def test_critic_without_a_reward_model_starts_at_zero(run, monkeypatch, module, 
         "lengths", "def reward(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n"
     )
     seen = spy_on_first_values(monkeypatch)
-    run(reward="lengths:reward", critic=critic, total_episodes=16)
+    run(reward="lengths:reward", critic=critic, total_episodes=16, noptepochs=1)
     assert (seen["values"] == 0).all()

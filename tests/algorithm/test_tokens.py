@@ -172,8 +172,8 @@ def test_mask_ends_with_the_first_stop_token_at_or_after_stop_after(stop, after,
 def test_missing_stop_score_replaces_the_score_where_the_mask_has_no_stop_token(run, module):
     # PITFALLS TOK-5, GAE-7, GAE-9: reward 0.0 where the stop token is there, -2 exactly where it is not
     module("zero_reward", "def reward(prompts, responses, rows):\n    return [0.0] * len(responses)\n")
-    settings = dict(reward="zero_reward:reward", normalize_reward=False, stop_token="e", response_length=24)
-    metrics, _ = run(**settings, total_episodes=16, missing_stop_score=-2.0)
+    settings = dict(reward="zero_reward:reward", stop_token="e", response_length=24, total_episodes=16)
+    metrics, _ = run(**settings, noptepochs=1, missing_stop_score=-2.0)
     assert 0 < metrics[0]["objective/truncated"] < 1
     assert metrics[0]["objective/shaped_score"] == pytest.approx(-2 * metrics[0]["objective/truncated"])
     assert metrics[0]["objective/score"] == 0
@@ -185,8 +185,8 @@ def test_missing_stop_score_is_not_normalised(run, module):
         "two_rewards",
         "def reward(prompts, responses, rows):\n    return [5.0 + 2 * (-1) ** i for i in range(len(rows))]\n",
     )
-    settings = dict(reward="two_rewards:reward", stop_token="none", total_episodes=16)
-    metrics, _ = run(**settings, missing_stop_score=-2.0)
+    settings = dict(reward="two_rewards:reward", stop_token="none", total_episodes=16, noptepochs=1)
+    metrics, _ = run(**settings, normalize_reward=True, missing_stop_score=-2.0)
     assert metrics[0]["objective/shaped_score"] == -2 and metrics[0]["objective/truncated"] == 1
 
 

@@ -2,6 +2,7 @@
 on the tiny world."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -372,48 +373,62 @@ REWARD = (
 )
 SCORE = "def passed(prompts, responses, rows):\n    return [float('a' in r) for r in responses]\n"
 SIZES = {
-    "raft": dict(total_episodes=48, batch_size=4, num_responses=3, minibatch_size=2),
-    "bond": dict(total_episodes=64, batch_size=4, num_responses=2, policy_responses=2),
-    "dpo": dict(batch_size=4, epochs=3, eval_every=2, checkpoint_every=1),
-    "kto": dict(batch_size=8, epochs=3, eval_every=2, checkpoint_every=1),
-    "iterative_dpo": dict(total_episodes=54, num_responses=3, batch_size=4, eval_every=2, checkpoint_every=2),
+    "raft": dict(total_episodes=24, batch_size=4, num_responses=3, minibatch_size=2),
+    "bond": dict(
+        total_episodes=64, batch_size=4, iterations=2, checkpoint_every=1, num_responses=2, policy_responses=2
+    ),
+    "dpo": dict(batch_size=4, epochs=2),
+    "kto": dict(batch_size=8, epochs=2, checkpoint_every=2),
+    "iterative_dpo": dict(total_episodes=54, num_responses=3, batch_size=4, checkpoint_every=2),
 }
 
 
-@pytest.fixture
-def start(world, tmp_path, module):
-    """start(name, output folder, **changes) -> (metrics, folder): the whole of a baseline's main, in this
+@pytest.fixture(scope="module")
+def launch(world, tmp_path_factory):
+    """launch(name, output folder, **changes) -> (metrics, folder): the whole of a baseline's main, in this
     process."""
-    name_reward, name_score = module("tiny_reward", REWARD), module("tiny_score", SCORE)
-    pairs = write_jsonl(
-        tmp_path / "pairs.jsonl",
-        [
-            {"prompt": f"sum {i} of", "chosen": "ab" + "c" * (i % 3), "rejected": "xyz=" + "2" * (i % 2)}
-            for i in range(10)
-        ],
+    folder = tmp_path_factory.mktemp("baselines")
+    (folder / "tiny_reward.py").write_text(REWARD)
+    (folder / "tiny_score.py").write_text(SCORE)
+    pairs = [
+        {"prompt": f"sum {i} of", "chosen": "ab" + "c" * (i % 3), "rejected": "xyz=" + "2" * (i % 2)}
+        for i in range(10)
+    ]
+    settings = dict(
+        policy=str(world / "gpt2"),
+        reward="tiny_reward:reward",
+        actual_score="tiny_score:passed",
+        eval_prompts=str(world / "eval.jsonl"),
+        query_length=16,
+        response_length=8,
+        forward_batch_size=16,
+        micro_batch_size=3,
+        lr=3e-3,
     )
+    train_data = dict(train_data=str(write_jsonl(folder / "pairs.jsonl", pairs)))
 
-    def run(name: str, output: str, **changes):
+    def run(name: str, output_dir: Path, **changes):
         script = importlib.import_module(f"benchmark.baselines.{name}")
-        data = dict(prompts=str(world / "prompts.jsonl"))
-        if name in ("dpo", "kto"):
-            data = dict(train_data=str(pairs))
-        settings = dict(
-            policy=str(world / "gpt2"),
-            reward=f"{name_reward}:reward",
-            actual_score=f"{name_score}:passed",
-            eval_prompts=str(world / "eval.jsonl"),
-            output_dir=str(tmp_path / output),
-            query_length=16,
-            response_length=8,
-            forward_batch_size=16,
-            micro_batch_size=3,
-            lr=3e-3,
-        )
-        script.main(script.Args(**{**settings, **data, **SIZES[name], **changes}))
-        return [] if changes.get("dry_run") else read_metrics(tmp_path / output), tmp_path / output
+        data = train_data if name in ("dpo", "kto") else dict(prompts=str(world / "prompts.jsonl"))
+        changes = SIZES[name] | changes
+        script.main(script.Args(output_dir=str(output_dir), **{**settings, **data, **changes}))
+        return [] if changes.get("dry_run") else read_metrics(output_dir), output_dir
 
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield run
+
+
+@pytest.fixture
+def start(launch, tmp_path):
+    """start(name, output folder, **changes) -> (metrics, folder)."""
+    return lambda name, output, **changes: launch(name, tmp_path / output, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(launch, tmp_path_factory):
+    """finished(name) -> (metrics, folder) of a run without changes, made once."""
+    return functools.cache(lambda name: launch(name, tmp_path_factory.mktemp(name) / "run"))
 
 
 UNEVALUATED = dict(eval_prompts=None, actual_score=None)
@@ -424,10 +439,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name, episodes", [("raft", 48), ("bond", 64), ("dpo", 0), ("kto", 0), ("iterative_dpo", 54)]
+    "name, episodes", [("raft", 24), ("bond", 64), ("dpo", 0), ("kto", 0), ("iterative_dpo", 54)]
 )
-def test_run_leaves_what_pfppo_leaves(name, episodes, start, world):
-    metrics, folder = start(name, "run", checkpoint_every=1)
+def test_run_leaves_what_pfppo_leaves(name, episodes, finished, world):
+    metrics, folder = finished(name)
     expected = {
         f"eval/{kind}_{what}"
         for kind in ("greedy", "sampled")
@@ -457,7 +472,7 @@ def bf16(monkeypatch):
 @pytest.mark.parametrize("name, loss", [("dpo", "dpo"), ("dpo", "ipo"), ("kto", None)])
 def test_bf16_trains_float32_weights_to_nearly_the_same_loss(name, loss, start, request):
     # the first step is at the reference: policy and reference are rounded alike, so its loss is float32's
-    changes = UNEVALUATED | {"lr": 1e-3} | ({"loss_type": loss} if loss else {})
+    changes = UNEVALUATED | {"lr": 1e-3, "epochs": 1} | ({"loss_type": loss} if loss else {})
     expected, _ = start(name, "float32", **changes)
     request.getfixturevalue("bf16")
     metrics, folder = start(name, "bf16", **changes)
@@ -467,9 +482,9 @@ def test_bf16_trains_float32_weights_to_nearly_the_same_loss(name, loss, start, 
     assert losses == pytest.approx(others, rel=0.1, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["raft", "bond", "iterative_dpo"])
-def test_bf16_samples_and_trains(name, start, bf16, world):
-    metrics, folder = start(name, "run")
+@pytest.mark.parametrize("name, episodes", [("raft", 12), ("bond", 32), ("iterative_dpo", 36)])
+def test_bf16_samples_and_trains(name, episodes, start, bf16, world):
+    metrics, folder = start(name, "run", total_episodes=episodes)
     assert metrics[0]["eval/kl"] == 0 and all(math.isfinite(x) for row in metrics for x in row.values())
     before, after = weights(world / "gpt2"), weights(folder / "policy")
     assert after[NAME].dtype == torch.float32 and not torch.equal(before[NAME], after[NAME])
@@ -477,9 +492,8 @@ def test_bf16_samples_and_trains(name, start, bf16, world):
 
 # anchor, batches, pairs; the rest is common.py's
 @pytest.mark.parametrize("name", ["bond", "kto", "iterative_dpo"])
-def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
-    every = {"checkpoint_every": 1 if name == "bond" else 2}
-    whole, whole_folder = start(name, "whole", **every)
+def test_a_killed_run_continues_to_the_same_policy(name, start, finished, monkeypatch):
+    whole, whole_folder = finished(name)
     end_step, kill_at = common.Run.end_step, len(whole) - 2  # before the last step
 
     def killed(run, metrics, checkpoint=False):
@@ -489,8 +503,8 @@ def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common.Run, "end_step", killed)
-        start(name, "killed", **every)
-    resumed, folder = start(name, "killed", **every)
+        start(name, "killed")
+    resumed, folder = start(name, "killed")
     drop = ("seconds/update", "seconds/evaluate")
     assert [{k: v for k, v in r.items() if k not in drop} for r in resumed] == [
         {k: v for k, v in r.items() if k not in drop} for r in whole
@@ -501,7 +515,7 @@ def test_a_killed_run_continues_to_the_same_policy(name, start, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "bond"])
 def test_micro_batches_change_nothing(name, start):
-    settings = dict(UNEVALUATED, checkpoint_every=100)
+    settings = UNEVALUATED | ({} if name == "bond" else {"epochs": 1})
     kept = [
         weights(start(name, f"micro{size}", micro_batch_size=size, **settings)[1] / "policy")
         for size in (2, 100)
@@ -510,8 +524,8 @@ def test_micro_batches_change_nothing(name, start):
         torch.testing.assert_close(kept[0][key], kept[1][key], atol=2e-5, rtol=1e-4)
 
 
-def test_best_policy_is_the_best_on_the_evaluation_prompts(start):
-    metrics, folder = start("raft", "run", checkpoint_every=1)
+def test_best_policy_is_the_best_on_the_evaluation_prompts(finished):
+    metrics, folder = finished("raft")
     state = json.loads(next((folder / "checkpoints").glob("step_*/state.json")).read_text())
     scores = [row["eval/greedy_pass1"] for row in metrics]
     assert state["best"] == max(scores)
@@ -523,7 +537,7 @@ NAME = "transformer.h.0.attn.c_attn.weight"
 
 
 def test_without_a_reward_pairs_are_evaluated_by_the_actual_score_alone(start):
-    tags = set(start("dpo", "run", reward=None)[0][-1])
+    tags = set(start("dpo", "run", reward=None, epochs=1)[0][-1])
     assert "eval/greedy_pass1" in tags and not {tag for tag in tags if tag.endswith("_reward")}
 
 
@@ -546,12 +560,12 @@ def test_bond_anchor_moves_only_between_iterations(start, monkeypatch):
 
     monkeypatch.setattr(common.Run, "sample", watch)
     # 6 updates: the anchor is the policy at updates 0 and 3
-    start("bond", "run", total_episodes=96, iterations=2)
+    start("bond", "run", total_episodes=96, **UNEVALUATED)
     assert seen == [(0, True), (1, False), (2, False), (3, True), (4, False), (5, False)]
 
 
-def test_iterative_dpo_makes_pairs_by_reward_from_the_last_policy(start):
-    _, folder = start("iterative_dpo", "run")
+def test_iterative_dpo_makes_pairs_by_reward_from_the_last_policy(finished):
+    _, folder = finished("iterative_dpo")
     pairs = [
         [json.loads(line) for line in (folder / f"pairs_{i}.jsonl").read_text().splitlines()]
         for i in (1, 2, 3)
@@ -565,7 +579,7 @@ def test_iterative_dpo_makes_pairs_by_reward_from_the_last_policy(start):
 
 
 def test_the_learned_reward_scores_as_pfppo_scores_it(world, start, make_args):
-    metrics, _ = start("raft", "run", reward=str(world / "reward"))
+    metrics, _ = start("raft", "run", reward=str(world / "reward"), total_episodes=12)
     args, tokenizer = make_args(eval_prompts=world / "eval.jsonl"), make_tokenizer()
     rows, policy = pf.read_prompts("eval_prompts", args, tokenizer), pf.load_causal_lm(args.policy).eval()
     rollout = pf.sample_rollout(policy, rows, 1, 0.0, args, EOS, None)
@@ -577,9 +591,9 @@ def test_the_learned_reward_scores_as_pfppo_scores_it(world, start, make_args):
 
 
 def test_folder_of_another_run_is_refused(start):
-    start("kto", "run", **UNEVALUATED)
+    start("kto", "run", **UNEVALUATED, epochs=1)
     with pytest.raises(SystemExit, match="holds another run: seed"):
-        start("kto", "run", **UNEVALUATED, seed=2)
+        start("kto", "run", **UNEVALUATED, epochs=1, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +610,7 @@ def test_folder_of_another_run_is_refused(start):
         ("raft", {"reward": "nowhere"}, "--reward nowhere"),
         ("raft", {"num_responses": 1}, "--num_responses must lie between 2"),
         ("raft", {"total_episodes": 5}, "at least one round"),
-        ("bond", {"total_episodes": 16}, "at least 4 updates"),
+        ("bond", {"total_episodes": 16}, "at least 2 updates"),
         ("iterative_dpo", {"num_responses": 1}, "--num_responses must lie between 2"),
         ("iterative_dpo", {"total_episodes": 8}, "--total_episodes must be at least 9"),
     ],
@@ -642,11 +656,11 @@ def test_pairs_are_read_in_the_forms_of_the_three_scripts(start, tmp_path):
     for row in texts:
         answers = {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
         messages.append({name: [*row["prompt"], *answer] for name, answer in answers.items()})
-    found = []
+    found, settings = [], dict(UNEVALUATED, epochs=1)
     for name, rows in (("texts", texts), ("messages", messages)):
         path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         found.append(
-            start("dpo", name, train_data=str(path), batch_size=2, eval_data=str(path), **UNEVALUATED)[0]
+            start("dpo", name, train_data=str(path), batch_size=2, eval_data=str(path), **settings)[0]
         )
     tags = ("train/loss", "train/accuracy", "eval/margin")
     assert [[row.get(tag) for tag in tags] for row in found[0]] == [
@@ -676,7 +690,7 @@ def test_messages_are_read_in_the_template_of_a_file(world, tmp_path, chats):
 
 
 def test_the_template_is_saved_with_the_policy(start, chats):
-    _, folder = start("dpo", "run", **{**chats, **UNEVALUATED, "eval_data": None})
+    _, folder = start("dpo", "run", **{**chats, **UNEVALUATED, "eval_data": None, "epochs": 1})
     assert AutoTokenizer.from_pretrained(folder / "policy").chat_template == TEMPLATE
 
 
@@ -692,7 +706,7 @@ def test_held_out_pairs_are_told_apart_better_with_training(name, start, tmp_pat
 def test_held_out_margin_by_hand(start, tmp_path):
     row = {"prompt": "one", "chosen": "ab", "rejected": "xyz"}
     path = write_jsonl(tmp_path / "one.jsonl", [row])
-    metrics, folder = start("dpo", "run", eval_data=str(path), **UNEVALUATED)
+    metrics, folder = start("dpo", "run", eval_data=str(path), epochs=1, **UNEVALUATED)
     settings = json.loads((folder / "args.json").read_text())
     policy, reference = (pf.load_causal_lm(p).eval() for p in (str(folder / "policy"), settings["policy"]))
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
@@ -748,7 +762,7 @@ def test_nan_loss_stops_the_run_and_keeps_the_checkpoint(start, monkeypatch, tmp
         lambda *x: loss(*x) * (float("nan") if len(calls) > 5 else 1.0) + 0 * len(calls.append(1) or []),
     )
     with pytest.raises(FloatingPointError, match="step 4.*lower the learning rate"):
-        start("dpo", "run", micro_batch_size=2)
+        start("dpo", "run", micro_batch_size=2, checkpoint_every=1, **UNEVALUATED)
     assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 R, STOP, AFTER, PENALTY, TEMPERATURE = 16, 7, 9, -2, 0.9
-B, MINIBATCHES, EPOCHS, UPDATES, LATE = 16, 2, 3, 8, 6
+B, MINIBATCHES, EPOCHS, UPDATES, LATE = 16, 2, 2, 8, 4  # of 8 updates 1, 2 and 4 are recorded
 LR, EPS, KL_COEF, TARGET, HORIZON, GAMMA, LAM, VF_COEF, CLIP, CLIP_VALUE = (
     2e-3,
     1e-5,
@@ -299,8 +299,8 @@ def make_world(folder: Path) -> None:
     policy, kl_coef = new_model(0.0, False), KL_COEF
     adam = Adam(policy)
     first, late = weights(policy, "policy_weights/before_update_1"), {}
-    for update in range(1, UPDATES + 1):
-        trace = first if update <= 3 else late if update == LATE else {}
+    for update in range(1, LATE + 1):
+        trace = first if update <= 2 else late if update == LATE else {}
         if update == LATE:
             trace.update(weights(policy, f"policy_weights/before_update_{update}"))
             for name in adam.params:

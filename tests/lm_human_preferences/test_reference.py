@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_metrics
 from make_llama_world import HYPERPARAMETERS, PENALTY, make_world
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationMixin
@@ -70,32 +71,35 @@ def test_every_recorded_tensor_is_reproduced(capsys):  # PITFALLS RM-5, TOK-1, L
     assert "835 recorded tensors compared, 0 untested" in printed
 
 
-@needs_shared
-def test_the_peers_loop_written_again_repeats_recorded_seed_1(tmp_path):
-    peer_policy.main(peer_policy.Args(world=str(SHARED), output_dir=str(tmp_path), seed=1, updates=3))
-    ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    recorded = json.loads((SHARED / "curves_policy_steady.json").read_text())["seeds"]["1"]
-    names = {"objective/shaped_score": "objective/scores", "ppo/loss/value": "ppo/loss/value_avg"}
-    for tag in ours[0].keys() - {"step"}:
-        assert [row[tag] for row in ours] == pytest.approx(recorded[names.get(tag, tag)][:3], abs=2e-5), tag
-
-
-@needs_shared
-def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(tmp_path, monkeypatch):
-    # what neither tensors of one update nor curves show: state from update to update (Adam, learning rate, KL
-    # coefficient, values)
-    drawn, plain = [], GenerationMixin.generate
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory) -> tuple[list[dict], list]:
+    """Three updates of the peer's loop with seed 1: its metrics, and what was drawn (queries, mask, responses)."""
+    folder, drawn, plain = tmp_path_factory.mktemp("peer"), [], GenerationMixin.generate
 
     def kept(self, input_ids, attention_mask, **settings):
         sequences = plain(self, input_ids=input_ids, attention_mask=attention_mask, **settings)
         drawn.append((input_ids, attention_mask.bool(), sequences[:, input_ids.shape[1] :]))
         return sequences
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GenerationMixin, "generate", kept)
-        peer_policy.main(
-            peer_policy.Args(world=str(SHARED), output_dir=str(tmp_path / "peer"), seed=11, updates=4)
-        )
+        peer_policy.main(peer_policy.Args(world=str(SHARED), output_dir=str(folder), seed=1, updates=3))
+    return read_metrics(folder), drawn
+
+
+@needs_shared
+def test_the_peers_loop_written_again_repeats_recorded_seed_1(peer):
+    ours, recorded = peer[0], json.loads((SHARED / "curves_policy_steady.json").read_text())["seeds"]["1"]
+    names = {"objective/shaped_score": "objective/scores", "ppo/loss/value": "ppo/loss/value_avg"}
+    for tag in ours[0].keys() - {"step"}:
+        assert [row[tag] for row in ours] == pytest.approx(recorded[names.get(tag, tag)][:3], abs=2e-5), tag
+
+
+@needs_shared
+def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(peer, tmp_path, monkeypatch):
+    # what neither tensors of one update nor curves show: state from update to update (Adam, learning rate, KL
+    # coefficient, values)
+    expected, drawn = peer
     import_reference.main(SHARED, tmp_path / "reward")
     flags = (
         f"--preset lm_human_preferences --policy {SHARED}/model --reward {tmp_path}/reward "
@@ -115,19 +119,17 @@ def test_main_follows_the_peers_loop_on_the_same_queries_and_responses(tmp_path,
             raise KeyboardInterrupt  # behind the last recorded update
         return order[start : start + count]
 
+    monkeypatch.setattr(pfppo, "read_prompts", lambda name, *_: rows if name == "prompts" else [])
     monkeypatch.setattr(pfppo, "prompt_order", order_of)
     monkeypatch.setattr(pfppo, "generate", lambda *rest: next(responses))
     monkeypatch.setattr(pfppo, "check_cache", lambda *_: None)  # it samples too
     with pytest.raises(KeyboardInterrupt):
         pfppo.main(args)
-    peer, ours = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("peer", "ours")
-    )
-    assert len(peer) == len(ours) == 4
-    for tag in peer[0].keys():
-        expected = pytest.approx([row[tag] for row in peer], rel=1e-3, abs=1e-4)
-        assert [row[tag] for row in ours] == expected, tag
+    ours = read_metrics(tmp_path / "ours")
+    assert len(expected) == len(ours) == 3
+    for tag in expected[0].keys():
+        values = pytest.approx([row[tag] for row in expected], rel=1e-3, abs=1e-4)
+        assert [row[tag] for row in ours] == values, tag
 
 
 def test_another_architecture_and_other_sizes_are_reproduced(llama_world, forks, tmp_path):  # PITFALLS RM-5
@@ -176,7 +178,7 @@ def test_a_wrong_function_is_found(late_update, monkeypatch, name, wrong, tensor
 
 
 def test_a_recorded_nan_fails(late_update):
-    changed, _ = late_update(lambda trace: trace["update_6/kl"][0, 0].fill_(float("nan")))
+    changed, _ = late_update(lambda trace: trace["update_4/kl"][0, 0].fill_(float("nan")))
     assert changed["update_*/kl"] == "FAIL"
 
 
@@ -186,12 +188,12 @@ def test_a_nan_in_recorded_inputs_fails(late_update):
 
 
 def test_an_untested_key_is_reported(late_update):
-    _, untested = late_update(lambda trace: trace.update({"update_6/new": torch.zeros(1)}))
-    assert untested == [("trace_changed.safetensors", "update_6/new")]
+    _, untested = late_update(lambda trace: trace.update({"update_4/new": torch.zeros(1)}))
+    assert untested == [("trace_changed.safetensors", "update_4/new")]
 
 
 def test_a_query_that_no_text_gives_fails(late_update):
-    changed, _ = late_update(lambda trace: trace["update_6/queries"][0, -1].fill_(38))
+    changed, _ = late_update(lambda trace: trace["update_4/queries"][0, -1].fill_(38))
     assert changed["update_*/queries"] == "FAIL"
 
 
@@ -366,7 +368,8 @@ WORDS = {  # what a shell fills in, the longer ones first
     "$ROOT/$TASK/reward_$SEED/model": "$TMP/reward",
     "$ROOT/recorded_reward_model": "$TMP/reward",
     "$LABELS": f"{SHARED}/labels.json",
-    "$BOOKS": f"{SHARED}/queries.jsonl",
+    "$BOOKS": "$TMP/queries.jsonl",
+    "$WORLD/queries.jsonl": "$TMP/queries.jsonl",
     "$ROOT/$TASK": "$TMP/run",
     "{output_dir}": "$TMP/run",
     "{seed}": "1",
@@ -398,6 +401,8 @@ def test_scripts_parse_and_their_flags_exist(path):  # PITFALLS SYS-12
 @pytest.mark.parametrize("path", COMMANDS)
 def test_commands_pass_a_dry_run_on_local_files(path, tmp_path, capsys):  # PITFALLS SYS-12
     import_reference.main(SHARED, tmp_path / "reward")
+    queries = (SHARED / "queries.jsonl").read_text().splitlines(keepends=True)[:512]
+    (tmp_path / "queries.jsonl").write_text("".join(queries))
     for name, flags in launch_lines(ROOT / "benchmark" / path).items():
         for word, local in WORDS.items():
             flags = [flag.replace(word, local).replace("$TMP", str(tmp_path)) for flag in flags]

@@ -35,15 +35,32 @@ SMOOTH = dict(eps=0.1, lr=0.05)  # with a tiny epsilon Adam turns rounding of a 
 
 
 @pytest.fixture
-def train(world, tmp_path):
-    """train(output_dir, **changes) -> (metrics, reward model as PPO loads it): all of main, in this process."""
+def train(world, tmp_path, unchecked):
+    """train(output_dir, **changes) -> (metrics, reward model as PPO loads it): all of main, in this process, by
+    itself without normalisation."""
 
     def start(output_dir: str = "run", **changes):
+        changes = dict(normalize_before=False, normalize_after=False) | changes
         rm.main(rm.Args(**rm_settings(world, tmp_path / output_dir, **changes)))
-        model = pf.load_reward_model(str(tmp_path / output_dir / "model")).eval()
-        return read_metrics(tmp_path / output_dir), model
+        return finished(tmp_path / output_dir)
 
     return start
+
+
+def finished(folder: Path) -> tuple[list[dict], rm.RewardModel]:
+    return read_metrics(folder), pf.load_reward_model(str(folder / "model")).eval()
+
+
+NORMALIZE = dict(normalize_before=True, normalize_after=True)
+
+
+@pytest.fixture(scope="module")
+def normalised(world, tmp_path_factory):
+    """(metrics, unbounded model) of a run that normalises on 400 samples, twice."""
+    folder = tmp_path_factory.mktemp("normalised") / "run"
+    settings = dict(normalize_samples=400, forward_batch_size=400, bound="none", **NORMALIZE)
+    rm.main(rm.Args(**rm_settings(world, folder, **settings)))
+    return finished(folder)
 
 
 def largest_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
@@ -299,14 +316,14 @@ def test_without_sampling_positions_are_counted_from_the_labels_alone(world, tmp
 def test_weights_do_not_depend_on_the_micro_batch_size(train):
     # PITFALLS AVG-1: unequal lengths, 8 labels at once or as 3, 3 and 2
     (_, at_once), (_, parts) = (
-        train(str(size), micro_batch_size=size, normalize_after=False, **SMOOTH) for size in (8, 3)
+        train(str(size), micro_batch_size=size, epochs=1, **SMOOTH) for size in (8, 3)
     )
     assert largest_difference(at_once, parts) < 1e-6
 
 
 def test_gain_is_trained_too_and_bias_has_no_gradient(train):
     # the bias is the same for all K responses
-    metrics, model = train(normalize_after=False, **SMOOTH)
+    metrics, model = train(normalize_before=True, epochs=1, **SMOOTH)
     gain, bias = metrics[0]["normalize_before/gain"], metrics[0]["normalize_before/bias"]
     assert abs(model.reward_gain.item() - gain) > 1e-4 and abs(model.reward_bias.item() - bias) == 0
     last = metrics[-1]
@@ -315,24 +332,24 @@ def test_gain_is_trained_too_and_bias_has_no_gradient(train):
 
 def test_training_learns_the_preference(train, tmp_path):
     write_jsonl(tmp_path / "again.jsonl", PAIRS)
-    settings = dict(epochs=6, lr=3e-3, eval_every=1, eval_data=str(tmp_path / "again.jsonl"))
-    metrics, _ = train(**settings, normalize_before=False)
+    settings = dict(epochs=6, lr=3e-3, eval_every=2, eval_data=str(tmp_path / "again.jsonl"))
+    metrics, _ = train(**settings)
     accuracies = [m["test/accuracy"] for m in metrics if "test/accuracy" in m]
     assert accuracies[0] < 0.85 and accuracies[-1] > 0.95  # .5 is chance
 
 
 def test_held_out_accuracy_counts_every_label_once(train, tmp_path):
     # PITFALLS SYS-4, RM-2: the saved model ranks 11 labels as the log says
-    metrics, model = train(normalize_after=False, normalize_before=False, forward_batch_size=8)
+    metrics, model = train(forward_batch_size=8, epochs=1)
     labels, _ = read(tmp_path / "held.jsonl", HELD_OUT_PAIRS)
     differences = np.array([best - other for best, other in (rewards_of(model, label) for label in labels)])
     assert len(labels) == 11 and metrics[-1]["test/accuracy"] == pytest.approx((differences > 0).mean())
     assert metrics[-1]["test/loss"] == pytest.approx(np.log1p(np.exp(-differences)).mean(), rel=1e-4)
 
 
-def test_normalised_rewards_of_sft_samples_have_mean_0_and_deviation_1(train, world):
+def test_normalised_rewards_of_sft_samples_have_mean_0_and_deviation_1(normalised):
     # PITFALLS RM-3: measured from the saved model on fresh samples of the SFT policy
-    metrics, model = train(normalize_samples=400, forward_batch_size=400, bound="none")
+    metrics, model = normalised
     rows = [{"query_ids": make_tokenizer()(row["prompt"])["input_ids"]} for row in PAIRS]
     args = pf.Args(policy="", reward="", prompts="", response_length=8, forward_batch_size=600)
     generator = torch.Generator().manual_seed(5)
@@ -344,9 +361,9 @@ def test_normalised_rewards_of_sft_samples_have_mean_0_and_deviation_1(train, wo
     assert metrics[-1]["normalize_after/gain"] == pytest.approx(model.reward_gain.item())
 
 
-def test_normalisation_is_checked_on_fresh_samples(train):
+def test_normalisation_is_checked_on_fresh_samples(normalised):
     # PITFALLS RM-3: other samples than those it was set on, before training and after
-    metrics, _ = train(normalize_samples=400, forward_batch_size=400)
+    metrics, _ = normalised
     for line, name in ((metrics[0], "normalize_before"), (metrics[-1], "normalize_after")):
         assert 0.8 < line[f"{name}/check_std"] < 1.2 and abs(line[f"{name}/check_mean"]) < 0.2
         assert abs(line[f"{name}/check_std"] - 1) > 1e-4, "that would be the samples it was set on"
@@ -357,8 +374,8 @@ def test_normalisation_samples_the_prompts_that_are_given(train, tmp_path, spies
     # and the queries of the labels where none are
     seen = spies.on(rm, "sample", lambda out, *_: {tuple(label["query"]) for label in out})
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "zz"}, {"prompt": "yyy"}])
-    train("given", normalize_prompts=str(prompts), epochs=1)
-    train("labels", epochs=1)
+    train("given", normalize_prompts=str(prompts), epochs=1, **NORMALIZE)
+    train("labels", epochs=1, **NORMALIZE)
     tokenizer = make_tokenizer()
     given = {tuple(tokenizer(text)["input_ids"]) for text in ("zz", "yyy")}
     labels = {tuple(tokenizer(row["prompt"])["input_ids"]) for row in PAIRS}
@@ -366,7 +383,7 @@ def test_normalisation_samples_the_prompts_that_are_given(train, tmp_path, spies
 
 
 def test_the_bound_is_what_readers_see_and_changes_nothing_else(train):
-    (_, free), (_, bounded) = (train(bound, bound=bound, epochs=1) for bound in ("none", "tanh"))
+    (_, free), (_, bounded) = (train(bound, bound=bound, epochs=1, **NORMALIZE) for bound in ("none", "tanh"))
     assert largest_difference(free, bounded) == 0 and (free.bound, bounded.bound) == ("none", "tanh")
 
 
@@ -387,7 +404,7 @@ def test_the_preset_runs_on_id_labels(world, tmp_path):
 
 
 def test_the_start_has_no_kl_to_itself(train):
-    metrics, _ = train(kl_samples=8, lr=0.0, eval_every=6, normalize_after=False)
+    metrics, _ = train(kl_samples=8, lr=0.0, epochs=1)
     assert metrics[-1]["train/kl"] == pytest.approx(0, abs=1e-5)
 
 
@@ -396,7 +413,7 @@ def test_skipped_steps_do_not_count_for_tensorflow_epsilon(train, spies, monkeyp
     skipped = iter([True, False, True, False, False, False])
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: next(skipped)))
     steps = spies.on(rm, "adam_epsilon", lambda out, eps, style, step: step)
-    train(adam_style="tensorflow", normalize_before=False, normalize_after=False)
+    train(adam_style="tensorflow")
     assert steps == [1, 1, 2, 2, 3, 4]
 
 
@@ -410,7 +427,7 @@ def test_seconds_per_step_are_those_of_training(train, monkeypatch):
     monkeypatch.setattr(rm, "time", SimpleNamespace(time=lambda: clock[-1]))
     monkeypatch.setattr(rm, "check_finite", slow(check_finite, 2.0))
     monkeypatch.setattr(rm, "evaluate", slow(evaluate, 100.0))
-    metrics, _ = train(eval_every=2, log_every=3, normalize_before=False, normalize_after=False)
+    metrics, _ = train(eval_every=2, log_every=3)
     assert [m["step"] for m in metrics if "test/loss" in m] == [2, 4, 6]
     assert [(m["step"], m["seconds/step"]) for m in metrics if "seconds/step" in m] == [(3, 2.0), (6, 2.0)]
 
@@ -418,13 +435,14 @@ def test_seconds_per_step_are_those_of_training(train, monkeypatch):
 def test_an_evaluation_that_fails_loses_no_step(train, monkeypatch, tmp_path):
     # PITFALLS SYS-9: the last evaluation comes behind the last checkpoint, and may be asked for less memory
     # the second time
-    metrics, model = train("whole", kl_samples=8)
+    settings = dict(kl_samples=8, epochs=1, normalize_after=True)
+    metrics, model = train("whole", **settings)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(rm, "response_logprobs", lambda *args: (_ for _ in ()).throw(MemoryError()))
-        train("failed", kl_samples=8)
-    assert [path.name for path in (tmp_path / "failed/checkpoints").iterdir()] == ["step_000006"]
+        train("failed", **settings)
+    assert [path.name for path in (tmp_path / "failed/checkpoints").iterdir()] == ["step_000003"]
     monkeypatch.setattr(rm, "scheduled_lr", lambda *args: pytest.fail("a step was trained again"))
-    again, resumed = train("failed", kl_samples=8, gradient_checkpointing=True)
+    again, resumed = train("failed", **settings, gradient_checkpointing=True)
     assert timeless(metrics) == timeless(again) and same(model.state_dict(), resumed.state_dict())
 
 
@@ -438,7 +456,7 @@ def test_a_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(train, monkeypa
 
     monkeypatch.setattr(rm, "best_of_k_loss", broken)
     with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.*checkpoint is kept"):
-        train(checkpoint_every=1)
+        train(checkpoint_every=1, epochs=1)
     checkpoint = tmp_path / "run/checkpoints/step_000002"
     assert [checkpoint] == list(checkpoint.parent.iterdir())
     assert all(torch.isfinite(x).all() for x in weights(checkpoint).values())

@@ -30,9 +30,11 @@ SCRIPTS = {"sft": sft, "rm": rm, "pf": pf}
 def trained(name: str, world: Path, folder: Path, **changes) -> Path:
     """The model that a tiny run of a script writes."""
     if name == "pf":
-        settings = tiny_settings(world, folder / name) | dict(total_episodes=16) | changes
+        short = dict(total_episodes=16, noptepochs=1, normalize_reward=False)
+        settings = tiny_settings(world, folder / name) | short | changes
     else:
-        settings = {"sft": sft_settings, "rm": rm_settings}[name](world, folder / name, epochs=1, **changes)
+        short = dict(epochs=1) | (dict(normalize_before=False, normalize_after=False) if name == "rm" else {})
+        settings = {"sft": sft_settings, "rm": rm_settings}[name](world, folder / name, **short, **changes)
     SCRIPTS[name].main(SCRIPTS[name].Args(**settings))
     return folder / name / ("policy" if name == "pf" else "model")
 

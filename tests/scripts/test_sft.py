@@ -28,7 +28,7 @@ import sft_single as sft
 
 
 @pytest.fixture
-def train(world, tmp_path):
+def train(world, tmp_path, unchecked):
     """train(output_dir, **changes) -> (metrics, weights): all of main, in this process."""
 
     def start(output_dir: str = "run", **changes):
@@ -201,7 +201,9 @@ def test_response_logprobs_are_the_log_softmax_of_a_plain_forward(name):
 
 def test_weights_do_not_depend_on_the_micro_batch_size(train, world, smooth):
     # PITFALLS AVG-1: unequal lengths, 8 rows at once, one by one, or as 3, 3 and 2
-    (_, at_once), *others = (train(str(size), micro_batch_size=size, **SMOOTH) for size in (8, 1, 3))
+    (_, at_once), *others = (
+        train(str(size), micro_batch_size=size, epochs=1, eval_data=None, **SMOOTH) for size in (8, 1, 3)
+    )
     for _, other in others:
         assert largest_difference(at_once, other) < 1e-6
     assert largest_difference(at_once, causal_lm("gpt2").state_dict()) > 1e-2
@@ -209,7 +211,7 @@ def test_weights_do_not_depend_on_the_micro_batch_size(train, world, smooth):
 
 def test_the_logged_loss_of_the_first_step_is_that_of_the_start_model(train, tokenizer):
     # PITFALLS AVG-2: the mean over tokens, not over rows or micro-batches
-    metrics, _ = train(epochs=1, batch_size=19)
+    metrics, _ = train(epochs=1, batch_size=19, eval_data=None)
     model, nll, tokens = causal_lm("gpt2"), 0.0, 0
     for row in ROWS:
         query = tokenizer(row["prompt"])["input_ids"]
@@ -223,7 +225,7 @@ def test_the_logged_loss_of_the_first_step_is_that_of_the_start_model(train, tok
 
 def test_nearly_all_weights_move_in_a_small_step(train):
     # PITFALLS SYS-1: float32 weights
-    _, after = train(epochs=1, batch_size=19, lr=5e-7)
+    _, after = train(epochs=1, batch_size=19, lr=5e-7, eval_data=None)
     before = causal_lm("gpt2").state_dict()
     names = [name for name in before if "wte" not in name and "wpe" not in name]
     moved = torch.cat([(after[name] != before[name]).flatten() for name in names])
@@ -232,9 +234,9 @@ def test_nearly_all_weights_move_in_a_small_step(train):
 
 def test_training_lowers_the_loss(train, tmp_path):
     write_jsonl(tmp_path / "again.jsonl", ROWS)
-    metrics, _ = train(epochs=12, lr=3e-3, eval_every=3, eval_data=str(tmp_path / "again.jsonl"))
+    metrics, _ = train(epochs=6, lr=3e-3, eval_every=3, eval_data=str(tmp_path / "again.jsonl"))
     losses = [m["test/loss"] for m in metrics if "test/loss" in m]
-    assert losses[-1] < losses[0] - 0.3 and len(losses) == 12
+    assert losses[-1] < losses[0] - 0.3 and len(losses) == 6
 
 
 # ---------------------------------------------------------------- order, evaluation, schedule, log
@@ -252,7 +254,7 @@ def test_every_row_is_seen_once_per_pass_in_another_order(train, spies):
 
 def test_every_held_out_row_counts_once(train, tmp_path, tokenizer):
     # PITFALLS SYS-4, SYS-5: 11 rows in batches of 4, the mean over their tokens
-    metrics, _ = train()
+    metrics, _ = train(epochs=1)
     model, args = (
         loaded(tmp_path / "run/model"),
         sft.Args(train_data="", eval_data=str(tmp_path / "held_out.jsonl")),
@@ -267,7 +269,7 @@ def test_every_held_out_row_counts_once(train, tmp_path, tokenizer):
 
 def test_the_learning_rate_warms_up_and_ends_at_its_final_fraction(train):
     # linear from 1e-3 to 1e-4 over the 4 steps behind the warm-up
-    metrics, _ = train(warmup_steps=2, final_lr_fraction=0.1, lr_schedule="linear")
+    metrics, _ = train(warmup_steps=2, final_lr_fraction=0.1, lr_schedule="linear", eval_data=None)
     assert [m["train/lr"] for m in metrics] == pytest.approx([5e-4, 1e-3, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4])
 
 
@@ -284,8 +286,8 @@ def test_seconds_per_step_are_those_of_training(train, monkeypatch):
 
 
 def test_log_lines_are_means_over_their_steps(train):
-    single, _ = train("single", log_every=1)
-    metrics, _ = train("mean", log_every=4)
+    single, _ = train("single", log_every=1, eval_data=None)
+    metrics, _ = train("mean", log_every=4, eval_data=None)
     losses = [line["train/loss"] for line in single]
     assert [line["step"] for line in metrics] == [4, 6]
     assert [line["train/loss"] for line in metrics] == pytest.approx(
@@ -301,7 +303,7 @@ def test_from_scratch_weights_come_from_the_seed_and_load_again(train, world, tm
     # PITFALLS SYS-8: tied (GPT-2) and untied (Llama) models; the tokenizer's ids are the model's
     model_config(name, eos_token_id=1, bos_token_id=None).save_pretrained(tmp_path / name)
     settings = dict(model=None, model_config=str(tmp_path / name), tokenizer=str(world / "gpt2"))
-    settings |= dict(epochs=1, batch_size=19, lr=0.0)
+    settings |= dict(epochs=1, batch_size=19, lr=0.0, eval_data=None)
     _, first = train("first", **settings)
     _, again = train("again", **settings)
     _, other = train("other", **settings, seed=2)
@@ -314,13 +316,13 @@ def test_from_scratch_weights_come_from_the_seed_and_load_again(train, world, tm
 def test_an_evaluation_that_fails_loses_no_step(train, monkeypatch, tmp_path):
     # PITFALLS SYS-9: the last evaluation comes behind the last checkpoint, and may be asked for less memory
     # the second time
-    metrics, expected = train("whole")
+    metrics, expected = train("whole", epochs=1)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(sft, "evaluate", lambda *_: (_ for _ in ()).throw(MemoryError))
-        train("failed")
-    assert [path.name for path in (tmp_path / "failed/checkpoints").iterdir()] == ["step_000006"]
+        train("failed", epochs=1)
+    assert [path.name for path in (tmp_path / "failed/checkpoints").iterdir()] == ["step_000003"]
     monkeypatch.setattr(sft, "scheduled_lr", lambda *args: pytest.fail("a step was trained again"))
-    again, found = train("failed", forward_batch_size=3)
+    again, found = train("failed", epochs=1, forward_batch_size=3)
     assert timeless(again)[:-1] == timeless(metrics)[:-1] and same(found, expected)
     assert timeless(again)[-1] == pytest.approx(timeless(metrics)[-1], rel=1e-5)
 

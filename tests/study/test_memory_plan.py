@@ -139,7 +139,7 @@ def test_autocast_copies_of_weights_are_counted():
 
 
 def test_largest_sizes_fit_and_more_do_not():
-    made, room = plan(batch_size=1024, minibatch_size=1024, layers=1), 5e6
+    made, room = plan(batch_size=1024, minibatch_size=1024, layers=1, critic="shared"), 5e6
     for size, rows in mp.largest(made, room).items():
         phases, step = [phase for phase, other in mp.PHASES["pfppo"].items() if other == size], rows // 20
         needs = [
@@ -150,22 +150,26 @@ def test_largest_sizes_fit_and_more_do_not():
 
 
 def test_last_line_says_what_to_lower():
-    made = plan(world=2, layers=1)
-    text = mp.last_line(made, 1e-3)
+    made = plan("sft", world=2, layers=1)
+    text = mp.last_line(made, 1e-4)
     assert "too much" in text and "--shard on more processes" in text and "\n" not in text
     assert mp.last_line(made, 80).endswith("it fits")
 
 
 @pytest.mark.parametrize("script", mp.PHASES)
 def test_every_phase_of_every_script_has_a_row(script):
-    text = mp.report(plan(script, world=2, bf16=True, shard=True, layers=1), 80)
+    sizes = dict(forward_batch_size=4, batch_size=8, micro_batch_size=4)
+    if script == "pfppo":
+        sizes |= dict(batch_size=2, num_responses=4, minibatch_size=8)
+    text = mp.report(plan(script, world=2, bf16=True, shard=True, layers=1, **sizes), 80)
     assert [phase for phase in ("loading", *mp.PHASES[script], "save") if f"| {phase} |" not in text] == []
 
 
 @pytest.mark.parametrize("command", [["benchmark/memory_plan.py"], ["-m", "benchmark.memory_plan"]])
 def test_command_works_as_file_and_as_module(command, forks, tmp_path):
-    model_config("llama").save_pretrained(tmp_path)
-    flags = "--script sft --processes 8 --gpu_gb 80 --shard --query_length 5 --response_length 7".split()
+    model_config("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    flags = "--script sft --processes 2 --gpu_gb 80 --shard --query_length 5 --response_length 7".split()
+    flags += "--forward_batch_size 4 --batch_size 8 --micro_batch_size 4".split()
     command = [*command, "--policy", str(tmp_path), *flags]
     (printed,) = forks("fork_server", "run_command", command, folder=tmp_path / "log")["printed"]
     assert printed.splitlines()[-1].endswith("it fits"), printed
