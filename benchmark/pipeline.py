@@ -154,7 +154,6 @@ def launch(script: str, settings: dict, log: Path, say: Callable | None = None, 
     with log.open("ab", buffering=0) as file:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *flags(settings)],
-            cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -57,7 +57,7 @@ def finished_rows(path: Path) -> list[dict]:
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode().splitlines()]
+    return [json.loads(line) for line in whole.splitlines()]  # of bytes: text also breaks at U+2028
 
 
 def commit() -> str:

@@ -18,6 +18,7 @@ from fractions import Fraction
 from benchmark.evaluation import symbolic
 from benchmark.evaluation.numbers import (
     LONGEST,
+    NOTE,
     NUMBER_START,
     RELATION,
     SEVERAL,
@@ -35,7 +36,7 @@ from benchmark.evaluation.reply import reply
 
 __all__ = ["answers_equal", "evaluate_number", "extract_answer", "gold_of", "verdict"]
 
-EXTRACT_ANSWER_VERSION = 3
+EXTRACT_ANSWER_VERSION = 4
 GOLD_FIELDS = ("gold", "golden", "ans", "answer", "result", "solution")
 
 
@@ -172,7 +173,8 @@ def close(mine, theirs, value):
 
 def as_words(text):
     """A text answer without its clothes: (B), \\text{B} and **B**. are one."""
-    words = re.sub(r"[\s$*`\"']+", "", plain_text(text)).strip(".。:;；").casefold()
+    text = re.sub(r"(?<![\w)}])\*+|\*+(?![\w({\\])", "", text)  # bold, not the power in 2**n
+    words = re.sub(r"[\s$`\"']+", "", plain_text(text)).strip(".。:;；").casefold()
     words = re.sub(r"_\((\w+)\)", r"_\1", words)
     return words[1:-1] if re.fullmatch(r"\(\w+\)", words) else words
 
@@ -190,12 +192,14 @@ QUESTION = re.compile(
     re.M,
 )
 ANSWERED = re.compile(r"####|\\boxed|\banswer\b|答|=[^=\n]*\d|\d[^\n]*\s*(?:```\s*)?\Z", re.I)
+RESTATED = re.compile(r"[\s*#>]*(?:given|problem|question|题目|问题|已知)\b", re.I)  # its task, once more
+SOLVED = re.compile(r"####|\\boxed|\banswer\b|\bsolution\b|答|解", re.I)
 STATED = re.compile(r"(?:####\s*|answer is:?\s*|答案(?:是|为|[:：])\s*)\S*\d[^\n]{0,40}\n\s*\n", re.I)
 BOXED = re.compile(r"\\boxed\{[^\n]{1,60}\}[^\n]{0,20}\n\s*\n")
 ASKED = re.compile(r"\d[^?？]*\bhow (?:many|much|long|far|old)\b[^?？]*[?？]", re.I)
 TAGGED = re.compile(r"[<\[](answer|final_answer)[>\]](.*?)(?:[<\[]/\1[>\]]|\Z)", re.S | re.I)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-JOINED = re.compile(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*")
+JOINED = re.compile(r"[\s$\\)(]*(?:,|and|or|和|或|、)+[\s$\\)(]*([A-Za-z]\s*=\s*)?")
 MARK = re.compile(
     r"(?<![A-Za-z])(?:answers?|correct (?:option|choice))\b"
     r"[^.?\n:：=]{0,60}?(?:\b(?:is|are|was|be|equals|equal to)\b|[:：=])"
@@ -221,7 +225,8 @@ EXPRESSION = re.compile(r"\\|[±√π∞]|\$?[A-Za-z]\s*(?:[<>≤≥^²³]|\\[lg
 ASSIGNED = re.compile(r"\$?\s*[A-Za-z]\w{0,12}\s*(?:\(\w{0,3}\)\s*)?[=≈]\s*")
 MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 GOES_ON = re.compile(  # a number that is the beginning of an expression
-    r"\s*(?:[-+*^]\s*[\\A-Za-z(]|/\s*(?:[\\(]|[A-Za-z]\b)|±)|[(,][^\s\u4e00-\u9fff]|_[\d({]"
+    r"\s*(?:[-+*^]\s*[\\A-Za-z(]|\*\*(?:[\\A-Za-z]|\([\w+-]+\))|/\s*(?:[\\(]|[A-Za-z]\b)|±)"
+    r"|[(,][^\s\u4e00-\u9fff]|_[\d({]"
 )
 NOT = re.compile(r"\s*(?:not\b|n't\b|不是)")
 INSTEAD = re.compile(r"\bbut\b|\brather\b|而是")
@@ -250,7 +255,9 @@ NUMBER_WORDS = re.compile(
 SENTENCE = re.compile(r"(?<=[.!?])(?<!i\.e\.)(?<!e\.g\.)\s+|(?<=[。！？；;])")
 ASIDE = re.compile(
     r"\s*(?:\(.*\)|（.*）|\[.*\]|(?:[*_#\s]*(?:note|check|verif|confidence)|注|检验|验算).*"
-    r"|(?:let.s |let me |we can |to )?(?:verify|double[- ]check)\b.*)\s*\Z",
+    r"|(?:let.s |let me |we can |to )?(?:verify|double[- ]check(?:ing)?)\b.*"
+    r"|(?:would you like|do you want|let me know|feel free|(?:I )?hope this|ask me)\b.*"
+    r"|if you\b.*\b(?:let me know|ask|I can)\b.*|如果[你您].*问题.*)\s*\Z",
     re.I,
 )
 REVOKED = re.compile(
@@ -285,9 +292,10 @@ def extract_answer(text):
 def up_to_next_question(text):
     """A text without the questions that the model goes on to ask itself: below a heading such as `Question:`,
     or in the paragraph behind one that ends in the answer."""
+    answered = SOLVED if RESTATED.match(text) else ANSWERED
     for question in QUESTION.finditer(text):
         before = text[: question.start()]
-        if ANSWERED.search(before[-2000:]):
+        if answered.search(before[-2000:]):
             text = before
             break
     for stated in STATED.finditer(text):
@@ -308,10 +316,11 @@ def last_box(text):
         if start < 0:
             break
         inner, after = braced(text, BOX.match(text, start).end())
-        if content and not JOINED.fullmatch(text, after, place):
+        link = JOINED.fullmatch(text, after, place) if content else None
+        if content and not link:
             break
         if inner.strip(" $\\,"):
-            content = inner + text[after:place] + content if content else inner
+            content = inner + link[0].removesuffix(link[1] or "") + content if content else inner
             place = start
         end = start
     return place, content
@@ -396,6 +405,8 @@ def direct(tail):
     tail = tail[FILLER.match(tail).end() :]
     if (choice := CHOICE.match(tail.split("\n")[0])) and re.match(r"\)|[.:]\s", tail[choice.end(1) :]):
         return choice[0].strip()
+    if reason := re.match(r"([A-J]),?\s+(?:because|since)\b", tail):
+        return reason[1]
     if re.match(r"(?:\$|\\\(|\\\[)?\\boxed", tail):
         return last_box(tail.split("\n")[0])[1]
     plain = plain_text(tail)
@@ -459,6 +470,8 @@ def number_of_sentence(sentence, before):
             return plain
         if answer := direct(plain[relations[-1].end() :]):
             return answer
+    said = NOTE.sub("", plain)  # 160 minutes (2 hours and 40 minutes)
+    plain = said if re.search(r"\d", said) else plain
     groups = []  # of connected numbers: (start, end, value of a number alone)
     for start, number in numbers_in(plain):
         if not groups or start >= groups[-1][1]:
@@ -497,7 +510,10 @@ def last_number(text):
     ]
     if bold:
         return bold[-1]
-    sentence = [each for each in SENTENCE.split(line) if re.search(r"\d", each)][-1]
+    sentences = [each for each in SENTENCE.split(line) if re.search(r"\d", each)]
+    while len(sentences) > 1 and ASIDE.match(sentences[-1][:1000]):
+        sentences.pop()
+    sentence = sentences[-1]
     if DENIED.search(sentence):
         return ""
     maths = list(MATHS.finditer(sentence))

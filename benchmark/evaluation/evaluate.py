@@ -744,7 +744,7 @@ def main(args):
         flat = iter(
             reward_scores(
                 args.reward_model,
-                [problem.prompt for problem, _ in pairs],
+                [prompt_of(problem, args.prompt_style) for problem, _ in pairs],
                 [text for _, text in pairs],
                 args.batch_size,
                 args.device,

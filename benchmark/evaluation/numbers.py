@@ -19,7 +19,9 @@ WIDE = str.maketrans(
     "0123456789.,%()+-=:/*$¥:----*/***:<>[]{}^    ",
 )
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-SPACING = re.compile(r"\\(?:left|right|displaystyle|textstyle|limits|[bB]ig+[lr]?|[,;:> ]|q?quad\b)|~")
+SPACING = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|limits|[bB]ig+[lr]?|[,;:> ]|q?quad\b|(?:bf|rm)\b(?!\s*\{))|~"
+)
 TEXT = re.compile(
     r"\\(?:text|mathrm|mathbf|mbox|textbf|textit|operatorname|mathit|rm|underline|boldsymbol|bm)"
     r"\s*\{([^{}]*)\}"
@@ -113,7 +115,8 @@ FACTORS = {
 }
 FACTORS = {word: 10**n for word, n in {**FACTORS, "百": 2, "千": 3, "万": 4, "亿": 8}.items()}
 FACTOR = re.compile(
-    r"\s*(?i:hundred|thousand|lakh|million|crore|billion|trillion)s?(?![A-Za-z])|[kK](?![A-Za-z])"
+    r"\s*(?i:hundred|thousand|lakh|million|crore|billion|trillion)s?(?![A-Za-z])"
+    r"|[kK](?![A-Za-z(]|\s*[-+*]\s*[\d(])"  # not the k of 2k + 2
     r"|\s*(?:百(?!分)|千(?![克米瓦卡])|万|亿)"
 )
 CODE = r"(?:USD|EUR|RMB|CNY|Rs\.?)"
@@ -172,7 +175,9 @@ def power_at(text, at, depth):
     if not sign or sign[1] != "**":
         return base
     exponent = signed_at(text, sign.end(), depth + 1)
-    if not exponent or exponent.value.denominator > 1 or abs(exponent.value) > 64 or abs(base.value) > 10**9:
+    if not exponent:
+        return base  # **18** in bold
+    if exponent.value.denominator > 1 or abs(exponent.value) > 64 or abs(base.value) > 10**9:
         return None
     return Number(base.value ** int(exponent.value), exponent.end)
 
@@ -275,12 +280,18 @@ def chinese_number(text):
 RELATION = re.compile(r"(?<![<>!≤≥])[=≈](?!=)")
 SEVERAL = re.compile(r"\d.*(?:\bor\b|\band\b|或者?|和|[,;、])\s*\$?[A-Za-z]\w*\s*$", re.S)  # x = 1 or x = 2
 VARIABLE = re.compile(
-    r"\s*(?:[xyznkabcijpqruvw]\b(?!\s+\w|\.m\b)|[xyz]+\b|\\|[π√∞])"
-)  # 5x, 3\sqrt2: no number with a unit
+    r"\s*(?:[xyznkabceijpqruvw]\b(?!\s+\w|\.m\b)|[xyz]+\b|\\|[π√∞]"
+    r"|\(\s*\d*[A-Za-z]\s*[-+]\s*(?![A-Za-z]{2}))"
+)  # 5x, 3\sqrt2, 2(x - 1): no number with a unit
 UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\s*\*\*\s*)?(?:\(-?[123]\)|-?[123²³])(?!\d)")
-NOTE = re.compile(r"\([^()]*[A-Za-z\u4e00-\u9fff][^()]*\)")
-BOLD = re.compile(r"\*\*(?=\D|$)|(?<=\s)\*\*|^\*\*|[`\"]")
+NOTE = re.compile(  # words, not the sum in 2(x + 1)
+    r"\((?:(?=[^()]*[A-Za-z])[^()\\*+-]*|[^()\\]*(?:[A-Za-z]{3}|[\u4e00-\u9fff])[^()\\]*)\)"
+)
+BOLD = re.compile(  # not the power of 10**(-5)
+    r"(?<![\w)}])\*\*|\*\*(?!\d|-\d|\((?!\s*[A-Za-z]{3}|[\u4e00-\u9fff]))|[`\"]"
+)
 MATHS_BEFORE = re.compile(r"[\\*/^_<>|±√≤≥]|[-+]\s*$|[(\[]\s*$")
+TERM_BEFORE = re.compile(r"(?:(?<![A-Za-z])[A-Za-z]|[xyz]{2}|[)!])\s*$")  # of - 5: x - 5 is no number
 MATHS_AFTER = re.compile(r"[\\\d*^<>|±√≤≥]|[-+/]\s*[(\\]|^\s*(?:[-+]|/(?!\s*[A-Za-z]{2}))|^[!_]")
 
 
@@ -302,6 +313,7 @@ def read(text):
         if found:
             before, after = side[: start.start()], UNIT_POWER.sub("", NOTE.sub("", side[found.end :]))
             alone = not MATHS_BEFORE.search(before) and not MATHS_AFTER.search(after)
+            alone &= side[start.start()] not in "+-" or not TERM_BEFORE.search(before)
             return found if alone and not VARIABLE.match(side, found.end) else None
     return None
 

@@ -12,7 +12,8 @@ answer:
    <code>, and the text between those. In each: the program that it begins with, the continuation of the
    prompt (indented as the prompt's body) up to where it stops being one, a program further down. A block that
    is introduced as a correction or as the complete code comes first, one that is introduced as a mistake last
-   but one, one that holds only a stub last.
+   but one, one that holds only a stub last. One that does not return yet yields to the first that goes
+   on with its lines and returns.
 3. The same blocks as a continuation that lost its indentation; the fenced blocks joined.
 4. The text in other transports: inline code, a session of the interpreter, numbered lines, a diff, strings of
    JSON, HTML.
@@ -50,7 +51,7 @@ from benchmark.evaluation.pieces import (
 from benchmark.evaluation.reply import reply
 from benchmark.grading import leetcode
 
-EXTRACT_CODE_VERSION = 3
+EXTRACT_CODE_VERSION = 4
 
 FENCE = re.compile(r"^(?P<before>[^`~]*)(?P<mark>```+|~~~+)(?P<info>[^`~]*)$")
 NAMES = "PYTHON|BEGIN|END|CODE|code|ANSWER|SOLUTION|RESPONSE|TESTS?|INST"
@@ -76,10 +77,10 @@ CORRECTION = re.compile(
     r"\bcorrection\b|(?<!not )(?<!not the )(?<!not a )"
     rf"\b(?:fixed|corrected|correct|revised|updated|final|right) (?:{PROGRAM}|answer|way|one)\b"
     rf"|\b(?:complete|full|entire|whole) {PROGRAM}\b|\ball together\b|\bthe fix\b"
-    r"|\bfix(?:es|ed|ing) (?:the|this|that|it)\b"
+    r"|\bfix(?:es|ed|ing) (?:the|this|that|it)\b|\b(?:fixed|corrected)\W*:\W*\Z"
     r"|\b(?:bug|mistake|error|issue)s? (?:\w+ )?fixed\b|\boops\b|\bapologi[sz]e\b"
     r"|\b(?:let me|let.s|I.ll|I will|we (?:should|need to|must)) (?:just )?"
-    r"(?:fix|correct|rewrite|redo|revise|(?:try|start) (?:(?:this|that|it) )?(?:again|over))\b",
+    r"(?:fix|correct|rewrite|redo|revise|adjust|(?:try|start) (?:(?:this|that|it) )?(?:again|over))\b",
     re.I,
 )
 WITHDRAWN = re.compile(  # said of the program above
@@ -337,7 +338,8 @@ def whole(context, text, runs=None):
         defining = [piece for piece in run if context.root in piece.binds]
         if defining:
             pool = [piece for other in runs if other is not run for piece in other]
-            return Found(run, pool, rank=STUB * is_stub(defining[-1], context.root))
+            only = all(piece.imports for piece in defining)  # perhaps a test's `from solution import f`
+            return Found(run, pool, rank=STUB * is_stub(defining[-1], context.root) or MISTAKEN * only)
     return None
 
 
@@ -394,6 +396,8 @@ def find(context, text):
     good = [found for found in programs if found.rank < STUB]
     if good:
         best = corrected[-1] if corrected else min(good, key=lambda found: found.rank)
+        grown = [found for found in good if returns(found) and grows(best, found, context.root)]
+        best = grown[0] if grown and not returns(best) else best
         return joined(context, blocks) or best if best.body and not returns(best) else best
     return body_without_indentation(context, blocks) or joined(context, blocks) or next(iter(programs), None)
 
@@ -414,6 +418,12 @@ def returns(found):
         for statement in piece.nodes
         for node in ast.walk(statement)
     )
+
+
+def grows(first, later, root):
+    """Whether a later program begins with all lines of the first, which a model wrote step by step."""
+    texts = [[piece.source for piece in found.own if root in piece.binds][-1] for found in (first, later)]
+    return texts[1].startswith(texts[0] + "\n")
 
 
 def body_without_indentation(context, blocks):

@@ -41,7 +41,7 @@ import transformers
 import pfppo_single as pfppo
 from benchmark import r2, records
 from benchmark.evaluation import programs
-from benchmark.recipes.steps import Step, run_steps
+from benchmark.recipes.steps import Step, keep_settings, run_steps
 from benchmark.rewards import oracle
 from pfppo_single import Count
 
@@ -428,6 +428,8 @@ def main(args: Args) -> None:
     if args.dry_run:
         return run_steps(steps_of(args, folder, line_end(tokenizer)), args.launcher, folder, dry_run=True)
 
+    free = "output_dir methods rewards seeds updates batch_size launcher dry_run keep_checkpoints"
+    keep_settings(folder, args, free.split())
     data.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         records.write_rows(data / f"{split}.jsonl", rows)

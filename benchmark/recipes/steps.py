@@ -4,7 +4,9 @@ A step's command is a line for the shell, so that everything a recipe does can b
 prints the lines and checks every flag of them. Seconds and memory of each step go to `steps.jsonl`.
 """
 
+import dataclasses
 import importlib
+import json
 import os
 import shlex
 import shutil
@@ -56,6 +58,20 @@ class Step:
         return pfppo.parse_args(script.Args, flags(self.settings))
 
 
+def keep_settings(folder: Path, args, free: list[str]) -> None:
+    """Refuses a folder whose data were made with other settings; those in `free` do not touch data."""
+    new = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    file = folder / "recipe.json"
+    old = json.loads(file.read_text()) if file.is_file() else new
+    other = [
+        f"{name} ({old.get(name)!r} there, {new[name]!r} here)" for name in new if old.get(name) != new[name]
+    ]
+    where = f"--output_dir {folder} holds another run"
+    pfppo.refuse((other != [], f"{where}: {', '.join(other)}; name a new folder or delete this one"))
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_json(file, new)
+
+
 def run_step(step: Step, launcher: str, folder: Path) -> None:
     """Runs a step in the repository's root; its lines go to the console and to folder/NAME.log. Ends with the
     script's own last line when it fails."""
@@ -65,12 +81,11 @@ def run_step(step: Step, launcher: str, folder: Path) -> None:
         "-m",
         "accelerate.commands.launch",
         *shlex.split(launcher),
-        *step.target(),
+        *(word if "." in step.module else str(records.ROOT / word) for word in step.target()),
     ]
     with log.open("ab", buffering=0) as file:
         process = subprocess.Popen(
             [*command, *flags(step.settings)],
-            cwd=records.ROOT,
             env={**os.environ, **QUIET},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -39,7 +39,7 @@ from transformers import AutoTokenizer
 
 import pfppo_single as pfppo
 from benchmark import records
-from benchmark.recipes.steps import Step, run_steps
+from benchmark.recipes.steps import Step, keep_settings, run_steps
 from pfppo_single import Count, Share, Whole
 
 # The original's settings: devjwsong/gpt2-instruction-tuning-rlhf-pytorch@07df48e, exec_*.sh
@@ -371,6 +371,8 @@ def main(args: Args) -> None:
     transformers.logging.disable_progress_bar()
     folder = Path(args.output_dir)
     tokenizer = load_tokenizer(args)
+    free = "output_dir updates micro_batch_size eval_prompts launcher keep_checkpoints dry_run"
+    keep_settings(folder, args, free.split())
     counts = folder / "data/counts.json"
     sizes = json.loads(counts.read_text())["rows"] if counts.is_file() else None
     sizes = sizes or make_data(args, tokenizer, folder / "data")

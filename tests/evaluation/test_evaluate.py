@@ -696,6 +696,21 @@ def test_sampling_and_best_of_n(tiny, tmp_path):
     assert len(texts) == 15 and len(set(texts)) > 5
 
 
+def test_best_of_n_scores_what_the_model_was_asked(tmp_path, monkeypatch):
+    """The instruction as messages under --prompt_style chat, the bare prompt else."""
+    seen = []
+    monkeypatch.setattr(
+        evaluate, "reward_scores", lambda folder, prompts, *rest: seen.extend(prompts) or [0.0]
+    )
+    data = write_lines(tmp_path / "data.jsonl", [{"task_id": "a", "question": "1 + 1?", "answer": "2"}])
+    samples = write_lines(tmp_path / "samples.jsonl", [{"task_id": "a", "completion": "2"}])
+    given = dict(task="gsm8k", data=data, samples=samples, reward_model="rm")
+    for style in ("chat", "completion"):
+        main(Args(**given, prompt_style=style, output_dir=str(tmp_path / style)))
+    [[turn], bare] = seen
+    assert turn["role"] == "user" and turn["content"].startswith("1 + 1?\n") and bare.startswith("Question: ")
+
+
 def test_best_of_n_takes_the_response_of_highest_reward():
     class Graded:
         verdicts = {

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -396,6 +397,76 @@ def test_math_verify_decides_what_is_no_number():
         r"\sqrt{8}", r"3\sqrt{2}"
     )
     assert answers.answers_equal("(x+1)^2", "x^2+2x+1") and not answers.answers_equal("2x", "2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2(x+1)", r"4\left(x + 5\right)(x-5)", "3(x+y)", "x + 5", "2k+2", "2k(k+1)", "2e", "2^{n}", "-2(x-1)"],
+)
+def test_an_expression_with_a_letter_is_no_number(text):
+    """2(x+1) was once read as 2, a sum as its last term, 2k as two thousand."""
+    assert numbers.read(text) is None
+
+
+def test_a_number_with_words_behind_it_is_one():
+    for text in (
+        "160 (2 hours + 40 minutes)",
+        "$160 (each)",
+        "160（分钟，即2小时40分）",
+        r"{\bf 160}",
+        "$0.16k (net)",
+    ):
+        assert numbers.read(text).value == 160, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It takes 160 minutes (2 hours and 40 minutes).",
+        "答案：160分钟（即2小时40分）",
+        "So it takes 160 minutes. Let me know if step 2 is unclear.",
+        "So it takes 160 minutes.\n\nWould you like to see it with 3 files?",
+        "So it takes 160 minutes.\n\nDouble-checking: 160 - 40 = 120.",
+        "所以要160分钟。\n\n如果你还有其他问题（比如第2题），请提问！",
+    ],
+)
+def test_what_follows_the_answer_is_not_the_answer(text):
+    assert numbers.read(answers.extract_answer(text)).value == 160
+
+
+def test_powers_are_not_bold():
+    assert numbers.read("2*10**-5").value == numbers.read(r"2\times10^{-5}").value == 2 * Fraction(1, 10**5)
+    assert not answers.answers_equal("2n", "2^n") and answers.answers_equal("**2n**", "2n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is **18**, not 20.",
+        "The answer is **18** dollars, from 9 eggs at 2 dollars.",
+        "The answer is **18**!",
+        "答案：**18**（9个鸡蛋，每个2元）",
+    ],
+)
+def test_an_answer_in_bold_ends_where_the_bold_ends(text):
+    assert answers.verdict(text, "18")["passed"]
+
+
+def test_the_task_that_a_model_repeats_first_is_not_one_it_asks_itself():
+    for text in (
+        "### Problem\n16 eggs.\n### Question\nDollars?\n### Solution\n9 * 2 = 18\n### Answer\n18",
+        "Given:\n- eggs = 16\n\nTask: find dollars.\n\n9 * 2 = 18 dollars.",
+        "Question: dollars?\nSolution: 9 * 2 = 18\n\nQuestion: Tom has 5 and 3. How many?\nAnswer: 8",
+    ):
+        assert answers.verdict(text, "18")["passed"]
+
+
+def test_a_letter_with_its_reason_is_a_choice():
+    assert answers.verdict("The best answer is A because B has 2 flaws.", "A")["passed"]
+
+
+def test_two_solutions_in_boxes_of_their_own():
+    assert answers.extract_answer(r"$x = \boxed{1}$ and $x = \boxed{2}$.") == "1$ and $2"
 
 
 DIFFERING = {  # kinds of the table in ANSWERS.md

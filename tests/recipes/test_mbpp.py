@@ -137,6 +137,10 @@ def test_too_few_solved_problems_are_refused(settings, monkeypatch):
     monkeypatch.setitem(mbpp.SAMPLING, "response_length", 3)
     with pytest.raises(SystemExit, match="0 train problems are solved sometimes.*raise --samples"):
         mbpp.main(mbpp.Args(**settings, rewards=("tests",), samples=2))
+    with pytest.raises(
+        SystemExit, match=r"holds another run: samples \(2 there, 3 here\); name a new folder"
+    ):
+        mbpp.main(mbpp.Args(**settings, rewards=("tests",), samples=3))  # the old samples were taken, unsaid
 
 
 def test_methods_are_compared_on_the_same_problems_rewards_and_seeds():

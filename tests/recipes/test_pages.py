@@ -51,6 +51,16 @@ def test_commands_are_taken(tmp_path):
         pf.check_args(pf.parse_args(pf.Args, flags), int(re.search(r"--num_processes (\d+)", block)[1]))
 
 
+def test_the_command_after_trls_sets_what_differs_by_default():
+    rows = [row for row in table_rows(PAGE) if re.search(r"by default, \S+ in TRL", row[-1])]
+    differing = {re.search(r"--(\w+)", row[1])[1] for row in rows} - {
+        "gradient_checkpointing"
+    }  # memory alone
+    command = PAGE.partition("The same algorithm here")[2].partition("\n\nOpenRLHF")[0]
+    assert differing == {"temperature", "kl_coef", "lr_schedule", "eps"}
+    assert not differing - set(re.findall(r"--(\w+)", command))
+
+
 def test_every_flag_of_the_others_has_a_line():
     trl, _, openrlhf = PAGE.partition("## OpenRLHF")
     named = {name for row in table_rows(trl) for name in re.findall(r"`(\w+)`", row[0])}

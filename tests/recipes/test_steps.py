@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from in_process import run_in_process
 
+from benchmark import pipeline
 from benchmark.recipes.steps import Step, run_step, run_steps
 
 
@@ -38,6 +40,25 @@ def test_a_step_whose_output_is_there_is_skipped(tmp_path, monkeypatch, capsys):
     (tmp_path / "policy").mkdir()
     run_steps([step(tmp_path)], "", tmp_path, dry_run=False)
     assert ran == [] and "there already" in capsys.readouterr().out
+
+
+def test_paths_are_those_of_the_callers_folder(tmp_path, monkeypatch):
+    """From any folder: relative paths were once looked for in the repository."""
+    seen = []
+
+    def look(command, **settings):
+        seen.append((settings.get("cwd"), next(word for word in command if word.endswith("_single.py"))))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", look)
+    for start in (
+        lambda: run_step(step(tmp_path), "", tmp_path),
+        lambda: pipeline.launch("sft_single.py", {}, tmp_path / "x.log"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    assert [cwd for cwd, _ in seen] == [None, None] and all(Path(script).is_file() for _, script in seen)
+    assert all(Path(script).is_absolute() for _, script in seen)
 
 
 def test_a_step_that_fails_ends_with_the_scripts_own_line(tmp_path, monkeypatch):

@@ -135,6 +135,10 @@ def test_published_settings_reach_the_commands(settings, capsys, monkeypatch):
     assert "--total_episodes 80 " in br  # 24 prompts: one update of 16 x 5
     assert "--epochs 1 --batch_size 16 --lr 1e-05" in dpo and "--beta 0.1" in dpo
     assert "prompts whose completions tie" not in out and "24 ppo_train" in out
+    with pytest.raises(SystemExit, match=r"holds another run: limit \(0 there, 30 here\)"):
+        uf.main(
+            uf.Args(**settings, dry_run=True, query_length=64, response_length=64, sft_share=0.4, limit=30)
+        )
 
 
 def test_english_needs_a_package_and_says_so(settings, monkeypatch):

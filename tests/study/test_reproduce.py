@@ -362,6 +362,13 @@ def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
     assert [line["method"] for line in records.finished_rows(path)] == ["br", "bw"]
 
 
+def test_a_line_separator_in_a_text_ends_no_row(tmp_path):
+    """evaluate.py writes texts as they are; U+2028 in one kept a run from going on."""
+    row = {"task_id": "a", "completion": "one\u2028two\x85"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert records.finished_rows(tmp_path / "samples.jsonl") == [row]
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     held = reproduce.lock(tmp_path)
     with pytest.raises(SystemExit, match="another run"):
