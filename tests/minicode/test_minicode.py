@@ -281,7 +281,7 @@ def test_garbage_fails():
 def test_looping_and_greedy_programs_fail_alone_and_soon(
     monkeypatch,
 ):  # PITFALLS EX-5: `v ** v` once ran 20 s
-    monkeypatch.setattr(grade, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(grade, "CPU_SECONDS", 0.1)
     row = problem([[7, 8, 9]], [[7, 8, 9]])
     hostile = [
         "    while True:\n        pass",
