@@ -1,5 +1,6 @@
 """The main job: its sizes, its progress line, its errors in one line, and what it shows at the end."""
 
+import re
 import signal
 import sys
 import time
@@ -208,7 +209,7 @@ def test_what_a_job_begins_ends_with_it(work, forks, tmp_path):
     code = f"{IMPORTS}os.chdir({str(tmp_path)!r}){work}"
     answer = forks("fork_server", "run_code", code, folder=tmp_path / "job")
     assert answer["codes"] == [-signal.SIGKILL], answer["printed"]
-    worker = int(answer["printed"][0].split()[-1])
+    worker = int(re.search("^began ([0-9]+)$", answer["printed"][0], re.M)[1])
     for _ in range(200):
         if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
             return
