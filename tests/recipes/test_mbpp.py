@@ -98,6 +98,7 @@ def test_small_runs_every_stage_and_goes_on(settings, monkeypatch, tmp_path):
     assert (out / "samples.md").read_text().count("## MBPP") == 4
     assert not (out / "tests_br_1/checkpoints").exists() and (out / "tests_br_1/policy").is_dir()
     ran.clear()
+    monkeypatch.setattr(mbpp, "draw_curves", lambda *_: None)
     mbpp.main(mbpp.Args(**settings, small=True, methods=("br",)))
     assert ran == []
 

@@ -48,7 +48,7 @@ def settings(world, tmp_path_factory):
         common |= dict(micro_batch_size=4, query_length=32, log_every=4, eval_every=3, checkpoint_every=2)
         if script == "rm_single":
             common |= dict(normalize_before=True, normalize_samples=8, kl_samples=4, adam_style="tensorflow")
-        return common | dict(response_length=8 if script == "rm_single" else 24)
+        return common | dict(response_length=6 if script == "rm_single" else 24)
 
     settings.path = [folder]
     return settings

@@ -92,13 +92,13 @@ def launched(world, tmp_path_factory, forks):
             dying = {"name": f"{name}_resumed", "settings": settings, "dies_at": RESUMED[name]}
             runs.append({**runs[-1], **dying})
     half = {**cases["ppo"]["settings"], "shard": True, "lr": 5e-7, "eps": 1e-8, "noptepochs": 1}
-    half |= {"total_episodes": 8, "eval_prompts": None}
+    half |= {"total_episodes": 8, "eval_prompts": None, "normalize_reward": False}
     runs.append(dict(name="half", script="pfppo", settings=half, precision="bf16"))
     one_unit = {**cases["sft"]["settings"], "model": str(world / "gpt2"), "shard": True, "epochs": 1}
     runs.append(dict(name="one_unit", script="sft", settings=one_unit, watch=["one_unit"]))
     answer = forks("shard_driver", "main", runs, str(folder), folder=folder / "log", processes=2, path=path)
 
-    three = {**cases["ppo_shared"]["settings"], "policy": str(world / "gpt2"), "critic": "separate"}
+    three = {**cases["ppo_shared"]["settings"], "critic": "separate"}
     three |= {"batch_size": 3, "minibatch_size": 6, "total_episodes": 12}
     runs = [dict(name="other", script="sft", settings={**cases["sft"]["settings"], "shard": True})]
     runs[0]["output"] = "sft_shard"

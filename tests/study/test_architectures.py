@@ -13,7 +13,9 @@ NAMES = ("llama", "gemma3n_text", "mamba")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    architectures.main(architectures.Args(output_dir=str(folder), only=NAMES, seconds=60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(architectures, "LENGTH", 3)
+        architectures.main(architectures.Args(output_dir=str(folder), only=NAMES, seconds=60))
     return folder
 
 

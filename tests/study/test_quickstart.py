@@ -1,6 +1,7 @@
 """The main job: its sizes, its progress line, its errors in one line, and what it shows at the end."""
 
-import subprocess
+import re
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -181,27 +182,34 @@ def test_a_run_that_fails_ends_the_job(lanes):
     assert "test_br" not in lanes.ran
 
 
+IMPORTS = """
+import os, signal
+from pathlib import Path
+from benchmark import pipeline, workers
+
+def say(line):
+    if str(line).isdigit():
+        print("began", line, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 WORKER = """
-pool = workers.start(1)
-print(pool.submit(os.getpid).result(), flush=True)
-time.sleep(60)
+from multiprocessing import forkserver
+forkserver.set_forkserver_preload = len  # it would import for seconds
+say(workers.start(1).submit(os.getpid).result())
 """
 SCRIPT = """
-folder = pathlib.Path(sys.argv[1])
-(folder / "sleeper.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-pipeline.launch(str(folder / "sleeper.py"), {}, folder / "x.log", lambda line: print(line, flush=True))
+Path("sleeper.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+pipeline.launch(os.path.abspath("sleeper.py"), {}, Path("x.log"), say)
 """
 
 
 @pytest.mark.parametrize("work", [WORKER, SCRIPT], ids=["worker", "script"])
-def test_what_a_job_begins_ends_with_it(work, tmp_path):
+def test_what_a_job_begins_ends_with_it(work, forks, tmp_path):
     # the job is killed as the system kills it: nothing of it can clean up
-    imports = "import os, pathlib, sys, time\nfrom benchmark import pipeline, workers\n"
-    script = imports + "if __name__ == '__main__':" + work.replace("\n", "\n    ")
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pipeline.ROOT) as job:
-        worker = int(next(line for line in job.stdout if line.strip().isdigit()))
-        job.kill()
+    code = f"{IMPORTS}os.chdir({str(tmp_path)!r}){work}"
+    answer = forks("fork_server", "run_code", code, folder=tmp_path / "job")
+    assert answer["codes"] == [-signal.SIGKILL], answer["printed"]
+    worker = int(re.search("^began ([0-9]+)$", answer["printed"][0], re.M)[1])
     for _ in range(200):
         if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
             return
