@@ -122,7 +122,8 @@ def main(args: Args) -> dict:
     pfppo.check_rows(config, queries, "policy", args.response_length)
     is_function = ":" in args.reward
     if not is_function:
-        pfppo.check_reward_model(args.reward, "reward", tokenizer, queries, args.response_length)
+        size = config.get_text_config().vocab_size
+        pfppo.check_reward_model(args.reward, "reward", tokenizer, queries, args.response_length, size)
     reward = pfppo.load_function(args.reward, "reward") if is_function else None
     actual_score = pfppo.load_function(args.actual_score, "actual_score")
     folder = pfppo.open_run(accelerator, args)

@@ -216,7 +216,8 @@ class Run:
         if args.reward and ":" in args.reward:
             self.reward = pfppo.load_function(args.reward, "reward")
         elif args.reward:
-            pfppo.check_reward_model(args.reward, "reward", self.tokenizer, queries, args.response_length)
+            read = (self.tokenizer, queries, args.response_length, self.config.get_text_config().vocab_size)
+            pfppo.check_reward_model(args.reward, "reward", *read)
         self.actual_score = None
         if args.actual_score:
             self.actual_score = pfppo.load_function(args.actual_score, "actual_score")

@@ -131,6 +131,19 @@ def check(folder: Path, queries=((1, 2),), new_tokens=8, tokenizer=None) -> None
     pf.check_reward_model(str(folder), "reward", tokenizer or make_tokenizer(), queries, new_tokens)
 
 
+def test_a_policy_that_may_write_more_ids_than_the_reward_model_has_is_refused(tmp_path):
+    # padding of a vocabulary has no names, so that the tokenizers agree; one such id would end the run
+    model_config("gpt2", num_labels=1, architectures=["GPT2ForSequenceClassification"]).save_pretrained(
+        tmp_path
+    )
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    pf.check_reward_model(str(tmp_path), "reward", tokenizer, [[1]], 1, VOCAB_SIZE)
+    message = f"^--reward .*: {VOCAB_SIZE} tokens, fewer than the 64 .*resize_token_embeddings.64."
+    with pytest.raises(SystemExit, match=message):
+        pf.check_reward_model(str(tmp_path), "reward", tokenizer, [[1]], 1, 64)
+
+
 def broken(kind: str, folder: Path) -> None:
     """Writes a folder that is no reward model for the policy, or has too few positions."""
     make_tokenizer().save_pretrained(folder)

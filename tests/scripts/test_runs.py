@@ -3,6 +3,7 @@
 import codecs
 import errno
 import gzip
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import read_metrics, rm_settings, same, sft_settings, timeless, tiny_settings, weights
-from transformers import GPT2Config
+from transformers import GPT2Config, T5Config
 
 import pfppo_single as pf
 import rm_single as rm
@@ -267,6 +268,15 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, error):
     assert "\n" not in str(end.value)
 
 
+def test_a_console_without_a_letter_stops_no_run(tmp_path, monkeypatch):
+    # prompts and samples hold what they like, on a machine whose language is not set to UTF-8 too
+    console = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", console)
+    pf.run(lambda args: print("é π"), pf.Args(policy="p", reward="r", prompts="q", output_dir=str(tmp_path)))
+    console.flush()
+    assert console.buffer.getvalue() == b"\xe9 \\u03c0\n"
+
+
 def test_other_errors_stay_what_they_are(tmp_path):
     args = pf.Args(policy="p", reward="r", prompts="q", output_dir=str(tmp_path / "run"))
     with pytest.raises(ZeroDivisionError):
@@ -366,6 +376,10 @@ def test_a_dry_run_says_what_the_models_take(run, capsys):
     line = pf.memory_line(Accelerator(cpu=True), config, 2, 2, torch.float32, False)
     weights = 50257 * 2048 + 1024 * 2048 + 24 * (12 * 2048**2 + 13 * 2048) + 2 * 2048
     assert f"; {40 * weights / 1e9:.2f} GB a rank for weights, gradients" in line
+    with pytest.raises(
+        SystemExit, match="^folder: no causal language model: Unrecognized configuration class"
+    ):
+        pf.memory_line(None, T5Config(name_or_path="folder"), 2, 2, torch.float32, False)
     with pytest.raises(FileNotFoundError):  # it writes nothing
         run(dry_run=True)
     assert "all checks passed, nothing was written; 0.00 GB a rank" in capsys.readouterr().out
