@@ -77,7 +77,7 @@ class Args:
     """folder for everything this run writes; a folder that holds another run is refused"""
     preset: Literal["pfppo", "lm_human_preferences"] = "pfppo"
     """defaults for the other fields: the paper's, or LMHP's (PRESETS below); fields given as flags win"""
-    seed: Whole = 1
+    seed: Annotated[int, 0, 2**31] = 1
     """shared over ranks; data order, filter, sampling, minibatches: from (seed, update, rank)"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
@@ -1016,12 +1016,20 @@ def load_config(path: str, field: str):
     return config
 
 
-def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
-    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+def causal_lm_from(config) -> nn.Module:
+    """A causal language model with new weights; refuses a configuration of which there is none."""
     from transformers import AutoModelForCausalLM
 
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # models raise what they like
+        raise SystemExit(f"{config.name_or_path}: no causal language model: {first_line(error)}") from None
+
+
+def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
+    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = causal_lm_from(config)
     size = sum(weight.numel() for weight in model.parameters())
     held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
     state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
@@ -1107,14 +1115,16 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
                 data = load_from_disk(path)
                 data = data["train"] if isinstance(data, dict) else data
             elif kind in ("csv", "parquet"):
-                data = load_dataset(kind, data_files=path, split="train")
+                texts = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # None is one
+                data = load_dataset(kind, data_files=path, split="train", **texts)
             else:
                 data = load_dataset(name, split=split or "train")
             rows = data.to_list()
     except Exception as error:  # loaders raise what they like
         text = isinstance(error, ValueError) and kind in ("jsonl", "gz", "json")
         row = f", row {len(rows) + 1}: not JSON in UTF-8" if text else ""
-        raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
+        cause = error.__cause__ if kind == "csv" and error.__cause__ else error
+        raise SystemExit(f"{where}{row}: {first_line(cause)}") from None
     refuse((not isinstance(rows, list) or not rows, f"{where}: no rows; write one object per line"))
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
@@ -1143,7 +1153,9 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, messages its template, which writes BOS itself."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        encoded = tokenizer(prompt, return_special_tokens_mask=True)
+        closed = encoded["special_tokens_mask"][1:][-1:] == [1]  # by an EOS; but the response follows
+        return encoded["input_ids"][: -1 if closed else None]
     template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
     text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -1158,7 +1170,7 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
             ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
         except Exception as error:  # templates raise what they like
             none = "it has no chat template; --chat_template FILE of the three scripts saves one with a model"
-            text = first_line(error) if tokenizer.chat_template or isinstance(row[column], str) else none
+            text = first_line(error) if tokenizer.chat_template or not isinstance(row[column], list) else none
             where = f"--{field}, row {number}: {column} is refused by the tokenizer"
             raise SystemExit(f"{where}: {text}") from None
         encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
@@ -1337,7 +1349,7 @@ def open_run(accelerator: Accelerator, args) -> Path:
     launched = {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
     new = json.loads(json.dumps({**dataclasses.asdict(args), **launched}))
     for name, path in dataclasses.asdict(args).items():
-        if isinstance(path, str) and (Path(path).is_file() or Path(path, "config.json").is_file()):
+        if isinstance(path, str) and (os.path.isfile(path) or os.path.isfile(f"{path}/config.json")):
             new[f"sha256 of {name}"] = fingerprint(Path(path))
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
@@ -1351,13 +1363,15 @@ def open_run(accelerator: Accelerator, args) -> Path:
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        accelerator.lock = (folder / "lock").open("a+")  # the system releases it when this process ends
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            accelerator.lock = (folder / "lock").open("a+")  # the system releases it when this process ends
             fcntl.lockf(accelerator.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             other = (folder / "lock").read_text()
             raise SystemExit(f"{where}: process {other} is writing there; wait for it, or end it") from None
+        except OSError as error:
+            raise SystemExit(f"{where}: {first_line(error)}; name another folder") from None
         accelerator.lock.truncate(0)
         print(os.getpid(), end="", file=accelerator.lock, flush=True)
         write_text(file, json.dumps(new, indent=1))
@@ -1506,6 +1520,8 @@ def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
     kept = n if everything else args.num_kept or min(n, 1 if name == "bon" else 2)
     wrong_sum, unused = own and (min(w) < 0 or abs(sum(w) - 1) > 1e-6), args.num_kept not in (0, n)
     high, updates, warm = args.thresholds[1], args.total_episodes // (b * n), args.critic_warmup_updates > 0
+    never = args.stop_token == "none" or args.stop_after >= args.response_length
+    fixed = never and args.missing_stop_score is not None
     refuse(
         (b % num_processes > 0, f"--batch_size {b} must be a multiple of the {num_processes} processes"),
         (size % num_processes > 0 and not cut, f"--minibatch_size must be a multiple of {num_processes}"),
@@ -1518,6 +1534,7 @@ def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
         (everything and unused, f"--num_kept does nothing with --filter {name}; try random"),
         (kept > n and args.draw == "exact", f"--num_kept {kept} exceeds --num_responses; --draw sample"),
         (args.thresholds[0] > high, f"--thresholds {args.thresholds}: the lower one comes first"),
+        (fixed, "--missing_stop_score would be every score: no response can have a stop token; omit it"),
         (args.kl_target > 0 and not plain, "--kl_target needs --filter none: kept rows would steer it"),
         (shared and warm, "--critic_warmup_updates needs --critic separate"),
         (shared and args.critic_init is not None, "--critic_init needs --critic separate"),

@@ -61,7 +61,7 @@ class Args:
     # run
     output_dir: str = "output/sft"
     """folder for everything this run writes; a folder that holds another run is refused"""
-    seed: Whole = 1
+    seed: Annotated[int, 0, 2**31] = 1
     """shared over ranks: weights from scratch, data order"""
     dry_run: bool = False
     """read and check everything, print the derived sizes, and stop before weights are loaded"""
@@ -134,8 +134,6 @@ def main(args: Args) -> None:
         (args.batch_size < world, f"--batch_size must be at least the {world} processes"),
         ((args.model is None) == (args.model_config is None), "give either --model or --model_config"),
     )
-    from transformers import AutoModelForCausalLM  # slow to import: not before the settings are checked
-
     source, field = (args.model, "model") if args.model else (args.model_config, "model_config")
     config = load_config(source, field)
     path, named = (args.tokenizer, "tokenizer") if args.tokenizer else (source, field)
@@ -167,7 +165,7 @@ def main(args: Args) -> None:
     else:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         with torch.device("meta" if args.shard and rank else "cpu"):  # rank 0 sends its weights in `place`
-            policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            policy = causal_lm_from(config)
         policy.get_input_embeddings().padding_idx = None  # see load_causal_lm
     policy = place(accelerator, args.shard, policy)
     if args.gradient_checkpointing:
@@ -509,12 +507,20 @@ def load_config(path: str, field: str):
     return config
 
 
-def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
-    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
+def causal_lm_from(config) -> nn.Module:
+    """A causal language model with new weights; refuses a configuration of which there is none."""
     from transformers import AutoModelForCausalLM
 
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # models raise what they like
+        raise SystemExit(f"{config.name_or_path}: no causal language model: {first_line(error)}") from None
+
+
+def memory_line(accelerator, config, trained: int, frozen: int, dtype, shard: bool) -> str:
+    """What a rank holds all the time, with so many trained and frozen models of a configuration's size."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = causal_lm_from(config)
     size = sum(weight.numel() for weight in model.parameters())
     held = size * (16 * trained + dtype.itemsize * frozen) / (accelerator.num_processes if shard else 1)
     state = f"{held / 1e9:.2f} GB a rank for weights, gradients, Adam's moments and frozen models"
@@ -600,14 +606,16 @@ def load_rows(path: str, field: str, columns: tuple[str, ...] = ()) -> list[dict
                 data = load_from_disk(path)
                 data = data["train"] if isinstance(data, dict) else data
             elif kind in ("csv", "parquet"):
-                data = load_dataset(kind, data_files=path, split="train")
+                texts = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # None is one
+                data = load_dataset(kind, data_files=path, split="train", **texts)
             else:
                 data = load_dataset(name, split=split or "train")
             rows = data.to_list()
     except Exception as error:  # loaders raise what they like
         text = isinstance(error, ValueError) and kind in ("jsonl", "gz", "json")
         row = f", row {len(rows) + 1}: not JSON in UTF-8" if text else ""
-        raise SystemExit(f"{where}{row}: {str(error).splitlines()[0]}") from None
+        cause = error.__cause__ if kind == "csv" and error.__cause__ else error
+        raise SystemExit(f"{where}{row}: {first_line(cause)}") from None
     refuse((not isinstance(rows, list) or not rows, f"{where}: no rows; write one object per line"))
     for number, row in enumerate(rows, 1):
         refuse((not isinstance(row, dict), f"{where}, row {number}: {row!r:.40} is no object with columns"))
@@ -636,7 +644,9 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """Ids of a prompt: text gets the tokenizer's own BOS, messages its template, which writes BOS itself."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        encoded = tokenizer(prompt, return_special_tokens_mask=True)
+        closed = encoded["special_tokens_mask"][1:][-1:] == [1]  # by an EOS; but the response follows
+        return encoded["input_ids"][: -1 if closed else None]
     template = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
     text = tokenizer.apply_chat_template(plain_messages(prompt), **template)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -651,7 +661,7 @@ def encode_queries(tokenizer, rows: list, column: str, length: int, field: str, 
             ids = encode_prompt(tokenizer, row[column], row.get("tools"))[: length if cut else None]
         except Exception as error:  # templates raise what they like
             none = "it has no chat template; --chat_template FILE of the three scripts saves one with a model"
-            text = first_line(error) if tokenizer.chat_template or isinstance(row[column], str) else none
+            text = first_line(error) if tokenizer.chat_template or not isinstance(row[column], list) else none
             where = f"--{field}, row {number}: {column} is refused by the tokenizer"
             raise SystemExit(f"{where}: {text}") from None
         encoded += [{**row, "query_ids": ids}] if 0 < len(ids) <= length else []
@@ -830,7 +840,7 @@ def open_run(accelerator: Accelerator, args) -> Path:
     launched = {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
     new = json.loads(json.dumps({**dataclasses.asdict(args), **launched}))
     for name, path in dataclasses.asdict(args).items():
-        if isinstance(path, str) and (Path(path).is_file() or Path(path, "config.json").is_file()):
+        if isinstance(path, str) and (os.path.isfile(path) or os.path.isfile(f"{path}/config.json")):
             new[f"sha256 of {name}"] = fingerprint(Path(path))
     old = json.loads(file.read_text()) if file.is_file() else new
     other = [name for name in {**old, **new} if old.get(name) != new.get(name) and not re.match(free, name)]
@@ -844,13 +854,15 @@ def open_run(accelerator: Accelerator, args) -> Path:
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        accelerator.lock = (folder / "lock").open("a+")  # the system releases it when this process ends
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            accelerator.lock = (folder / "lock").open("a+")  # the system releases it when this process ends
             fcntl.lockf(accelerator.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             other = (folder / "lock").read_text()
             raise SystemExit(f"{where}: process {other} is writing there; wait for it, or end it") from None
+        except OSError as error:
+            raise SystemExit(f"{where}: {first_line(error)}; name another folder") from None
         accelerator.lock.truncate(0)
         print(os.getpid(), end="", file=accelerator.lock, flush=True)
         write_text(file, json.dumps(new, indent=1))
@@ -929,9 +941,11 @@ def split_answer(row: dict, prompt_field: str, answer_field: str, where: str) ->
         refuse((last != "assistant", f"{where}: {answer_field} must end with role assistant, not {last}"))
         before, answer = answer[:-1], plain_text(answer[-1].get("content"))
     has, prompt = ", ".join(sorted(row)), before or row.get(prompt_field)
+    half = str(answer).encode(errors="ignore").decode() != str(answer)
     refuse(
         (row.get(answer_field) is None, f"{where}: no column {answer_field}; it has {has}"),
         (not isinstance(answer, str), f"{where}: {answer_field} must be a text, or messages"),
+        (half, f"{where}: {answer_field} has half of a character, as a cut \\ud83d leaves it"),
         (prompt is None, f"{where}: no column {prompt_field}; it has {has}"),
     )
     return prompt, answer

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import EOS, VOCAB_SIZE, causal_lm, make_rollout, make_tokenizer, reward_model
 from scipy.stats import chisquare
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -220,6 +221,17 @@ def test_one_bos_where_the_tokenizer_has_one(bos):
     assert text.count(bos_id) == chat.count(bos_id) == int(bos)
     assert tokenizer.decode(text, skip_special_tokens=True) == "add 1"
     assert tokenizer.decode(chat) == ("<s>" if bos else "") + "add 1<eos>="  # generation prompt at the end
+
+
+def test_an_eos_that_the_tokenizer_adds_does_not_close_a_prompt():
+    # one that the text holds stays
+    tokenizer = make_tokenizer(bos=True)
+    ends = [("<s>", tokenizer.bos_token_id), ("<eos>", EOS)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A <eos>", special_tokens=ends)
+    texts = ("ab", "ab<eos>", "")
+    assert [tokenizer.decode(pf.encode_prompt(tokenizer, text)) for text in texts] == [
+        "<s>" + t for t in texts
+    ]
 
 
 @pytest.mark.parametrize("cut, expected", [(False, ["xyz"]), (True, ["abc", "xyz"])])

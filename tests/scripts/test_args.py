@@ -189,6 +189,13 @@ def test_a_share_above_one_is_refused(field):
         SCRIPTS[name].check_ranges(with_value(name, field, 1.5))
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_seed_that_numpy_does_not_take_is_refused(name):
+    # such as one from a clock
+    with pytest.raises(SystemExit, match="^--seed must lie between 0 and 2147483648, not at 17"):
+        SCRIPTS[name].check_ranges(with_value(name, "seed", 1764201600000000000))
+
+
 @pytest.mark.parametrize("field", ["temperature", "eps", "cliprange", "cliprange_value"])
 def test_what_is_divided_by_is_not_zero(field):
     with pytest.raises(SystemExit, match=f"^--{field} must"):

@@ -2,6 +2,7 @@
 three scripts (test_layout.py), so one script's are tested."""
 
 import dataclasses
+import errno
 import json
 import time
 from pathlib import Path
@@ -58,7 +59,9 @@ def test_rows_that_cannot_be_read_are_refused_with_file_and_row(tmp_path, monkey
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name, message", [("torn.csv", "torn.csv"), ("no_train", "no_train.*train")])
+@pytest.mark.parametrize(
+    "name, message", [("torn.csv", "torn.csv: .*EOF inside string"), ("no_train", "no_train.*train")]
+)
 def test_tables_that_cannot_be_read_are_refused_in_one_line(tmp_path, name, message):
     # whatever `datasets` raises: a broken file, a saved dictionary without the split that is asked for
     datasets = pytest.importorskip("datasets")
@@ -259,6 +262,26 @@ def test_a_model_that_was_trained_anew_makes_another_run(tmp_path, name):
     (tmp_path / "model" / name).write_bytes(bytes(3 * 2**20 - 1) + b"a")
     with pytest.raises(SystemExit, match="holds another run: sha256 of policy"):
         open_run(tmp_path / "run", policy=str(tmp_path / "model"))
+
+
+def test_a_setting_of_any_length_is_no_file(tmp_path):
+    # TEXT of module:function@TEXT; the system refuses to look for such a name
+    assert open_run(tmp_path / "run", reward="rewards:f@" + "x" * 999) == tmp_path / "run"
+
+
+def test_a_folder_that_cannot_be_made_or_locked_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        SystemExit, match="^--output_dir .*file/run: .*Not a directory.*; name another folder"
+    ):
+        open_run(tmp_path / "file/run")
+
+    def lockf(*_):  # some network file systems have none
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pf.fcntl, "lockf", lockf)
+    with pytest.raises(SystemExit, match="^--output_dir .*run: .*No locks available; name another folder"):
+        open_run(tmp_path / "run")
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path):

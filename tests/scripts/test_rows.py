@@ -104,7 +104,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    rows = [{"prompt": "two", "response": "good"}, {"prompt": "one", "response": "bad"}]
+    rows = [{"prompt": "two", "response": "None"}, {"prompt": "NA", "response": "bad"}]
     WRITERS[name](tmp_path / name, rows)
     assert sft.load_rows(str(tmp_path / name), "train_data", ("prompt", "response")) == rows
 
@@ -118,6 +118,22 @@ def test_a_row_that_the_template_refuses_is_named(prompt):
     rows = [{"prompt": "fine"}, {"prompt": prompt}]
     with pytest.raises(SystemExit, match="--prompts, row 2: prompt"):
         pf.encode_queries(make_tokenizer(), rows, "prompt", 9, "prompts")
+
+
+def test_a_number_as_a_prompt_is_no_matter_of_templates():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(SystemExit, match="refused by the tokenizer: 'int' object is not iterable"):
+        pf.encode_queries(tokenizer, [{"prompt": 7}], "prompt", 9, "prompts")
+
+
+@pytest.mark.parametrize("script", [sft, rm], ids=lambda module: module.__name__)
+def test_half_a_character_in_an_answer_is_refused_with_its_row(script):
+    # a text that was cut inside of an emoji, by JavaScript for example; tokenizers raise a TypeError
+    with pytest.raises(SystemExit, match="^row 1: chosen has half of a character"):
+        script.split_answer({"prompt": "a", "chosen": "ok \ud83d"}, "prompt", "chosen", "row 1")
+    row = {"prompt": "a", "chosen": "ok \U0001f600"}
+    assert script.split_answer(row, "prompt", "chosen", "row 1") == ("a", row["chosen"])
 
 
 def test_tools_reach_the_template():

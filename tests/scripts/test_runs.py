@@ -26,7 +26,7 @@ from conftest import (
     weights,
     write_jsonl,
 )
-from transformers import GPT2Config
+from transformers import GPT2Config, T5Config
 
 import pfppo_single as pf
 import rm_single as rm
@@ -369,6 +369,10 @@ def test_a_dry_run_says_what_the_models_take(run, capsys):
     line = pf.memory_line(Accelerator(cpu=True), config, 2, 2, torch.float32, False)
     weights = 50257 * 2048 + 1024 * 2048 + 24 * (12 * 2048**2 + 13 * 2048) + 2 * 2048
     assert f"; {40 * weights / 1e9:.2f} GB a rank for weights, gradients" in line
+    with pytest.raises(
+        SystemExit, match="^folder: no causal language model: Unrecognized configuration class"
+    ):
+        pf.memory_line(None, T5Config(name_or_path="folder"), 2, 2, torch.float32, False)
     with pytest.raises(FileNotFoundError):  # it writes nothing
         run(dry_run=True)
     assert "all checks passed, nothing was written; 0.00 GB a rank" in capsys.readouterr().out
