@@ -1520,8 +1520,6 @@ def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
     kept = n if everything else args.num_kept or min(n, 1 if name == "bon" else 2)
     wrong_sum, unused = own and (min(w) < 0 or abs(sum(w) - 1) > 1e-6), args.num_kept not in (0, n)
     high, updates, warm = args.thresholds[1], args.total_episodes // (b * n), args.critic_warmup_updates > 0
-    never = args.stop_token == "none" or args.stop_after >= args.response_length
-    fixed = never and args.missing_stop_score is not None
     refuse(
         (b % num_processes > 0, f"--batch_size {b} must be a multiple of the {num_processes} processes"),
         (size % num_processes > 0 and not cut, f"--minibatch_size must be a multiple of {num_processes}"),
@@ -1534,7 +1532,6 @@ def check_args(args: Args, num_processes: int) -> tuple[int, list[float], int]:
         (everything and unused, f"--num_kept does nothing with --filter {name}; try random"),
         (kept > n and args.draw == "exact", f"--num_kept {kept} exceeds --num_responses; --draw sample"),
         (args.thresholds[0] > high, f"--thresholds {args.thresholds}: the lower one comes first"),
-        (fixed, "--missing_stop_score would be every score: no response can have a stop token; omit it"),
         (args.kl_target > 0 and not plain, "--kl_target needs --filter none: kept rows would steer it"),
         (shared and warm, "--critic_warmup_updates needs --critic separate"),
         (shared and args.critic_init is not None, "--critic_init needs --critic separate"),

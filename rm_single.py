@@ -113,7 +113,7 @@ class Args:
     long_queries: Literal["drop", "keep_start"] = "drop"
     """what happens to a text query longer than query_length; a token-id label with one is refused"""
     response_length: Count = 512
-    """longest response in tokens with stop token: longer labels are left out, samples cut"""
+    """longest response in tokens with stop token: longer text labels are left out, samples cut"""
     stop_token: str = "eos"
     """ends a sample: `eos`, `none`, a token, a text that is one, an id; special ones also end text labels"""
     # training

@@ -786,8 +786,6 @@ REFUSED = [
     (dict(filter="none", num_kept=2), "--num_kept does nothing with --filter none"),
     (dict(filter="top", num_kept=2), "--num_kept does nothing with --filter top"),
     (dict(filter="top", thresholds=(0.5, 0.4)), "--thresholds .*lower one comes first"),
-    (dict(missing_stop_score=-1.0, stop_token="none"), "--missing_stop_score would be every score"),
-    (dict(missing_stop_score=-1.0, stop_after=8), "--missing_stop_score would be every score"),
     (dict(kl_target=6.0), "--kl_target needs --filter none"),
     (dict(kl_target=6.0, filter="top"), "--kl_target needs --filter none"),
     (dict(kl_target=6.0, rank_weights=(0.25,) * 4), "--kl_target needs --filter none"),
