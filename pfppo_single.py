@@ -499,7 +499,7 @@ def value_loss(
     vpred, values, returns = (torch.where(mask, x, 0.0) for x in (vpred, values, returns))
     clipped = values + (vpred - values).clamp(-cliprange_value, cliprange_value)
     losses1, losses2 = (vpred - returns).square(), (clipped - returns).square()
-    return 0.5 * torch.max(losses1, losses2), losses2 > losses1
+    return 0.5 * torch.max(losses1, losses2), (losses2 > losses1) & ((vpred - values).abs() > cliprange_value)
 
 
 def minibatch_loss(model: nn.Module, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor, Tensor]:
